@@ -1,0 +1,38 @@
+"""Batch normalization for CPUs at the speed of memory, from NumPy arrays, without a framework."""
+
+from importlib import metadata as _metadata
+
+from .config import show_config
+from .errors import PendingUpdatesWarning, StateError, UntrainedWarning
+from .functional import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    fold,
+    normalize,
+    update_moving,
+)
+from .layer import BatchNorm
+from .moments import Moments, moments
+from .threads import get_num_threads, set_num_threads, threads
+
+__version__ = _metadata.version("fastbn")
+
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "PendingUpdatesWarning",
+    "StateError",
+    "UntrainedWarning",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "fold",
+    "get_num_threads",
+    "moments",
+    "normalize",
+    "set_num_threads",
+    "show_config",
+    "threads",
+    "update_moving",
+]

@@ -1,0 +1,190 @@
+"""What every public function asks of its arguments, one function per concern. All of it comes before any write."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import must
+
+Array = NDArray[Any]
+
+_DATA_TYPES: Final = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+_DATA_TYPES_SWAPPED: Final = frozenset(t.newbyteorder() for t in _DATA_TYPES)
+_DLPACK_CPU: Final = 1
+
+
+def as_array(value: Any, name: str) -> Array:
+    """Return value as an ndarray without a copy where it is, or exports, an array in main memory."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(must(name, "be an array without a mask", "a numpy masked array"))
+    if isinstance(value, np.ndarray):
+        return np.asarray(value)
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        device = value.__dlpack_device__() if hasattr(value, "__dlpack_device__") else (_DLPACK_CPU, 0)
+        if int(device[0]) != _DLPACK_CPU:
+            raise TypeError(must(name, "be in main memory", f"an array on DLPack device {tuple(map(int, device))}"))
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise TypeError(must(name, "be convertible to a NumPy array", f"{type(value).__name__}: {error}")) from error
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise TypeError(must(name, "be convertible to a NumPy array", f"{type(value).__name__}: {error}")) from error
+
+
+def data(value: Any, name: str) -> Array:
+    """Return the data of a batch: float32 or float64, native and aligned (copied once if not)."""
+    array = as_array(value, name)
+    if array.dtype not in _DATA_TYPES:
+        if array.dtype in _DATA_TYPES_SWAPPED:
+            return array.astype(array.dtype.newbyteorder("="), order="K")
+        raise TypeError(must(name, "be float32 or float64", array.dtype))
+    if not array.flags.aligned:
+        return array.copy(order="K")
+    return array
+
+
+def parameter(value: Any, name: str, shape: tuple[int, ...]) -> Array | None:
+    """Return a parameter as one-dimensional float32 or float64, converted from another real type; None stays."""
+    if value is None:
+        return None
+    array = as_array(value, name)
+    if array.dtype not in _DATA_TYPES or not array.flags.aligned:
+        if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+            raise TypeError(must(name, "have a real dtype of at most 64 bits", array.dtype))
+        array = array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+    if array.shape != shape:
+        raise ValueError(must(name, f"have shape {shape}", array.shape))
+    return array if array.ndim == 1 else array.reshape(-1)
+
+
+def required(value: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """Return a parameter that must not be None."""
+    if value is None:
+        raise ValueError(must(name, "be given", "None"))
+    array = parameter(value, name, shape)
+    assert array is not None
+    return array
+
+
+def moving(value: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """Return a moving array that will be updated in place: float32 or float64, writable, of the right shape."""
+    if isinstance(value, list | tuple) or np.isscalar(value):
+        raise TypeError(must(name, "be an array, which is updated in place", type(value).__name__))
+    array = as_array(value, name)
+    if array.dtype not in _DATA_TYPES:
+        raise TypeError(must(name, "be float32 or float64 in native byte order", array.dtype))
+    if array.shape != shape:
+        raise ValueError(must(name, f"have shape {shape}", array.shape))
+    writable(array, name)
+    return array
+
+
+def writable(array: Array, name: str) -> None:
+    """Refuse an array that cannot be written, or in which one value stands at several indices."""
+    if not array.flags.writeable:
+        raise ValueError(must(name, "be writable", "a read-only array"))
+    if not array.flags.aligned:
+        raise ValueError(must(name, "be aligned", "an unaligned array"))
+    if not array.flags.forc and any(n > 1 and s == 0 for n, s in zip(array.shape, array.strides)):
+        raise ValueError(must(name, "have a place of its own for every value", f"strides {array.strides}"))
+
+
+def output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> Array:
+    """Return an array that results may be written to."""
+    if isinstance(value, list | tuple) or np.isscalar(value):
+        raise TypeError(must(name, "be an array", type(value).__name__))
+    array = as_array(value, name)
+    if array.dtype != dtype:
+        raise TypeError(must(name, f"have dtype {dtype}", array.dtype))
+    if array.shape != shape:
+        raise ValueError(must(name, f"have shape {shape}", array.shape))
+    writable(array, name)
+    return array
+
+
+def same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape and type are the same values at the same places."""
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides)
+
+
+def overlap(a: Array, b: Array | None) -> bool:
+    """Whether two arrays share a byte; also where that would take long to find out."""
+    if b is None or not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def apart(array: Array, name: str, **others: Array | None) -> None:
+    """Refuse an array that will be written and shares memory with another."""
+    for other_name, other in others.items():
+        if overlap(array, other):
+            raise ValueError(must(name, f"not share memory with {other_name}", "overlapping arrays"))
+
+
+def in_place_or_apart(out: Array, name: str, source: Array, source_name: str) -> None:
+    """Refuse a partial overlap: out may be the source itself, or another array."""
+    if not same_memory(out, source) and overlap(out, source):
+        raise ValueError(must(name, f"be {source_name} itself or not share memory with it", "a partial overlap"))
+
+
+def real(value: Any, name: str, low: float, high: float, words: str) -> float:
+    """Return a finite number in a closed range as a float."""
+    if type(value) is not float:
+        if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "ndim", 0):
+            raise TypeError(must(name, "be a real number", repr(value)))
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(must(name, "be a real number", repr(value))) from None
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(must(name, f"be {words}", value))
+    return float(value)
+
+
+def epsilon(value: Any) -> float:
+    """Return the number that is added to the variance."""
+    return real(value, "epsilon", 0.0, math.inf, "finite and at least 0")
+
+
+def momentum(value: Any) -> float:
+    """Return the share of the old value that a moving average keeps."""
+    return real(value, "momentum", 0.0, 1.0, "in [0, 1]")
+
+
+def ddof(value: Any) -> int:
+    """Return 0 or 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(must("ddof", "be 0 or 1", repr(value)))
+    number = operator.index(value)
+    if number not in (0, 1):
+        raise ValueError(must("ddof", "be 0 or 1", number))
+    return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """Return a truth value."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(must(name, "be a bool", repr(value)))
+
+
+def count(value: Any, name: str = "count") -> int:
+    """Return a number of things, 0 or more."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(must(name, "be an integer", repr(value)))
+    number = operator.index(value)
+    if number < 0:
+        raise ValueError(must(name, "be at least 0", number))
+    return number

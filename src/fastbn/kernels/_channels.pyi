@@ -1,0 +1,28 @@
+from numpy.typing import NDArray
+from typing import Any
+
+def update_moving(
+    moving_mean: NDArray[Any],
+    moving_variance: NDArray[Any],
+    mean: NDArray[Any],
+    variance: NDArray[Any],
+    divisor: float,
+    momentum: float,
+) -> None: ...
+def parameter_gradients(
+    first: NDArray[Any],
+    second: NDArray[Any],
+    variance: NDArray[Any],
+    epsilon: float,
+    dgamma: NDArray[Any],
+    dbeta: NDArray[Any],
+) -> None: ...
+def variance(m2: NDArray[Any], count: float) -> NDArray[Any]: ...
+def merge_moments(
+    count: float,
+    mean: NDArray[Any],
+    m2: NDArray[Any],
+    other_count: float,
+    other_mean: NDArray[Any],
+    other_m2: NDArray[Any],
+) -> None: ...

@@ -1,0 +1,68 @@
+"""Work per channel, of which there is little: the moving statistics and the gradients of the parameters."""
+
+cimport numpy as cnp
+import numpy as np
+
+from ._plan cimport bind_parameter
+from .job cimport Parameter, load, reciprocal_deviation, store
+from .moments cimport merge
+
+cnp.import_array()
+
+
+def update_moving(moving_mean, moving_variance, mean, variance, double divisor, double momentum):
+    """moving = momentum * moving + (1 - momentum) * batch, in float64, in place.
+
+    The batch variance is ``variance / divisor``.
+    """
+    cdef Parameter old_mean, old_variance, new_mean, new_variance
+    cdef Py_ssize_t c
+    cdef double m, s
+    bind_parameter(&old_mean, moving_mean)
+    bind_parameter(&old_variance, moving_variance)
+    bind_parameter(&new_mean, mean)
+    bind_parameter(&new_variance, variance)
+    for c in range(moving_mean.shape[0]):
+        m = momentum * load(&old_mean, c, 0) + (1 - momentum) * load(&new_mean, c, 0)
+        s = momentum * load(&old_variance, c, 0) + (1 - momentum) * (load(&new_variance, c, 0) / divisor)
+        store(&old_mean, c, m)
+        store(&old_variance, c, s)
+
+
+def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):
+    """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon)."""
+    cdef Parameter s1, s2, var, dg, db
+    cdef Py_ssize_t c
+    bind_parameter(&s1, first)
+    bind_parameter(&s2, second)
+    bind_parameter(&var, variance)
+    bind_parameter(&dg, dgamma)
+    bind_parameter(&db, dbeta)
+    for c in range(dgamma.shape[0]):
+        store(&db, c, load(&s1, c, 0))
+        store(&dg, c, load(&s2, c, 0) * reciprocal_deviation(load(&var, c, 1), epsilon))
+
+
+def variance(m2, double count):
+    """m2 / count per channel, as a new array."""
+    cdef Parameter source, target
+    cdef Py_ssize_t c
+    result = np.empty(m2.shape[0])
+    bind_parameter(&source, m2)
+    bind_parameter(&target, result)
+    for c in range(m2.shape[0]):
+        store(&target, c, load(&source, c, 0) / count)
+    return result
+
+
+def merge_moments(double count, mean, m2, double other_count, other_mean, other_m2):
+    """Merge a part into another in place, by Chan's formula; all arrays contiguous float64, other_count > 0."""
+    cdef double* a = <double*> cnp.PyArray_DATA(<cnp.ndarray?> mean)
+    cdef double* b = <double*> cnp.PyArray_DATA(<cnp.ndarray?> m2)
+    cdef double* c = <double*> cnp.PyArray_DATA(<cnp.ndarray?> other_mean)
+    cdef double* d = <double*> cnp.PyArray_DATA(<cnp.ndarray?> other_m2)
+    if count == 0:
+        mean[...] = other_mean
+        m2[...] = other_m2
+    else:
+        merge(count, a, b, other_count, c, d, mean.shape[0])

@@ -1,0 +1,343 @@
+"""The interleaved driver: the channels of a value's neighbours are other channels (NHWC, NLC, NC).
+
+The array is rows of columns. A row holds k positions of all channels, (k, C, S) columns, where k > 1 only for few
+channels (so that a row is whole lanes) and S > 1 only for runs too short for the planar driver. Each column has sums of
+its own; at the end the columns of a channel are folded into one. Positions that fill no row are a last part of one row.
+
+Formula      moments and gradient sums per column, then y = (x - mean) * gamma / sqrt(variance + epsilon) + beta or its
+             gradient: see lanes.pxd and job.pxd.
+Traffic      training reads x twice and writes y once (the second read comes from cache where x fits one). Inference:
+             one read, one write.
+Accuracy     a part is at most BLOCK values or MIN_ROWS rows, summed in float64 per column relative to its first row;
+             parts merge in order by Chan's formula (moments.pxd), and so do a channel's columns.
+Parallel     over (block of rows, chunk of columns), once to sum and once to apply; in between, the columns are merged.
+             Blocks are cut by shape alone and merged in order, so threads do not change a bit.
+"""
+from cython cimport floating
+from cython.parallel cimport prange
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from ._plan cimport Plan
+from .job cimport Job, Operand, Operation, coefficients, load
+from .lanes cimport LANES, apply_rows, reduce_rows
+from .moments cimport add, from_sums, merge
+from .stage cimport whole
+
+cdef enum:
+    BLOCK = 32768      # values of a block of rows: 128 KB of float32 stay in the second level cache
+    MIN_ROWS = 64      # of a block, however wide
+    STEP = 8           # rows summed while the sums of a piece of columns are in registers
+    CHUNK = 512        # columns of a task at most: their sums fit a first level cache
+    PIECE = 64         # columns staged at a time
+    WAVE = 1 << 26     # values between two looks for signals
+
+
+cdef struct Cut:
+    Py_ssize_t positions   # per row: k
+    Py_ssize_t columns     # of a row
+    Py_ssize_t padded      # the same in whole lanes
+    Py_ssize_t rows        # full rows
+    Py_ssize_t rest        # columns of the last, partial row
+    Py_ssize_t height      # rows of a block
+    Py_ssize_t blocks      # the partial row is one more
+    Py_ssize_t chunks
+    Py_ssize_t wave        # tasks between two looks for signals
+
+
+cdef Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept nogil:
+    """How many positions make whole lanes, and rows of at least a staged piece; 1 where there are few positions."""
+    cdef Py_ssize_t k = 1
+    while k * columns % LANES:  # at most LANES steps
+        k += 1
+    if k * columns < PIECE:
+        k *= (PIECE + k * columns - 1) // (k * columns)
+    return k if outer >= STEP * k else 1
+
+
+cdef Cut cut(const Job* job) noexcept nogil:
+    cdef Cut k
+    cdef Py_ssize_t columns = job.channels * job.inner
+    k.positions = positions_per_row(job.outer, columns)
+    k.columns = k.positions * columns
+    k.padded = whole(k.columns)
+    k.rows = job.outer // k.positions
+    k.rest = job.outer % k.positions * columns
+    k.height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
+    k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
+    k.chunks = (k.columns + CHUNK - 1) // CHUNK
+    k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
+    return k
+
+
+cdef struct Tile:
+    # A block of rows by a chunk of columns.
+    Py_ssize_t row, rows, column, columns
+
+
+cdef Tile tile_of(const Cut* k, Py_ssize_t task) noexcept nogil:
+    cdef Tile t
+    t.row = task // k.chunks * k.height
+    t.rows = min(k.height, k.rows - t.row)
+    t.column = task % k.chunks * CHUNK
+    t.columns = min(k.columns - t.column, <Py_ssize_t> CHUNK)
+    if k.rest and task // k.chunks == k.blocks - 1:
+        t.row = k.rows
+        t.rows = 1
+        t.columns = max(<Py_ssize_t> 0, min(t.columns, k.rest - t.column))
+    return t
+
+
+cdef inline bint dense(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
+    """Whether the columns of a row lie side by side."""
+    return ((job.inner == 1 or operand.inner == 1)
+            and (job.channels == 1 or operand.channel == job.inner)
+            and (k.positions == 1 or operand.outer == job.channels * job.inner))
+
+
+cdef inline Py_ssize_t offset(const Job* job, const Operand* operand, Py_ssize_t column) noexcept nogil:
+    """From the start of a row to a column."""
+    cdef Py_ssize_t position = column // job.inner
+    return (position // job.channels * operand.outer + position % job.channels * operand.channel
+            + column % job.inner * operand.inner)
+
+
+cdef struct View:
+    # Some rows of a piece of columns, in place or staged.
+    char* data
+    Py_ssize_t stride
+
+
+cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint direct, Py_ssize_t row,
+                      Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
+    """The operand itself where its columns are dense and whole lanes, else a copy padded with zeros."""
+    cdef View w
+    cdef floating* x = <floating*> operand.data + row * k.positions * operand.outer
+    cdef Py_ssize_t r, j, o
+    if direct:
+        w.data = <char*> (x + column)
+        w.stride = k.positions * operand.outer
+        return w
+    for j in range(columns):
+        o = offset(job, operand, column + j)
+        for r in range(rows):
+            buffer[r * PIECE + j] = x[r * k.positions * operand.outer + o]
+    for j in range(columns, whole(columns)):
+        for r in range(rows):
+            buffer[r * PIECE + j] = 0
+    w.data = <char*> buffer
+    w.stride = PIECE
+    return w
+
+
+cdef inline void unstage(const Job* job, const Cut* k, const floating* buffer, Py_ssize_t row, Py_ssize_t rows,
+                         Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
+    cdef floating* y = <floating*> job.y.data + row * k.positions * job.y.outer
+    cdef Py_ssize_t r, j, o
+    for j in range(columns):
+        o = offset(job, &job.y, column + j)
+        for r in range(rows):
+            y[r * k.positions * job.y.outer + o] = buffer[r * PIECE + j]
+
+
+cdef inline Py_ssize_t direct_columns(bint is_dense, Py_ssize_t columns) noexcept nogil:
+    """How many of a chunk's columns need no staging."""
+    return columns // LANES * LANES if is_dense else 0
+
+
+cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, floating* typed) noexcept nogil:
+    """A task's columns to its parts, lying as [block][first, second][column]."""
+    cdef Tile t = tile_of(k, task)
+    cdef floating ub[STEP * PIECE]
+    cdef floating vb[STEP * PIECE]
+    cdef double p[CHUNK]
+    cdef double q[CHUNK]
+    cdef double first[CHUNK]
+    cdef double second[CHUNK]
+    cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
+    cdef const floating* u0 = <const floating*> job.u.data + t.row * k.positions * job.u.outer
+    cdef bint is_dense = dense(job, k, &job.u) and (not job.reads_pair or dense(job, k, &job.v))
+    cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
+    cdef Py_ssize_t j, r, rows, n, step
+    cdef bint direct
+    cdef View u, v
+    memset(first, 0, sizeof(first))
+    memset(second, 0, sizeof(second))
+    memset(p, 0, sizeof(p))
+    memset(q, 0, sizeof(q))
+    for j in range(t.columns):
+        if job.reads_pair:
+            q[j] = load(&job.mean, (t.column + j) // job.inner % job.channels, 0)
+        else:
+            p[j] = u0[offset(job, &job.u, t.column + j)]
+    for step in range((t.rows + STEP - 1) // STEP):
+        r = step * STEP
+        rows = min(<Py_ssize_t> STEP, t.rows - r)
+        j = 0
+        while j < t.columns:
+            direct = j < width
+            n = width if direct else min(t.columns - j, <Py_ssize_t> PIECE)
+            u = view(job, k, &job.u, direct, t.row + r, rows, t.column + j, n, ub)
+            if job.reads_pair:
+                v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
+                reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, whole(n), p + j, q + j,
+                            True, first + j, second + j)
+            else:
+                reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, whole(n), p + j, p + j,
+                            False, first + j, second + j)
+            j += n
+    for j in range(t.columns):
+        part[j] = first[j]
+        part[k.columns + j] = second[j]
+        if not job.reads_pair:
+            from_sums(p[j], t.rows, part + j, part + k.columns + j)
+
+
+cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table, floating* typed) noexcept nogil:
+    cdef Tile t = tile_of(k, task)
+    cdef floating ub[STEP * PIECE]
+    cdef floating vb[STEP * PIECE]
+    cdef const floating* p = table + t.column
+    cdef const floating* a = p + k.padded
+    cdef const floating* shift = a + k.padded
+    cdef const floating* q = shift + k.padded
+    cdef const floating* b = q + k.padded
+    cdef bint is_dense = (dense(job, k, &job.u) and dense(job, k, &job.y)
+                          and (not job.writes_pair or dense(job, k, &job.v)))
+    cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
+    cdef Py_ssize_t j, r, rows, n, sy, step
+    cdef floating* y
+    cdef bint direct
+    cdef View u, v
+    for step in range((t.rows + STEP - 1) // STEP):
+        r = step * STEP
+        rows = min(<Py_ssize_t> STEP, t.rows - r)
+        j = 0
+        while j < t.columns:
+            direct = j < width
+            n = width if direct else min(t.columns - j, <Py_ssize_t> PIECE)
+            u = view(job, k, &job.u, direct, t.row + r, rows, t.column + j, n, ub)
+            if direct:
+                sy = k.positions * job.y.outer
+                y = <floating*> job.y.data + (t.row + r) * sy + t.column + j
+            else:
+                sy = PIECE
+                y = ub
+            if job.writes_pair:
+                v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
+                apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, whole(n), p + j,
+                           a + j, shift + j, q + j, b + j, True)
+            else:
+                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, whole(n), p + j,
+                           a + j, shift + j, q + j, b + j, False)
+            if not direct:
+                unstage(job, k, ub, t.row + r, rows, t.column + j, n)
+            j += n
+
+
+cdef void merge_blocks(const Job* job, const Cut* k, double* parts) noexcept nogil:
+    """The parts of all blocks, in order, into the first."""
+    cdef double* part
+    cdef Py_ssize_t block, width
+    cdef double count, done = min(k.height, k.rows)
+    for block in range(1, k.blocks):
+        part = parts + block * 2 * k.columns
+        width = k.columns
+        count = min(k.height, k.rows - block * k.height)
+        if k.rest and block == k.blocks - 1:
+            width = k.rest
+            count = 1
+        if job.reads_pair:
+            add(parts, parts + k.columns, part, part + k.columns, width)
+        else:
+            merge(done, parts, parts + k.columns, count, part, part + k.columns, width)
+        done += count
+
+
+cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c, const double* parts) noexcept nogil:
+    """The columns of a channel, in order, to job.first[c] and job.second[c]."""
+    cdef Py_ssize_t i, s, j
+    cdef double count, done = 0
+    for i in range(k.positions):
+        for s in range(job.inner):
+            j = (i * job.channels + c) * job.inner + s
+            count = k.rows + (1 if j < k.rest else 0)
+            if done == 0:
+                job.first[c] = parts[j]
+                job.second[c] = parts[k.columns + j]
+            elif job.reads_pair:
+                add(job.first + c, job.second + c, parts + j, parts + k.columns + j, 1)
+            else:
+                merge(done, job.first + c, job.second + c, count, parts + j, parts + k.columns + j, 1)
+            done += count
+
+
+cdef void tabulate(const Job* job, const Cut* k, floating* table) noexcept nogil:
+    """Coefficients of every column: [p, a, shift, q, b][column]."""
+    cdef Py_ssize_t c, i, s, j
+    cdef floating p, a, shift, q, b
+    for c in range(job.channels):
+        coefficients(job, c, &p, &a, &shift, &q, &b)
+        for i in range(k.positions):
+            for s in range(job.inner):
+                j = (i * job.channels + c) * job.inner + s
+                table[j] = p
+                table[k.padded + j] = a
+                table[2 * k.padded + j] = shift
+                table[3 * k.padded + j] = q
+                table[4 * k.padded + j] = b
+    for i in range(5):
+        for j in range(k.columns, k.padded):
+            table[i * k.padded + j] = 0
+
+
+cdef int do_blocks(const Job* job, const Cut* k, double* parts, floating* table) except -1:
+    """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between."""
+    cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, task
+    cdef int threads = job.threads
+    while begin < tasks:
+        end = min(begin + k.wave, tasks)
+        for task in prange(begin, end, nogil=True, schedule="static", num_threads=threads):
+            if parts != NULL:
+                reduce_block(job, k, task, parts, table)
+            else:
+                apply_block(job, k, task, table, table)
+        begin = end
+        if begin < tasks:
+            PyErr_CheckSignals()
+    return 0
+
+
+cdef int do_job(const Job* job, floating* typed) except -1:
+    cdef Cut k = cut(job)
+    cdef Py_ssize_t c
+    cdef double* parts = <double*> malloc(k.blocks * k.columns * 2 * sizeof(double)) if job.reduces else NULL
+    cdef floating* table = <floating*> malloc(5 * k.padded * sizeof(floating)) if job.applies else NULL
+    try:
+        if (job.reduces and parts == NULL) or (job.applies and table == NULL):
+            raise MemoryError
+        if job.reduces:
+            do_blocks(job, &k, parts, typed)
+            with nogil:
+                merge_blocks(job, &k, parts)
+                for c in range(job.channels):
+                    fold_columns(job, &k, c, parts)
+        if job.applies:
+            with nogil:
+                tabulate(job, &k, table)
+            do_blocks(job, &k, NULL, table)
+        return 0
+    finally:
+        free(parts)
+        free(table)
+
+
+def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads):
+    """Carry out a plan. Every array was checked; those an operation does not use are None."""
+    cdef Job job
+    plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads)
+    if plan.wide:
+        do_job(&job, <double*> NULL)
+    else:
+        do_job(&job, <float*> NULL)

@@ -1,0 +1,16 @@
+OPERATIONS: dict[str, int]
+
+class Plan:
+    outer: int
+    channels: int
+    inner: int
+    wide: bool
+    pattern: int
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        wide: bool,
+        u: tuple[int, int, int],
+        v: tuple[int, int, int] | None = None,
+        y: tuple[int, int, int] | None = None,
+    ) -> None: ...

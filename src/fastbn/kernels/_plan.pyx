@@ -1,0 +1,78 @@
+"""A plan: what a call of one shape, one type and one set of strides will do. Made once, kept, run often."""
+cimport numpy as cnp
+
+from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Operation, Parameter
+
+cnp.import_array()
+
+cdef enum:
+    # Runs of up to this many values would leave the lanes of the planar primitives half empty: such an array is
+    # walked as interleaved, every (channel, inner) pair being a column.
+    SHORT_RUN = 16
+
+OPERATIONS = {"moments": <int> MOMENTS, "normalize": <int> NORMALIZE, "train": <int> TRAIN,
+              "gradient": <int> GRADIENT, "frozen": <int> FROZEN}
+
+
+cdef class Plan:
+    """The canonical form of a call.
+
+    Parameters
+    ----------
+    shape : tuple of 3 ints
+        (outer, channels, inner), none of them 0.
+    wide : bool
+        Whether the data are float64; float32 otherwise.
+    u, v, y : tuple of 3 ints or None
+        Strides, in values, of the first operand (x, or dy in the gradient), the second (x in the gradient) and the
+        result.
+    """
+
+    def __cinit__(self, shape, bint wide, u, v=None, y=None):
+        self.outer, self.channels, self.inner = shape
+        self.wide = wide
+        # By shape alone, so that strides never decide the order of additions.
+        self.pattern = PLANAR if self.inner > SHORT_RUN else INTERLEAVED
+        for i in range(3):
+            self.u_strides[i] = u[i]
+            self.v_strides[i] = v[i] if v is not None else 0
+            self.y_strides[i] = y[i] if y is not None else 0
+
+    cdef int bind(self, Job* job, Operation operation, u, v, y, gamma, beta, mean, variance, double epsilon,
+                  first, second, int threads) except -1:
+        """Fill in a job. The arrays were checked by the caller and must outlive it."""
+        job.operation = operation
+        job.reduces = operation != NORMALIZE
+        job.applies = y is not None
+        job.reads_pair = operation == GRADIENT or operation == FROZEN
+        job.writes_pair = operation == GRADIENT
+        job.outer, job.channels, job.inner = self.outer, self.channels, self.inner
+        bind_operand(&job.u, u, self.u_strides)
+        bind_operand(&job.v, v, self.v_strides)
+        bind_operand(&job.y, y, self.y_strides)
+        bind_parameter(&job.gamma, gamma)
+        bind_parameter(&job.beta, beta)
+        bind_parameter(&job.mean, mean)
+        bind_parameter(&job.variance, variance)
+        job.epsilon = epsilon
+        job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first) if first is not None else NULL
+        job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL
+        job.threads = threads
+        return 0
+
+
+cdef int bind_operand(Operand* operand, array, const Py_ssize_t* strides) except -1:
+    operand.data = <char*> cnp.PyArray_DATA(<cnp.ndarray?> array) if array is not None else NULL
+    operand.outer, operand.channel, operand.inner = strides[0], strides[1], strides[2]
+    return 0
+
+
+cdef int bind_parameter(Parameter* parameter, array) except -1:
+    """Take a one-dimensional float32 or float64 array of any stride, or None."""
+    if array is None:
+        parameter.data = NULL
+        return 0
+    parameter.data = <char*> cnp.PyArray_DATA(<cnp.ndarray?> array)
+    parameter.stride = cnp.PyArray_STRIDES(<cnp.ndarray> array)[0]
+    parameter.wide = cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.NPY_FLOAT64
+    return 0

@@ -1,0 +1,20 @@
+from numpy.typing import NDArray
+from typing import Any
+
+from ._plan import Plan
+
+def run(
+    plan: Plan,
+    operation: int,
+    u: NDArray[Any],
+    v: NDArray[Any] | None,
+    y: NDArray[Any] | None,
+    gamma: NDArray[Any] | None,
+    beta: NDArray[Any] | None,
+    mean: NDArray[Any] | None,
+    variance: NDArray[Any] | None,
+    epsilon: float,
+    first: NDArray[Any] | None,
+    second: NDArray[Any] | None,
+    threads: int,
+) -> None: ...

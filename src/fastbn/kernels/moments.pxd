@@ -1,0 +1,54 @@
+"""How partial results become those of a channel: folding lanes, and Chan's merge.
+
+T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+COMPSTAT 1982. A part is (count, mean, m2), m2 being the sum of squared deviations from its own mean: every addition to
+m2 is of something that is not negative, so a variance never is.
+
+A part is summed relative to a shift p that is one of its own values. With d the mean of x - p, p's own deviation is d,
+so m2 >= d * d, and the cancellation in m2 = sum((x - p)^2) - n * d * d costs at most a factor n of a part (some
+thousand) in float64 whatever the data are: neither an outlier nor an order of the values can spoil it.
+"""
+from .lanes cimport LANES
+
+
+cdef inline double fold(const double* lanes) noexcept nogil:
+    """The sum of LANES lanes, as a balanced tree."""
+    cdef double s[LANES]
+    cdef Py_ssize_t j, half = LANES // 2
+    for j in range(LANES):
+        s[j] = lanes[j]
+    while half:
+        for j in range(half):
+            s[j] += s[j + half]
+        half //= 2
+    return s[0]
+
+
+cdef inline void from_sums(double shift, double count, double* first, double* second) noexcept nogil:
+    """(sum(x - shift), sum((x - shift)^2)) -> (mean, m2), in place."""
+    cdef double d = first[0] / count
+    cdef double m2 = second[0] - first[0] * d
+    first[0] = shift + d
+    second[0] = 0.0 if m2 < 0 else m2  # a NaN stays
+
+
+cdef inline void merge(double na, double* mean_a, double* m2_a, double nb, const double* mean_b, const double* m2_b,
+                       Py_ssize_t width) noexcept nogil:
+    """Merge part b, of nb values, into part a, of na > 0: for width neighbouring columns that have the same counts."""
+    cdef double share = nb / (na + nb)
+    cdef double weight = na * share
+    cdef double d
+    cdef Py_ssize_t j
+    for j in range(width):
+        d = mean_b[j] - mean_a[j]
+        mean_a[j] += d * share
+        m2_a[j] += m2_b[j] + d * d * weight
+
+
+cdef inline void add(double* first_a, double* second_a, const double* first_b, const double* second_b,
+                     Py_ssize_t width) noexcept nogil:
+    """The same for plain sums (the gradient's)."""
+    cdef Py_ssize_t j
+    for j in range(width):
+        first_a[j] += first_b[j]
+        second_a[j] += second_b[j]

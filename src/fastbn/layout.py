@@ -1,0 +1,228 @@
+"""Any array is (outer, channels, inner).
+
+An axis, or a layout's name, says which axis holds the channels; the strides say in which order the others lie in memory.
+Axes that lie outside the channels are walked as one, axes inside them as another, and no copy is made where the strides
+allow that. The order comes from the sizes of the strides alone, never from their signs or from gaps, so that a sliced or
+reversed array is walked exactly like its contiguous copy, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import must
+from .kernels import Plan
+
+# name -> (channel axis, number of dimensions or None for any)
+LAYOUTS: Final[dict[str, tuple[int, int | None]]] = {
+    "NC": (1, 2),
+    "NCL": (1, 3),
+    "NLC": (2, 3),
+    "NCHW": (1, 4),
+    "NHWC": (3, 4),
+    "NCDHW": (1, 5),
+    "NDHWC": (4, 5),
+    "channels_first": (1, None),
+    "channels_last": (-1, None),
+}
+
+Axis = int | tuple[int, ...]
+Strides = tuple[int, ...]
+Triple = tuple[int, int, int]
+
+
+def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
+    """Return the channel axes of an array, not negative, in the order given.
+
+    Parameters
+    ----------
+    axis : int or tuple of ints
+        As the user gave it; -1, the default of every function, also stands for "not given" beside a layout.
+    layout : str or None
+        A name of `LAYOUTS`.
+    ndim : int
+        Number of dimensions of the array.
+
+    Returns
+    -------
+    tuple of ints
+        The axes.
+
+    Raises
+    ------
+    TypeError
+        If axis is not made of integers or layout is not a string.
+    ValueError
+        If an axis is out of range or occurs twice, the layout is unknown or of another rank, or both disagree.
+    """
+    if ndim == 0:
+        raise ValueError(must("x", "have at least 1 dimension", "a scalar"))
+    try:
+        axes = _normalized(axis, ndim)
+    except TypeError:
+        raise TypeError(must("axis", "be an int or a tuple of ints", repr(axis))) from None
+    if layout is None:
+        return axes
+    if not isinstance(layout, str):
+        raise TypeError(must("layout", "be a string or None", repr(layout)))
+    if layout not in LAYOUTS:
+        raise ValueError(must("layout", "be one of " + ", ".join(LAYOUTS), repr(layout)))
+    named, rank = LAYOUTS[layout]
+    if rank is not None and ndim != rank:
+        raise ValueError(must("x", f"have {rank} dimensions with layout {layout!r}", ndim))
+    if named >= ndim:
+        raise ValueError(must("x", f"have at least {named + 1} dimensions with layout {layout!r}", ndim))
+    channels = (named % ndim,)
+    if axes != channels and axis != -1:
+        raise ValueError(must("axis", f"agree with layout {layout!r}, whose channel axis is {named}", repr(axis)))
+    return channels
+
+
+def checked_axis(axis: Any, layout: str | None) -> int | tuple[int, ...]:
+    """Return an axis as plain ints, checked as far as that goes without an array."""
+    try:
+        plain = tuple(map(operator.index, axis)) if isinstance(axis, tuple | list) else operator.index(axis)
+    except TypeError:
+        raise TypeError(must("axis", "be an int or a tuple of ints", repr(axis))) from None
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(must("layout", "be one of " + ", ".join(LAYOUTS), repr(layout)))
+    return plain
+
+
+@lru_cache(maxsize=256)
+def _normalized(axis: Any, ndim: int) -> tuple[int, ...]:
+    if isinstance(axis, bool | np.bool_):
+        raise TypeError
+    given = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    if not given:
+        raise ValueError(must("axis", "name at least one axis", repr(axis)))
+    axes = []
+    for value in given:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        index = operator.index(value)
+        if not -ndim <= index < ndim:
+            raise ValueError(must("axis", f"be in {-ndim} to {ndim - 1} for x of {ndim} dimensions", repr(axis)))
+        axes.append(index % ndim)
+    if len(set(axes)) != len(axes):
+        raise ValueError(must("axis", "name each axis once", repr(axis)))
+    return tuple(axes)
+
+
+def _memory_order(shape: Sequence[int], strides: Sequence[int], axes: tuple[int, ...]) -> list[int]:
+    """Return axes from the outermost in memory to the innermost; the channel axes stand together, at the last's place.
+
+    An axis of one index, or of stride 0, has no place in memory of its own: it stays where it is written.
+    """
+    order: list[int] = []
+    for axis in range(len(shape)):
+        if axis in axes[:-1]:
+            continue
+        at = len(order)
+        for i in range(len(order) - 1, -1, -1):
+            other = order[i]
+            if 1 in (shape[axis], shape[other]) or 0 in (strides[axis], strides[other]):
+                continue
+            if abs(strides[other]) >= abs(strides[axis]):
+                break
+            at = i
+        order.insert(at, axis)
+    at = order.index(axes[-1])
+    order[at:at] = axes[:-1]
+    return order
+
+
+def _collapsed(shape: Sequence[int], strides: Sequence[int], axes: Sequence[int]) -> tuple[int, int] | None:
+    """Return (extent, stride) of several axes walked as one, or None where no single stride walks them."""
+    extent, stride, reach = 1, 0, 0
+    for axis in reversed(axes):
+        if shape[axis] == 1:
+            continue
+        if extent == 1:
+            stride = reach = strides[axis]
+        elif strides[axis] != reach:
+            return None
+        extent *= shape[axis]
+        reach *= shape[axis]
+    return extent, stride
+
+
+def _canonical(
+    shape: Sequence[int], strides: Strides, order: Sequence[int], axes: tuple[int, ...], itemsize: int
+) -> tuple[Triple, Triple] | None:
+    """Return ((outer, channels, inner), their strides in values), or None where a copy is needed."""
+    at = order.index(axes[0])
+    parts = (order[:at], axes, order[at + len(axes) :])
+    triples = [_collapsed(shape, strides, part) for part in parts]
+    if any(t is None or t[1] % itemsize for t in triples):
+        return None
+    (n, sn), (c, sc), (s, ss) = triples  # type: ignore[misc]
+    return (n, c, s), (sn // itemsize, sc // itemsize, ss // itemsize)
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    shape: tuple[int, ...], axes: tuple[int, ...], wide: bool, x: Strides, dy: Strides | None, y: Strides | None
+) -> Plan | None:
+    """Return the plan of a call on arrays of one shape, or None where the strides of one of them need a copy.
+
+    Parameters
+    ----------
+    shape : tuple of ints
+        Shape of x, without zeros.
+    axes : tuple of ints
+        Channel axes.
+    wide : bool
+        Whether the data are float64.
+    x, dy, y : tuple of ints or None
+        Strides in bytes of x, of the gradient that comes in, and of the result. The order of x decides.
+
+    Returns
+    -------
+    Plan or None
+        For drivers: dy is the first operand and x the second where dy is given.
+    """
+    itemsize = 8 if wide else 4
+    order = _memory_order(shape, x, axes)
+    forms = [None if s is None else _canonical(shape, s, order, axes, itemsize) for s in (x, dy, y)]
+    if any(s is not None and f is None for s, f in zip((x, dy, y), forms)):
+        return None
+    form_x, form_dy, form_y = forms
+    assert form_x is not None
+    strides_y = None if form_y is None else form_y[1]
+    if form_dy is None:
+        return Plan(form_x[0], wide, form_x[1], None, strides_y)
+    return Plan(form_x[0], wide, form_dy[1], form_x[1], strides_y)
+
+
+def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
+    """Return a copy of x, of the same shape, that has a plan: in x's own order of axes if that has one."""
+    copy = x.copy(order="K")
+    if plan(copy.shape, axes, copy.dtype.itemsize == 8, copy.strides, None, None) is not None:
+        return copy
+    others = tuple(a for a in range(x.ndim) if a not in axes)
+    forward = others + axes
+    moved = np.ascontiguousarray(x.transpose(forward))
+    return moved.transpose(np.argsort(forward))
+
+
+def like(x: NDArray[Any]) -> NDArray[Any]:
+    """Return an uninitialized array of x's shape, type and order of axes in memory."""
+    return np.empty_like(x, order="K", subok=False)
+
+
+def channel_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that parameters and statistics have."""
+    return tuple(shape[a] for a in axes)
+
+
+def values_per_channel(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    """Return how many values a channel has."""
+    return math.prod(n for a, n in enumerate(shape) if a not in axes)
