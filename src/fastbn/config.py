@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import kernels
 from .errors import must
+from .kernels import _cpu, dispatch
 from .threads import thread_info
 
 
@@ -30,7 +30,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        With mode "dicts": keys "fastbn", "python", "numpy", "machine", "level", "levels" and "threads".
+        With mode "dicts": keys "fastbn", "python", "numpy", "machine", "level" (of the kernels in use),
+        "levels_built", "levels_supported" (by the processor) and "threads".
 
     Raises
     ------
@@ -40,7 +41,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Examples
     --------
     >>> import fastbn
-    >>> fastbn.show_config(mode="dicts")["level"] in fastbn.show_config(mode="dicts")["levels"]
+    >>> fastbn.show_config(mode="dicts")["level"] in ("base", "v3", "v4")
     True
     """
     if mode not in ("stdout", "dicts"):
@@ -50,8 +51,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": platform.machine(),
-        "level": kernels.LEVEL,
-        "levels": list(kernels.LEVELS),
+        "level": dispatch.level,
+        "levels_built": list(dispatch.built()),
+        "levels_supported": list(_cpu.supported()),
         "threads": thread_info(),
     }
     if mode == "dicts":

@@ -1,25 +1,21 @@
-"""The compiled kernels, and the level of them that this process uses."""
+"""The compiled kernels, at the level that this process uses."""
 
-from types import ModuleType
 from typing import Any
 
 from numpy.typing import NDArray
 
-from . import _interleaved_base, _planar_base
+from . import dispatch
 from ._plan import OPERATIONS, Plan
 
 Array = NDArray[Any]
-
-LEVELS = ("base",)
-LEVEL = "base"
-_DRIVERS: tuple[ModuleType, ModuleType] = (_planar_base, _interleaved_base)
-_RUN = tuple(driver.run for driver in _DRIVERS)
 
 MOMENTS = OPERATIONS["moments"]
 NORMALIZE = OPERATIONS["normalize"]
 TRAIN = OPERATIONS["train"]
 GRADIENT = OPERATIONS["gradient"]
 FROZEN = OPERATIONS["frozen"]
+
+_run = tuple(driver.run for driver in dispatch.drivers(dispatch.level))
 
 
 def run(
@@ -37,7 +33,25 @@ def run(
     second: Array | None,
     threads: int,
 ) -> None:
-    """Carry out a plan with the driver of its pattern; see `_planar.run`."""
-    _RUN[plan.pattern](
+    """Carry out a plan with the driver of its pattern.
+
+    Parameters
+    ----------
+    plan : Plan
+        What to do; see `fastbn.layout.plan`.
+    operation : int
+        `MOMENTS`, `NORMALIZE`, `TRAIN`, `GRADIENT` or `FROZEN`.
+    u, v, y : ndarray or None
+        x, None and the result; in a gradient dy, x and dx.
+    gamma, beta, mean, variance : one-dimensional ndarray or None
+        Parameters, float32 or float64 of any stride.
+    epsilon : float
+        Added to the variance.
+    first, second : contiguous ndarray of float64, or None
+        Results per channel: mean and sum of squared deviations; in a gradient sum(dy) and sum(dy * (x - mean)).
+    threads : int
+        Size of the team.
+    """
+    _run[plan.pattern](
         plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads
     )
