@@ -94,8 +94,12 @@ def writable(array: Array, name: str) -> None:
         raise ValueError(must(name, "be writable", "a read-only array"))
     if not array.flags.aligned:
         raise ValueError(must(name, "be aligned", "an unaligned array"))
-    if not array.flags.forc and any(n > 1 and s == 0 for n, s in zip(array.shape, array.strides)):
-        raise ValueError(must(name, "have a place of its own for every value", f"strides {array.strides}"))
+    if not array.flags.forc:
+        reach = array.itemsize
+        for stride, extent in sorted((abs(s), n) for s, n in zip(array.strides, array.shape) if n > 1):
+            if stride < reach:
+                raise ValueError(must(name, "have a place of its own for every value", f"strides {array.strides}"))
+            reach = stride * (extent - 1) + reach
 
 
 def output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> Array:

@@ -155,7 +155,7 @@ def forward(
     x = checks.data(x, "x")
     axes = layouts.channel_axes(axis, layout, x.ndim)
     shape = layouts.channel_shape(x.shape, axes)
-    mode = modes.functional_mode(checks.flag(training, "training"), checks.flag(update, "update"))
+    mode = modes.functional_mode(checks.flag(training, "training"), update is not None and checks.flag(update, "update"))
     epsilon = checks.epsilon(epsilon)
     momentum = checks.momentum(momentum)
     ddof = checks.ddof(ddof)
@@ -169,6 +169,9 @@ def forward(
         moving_mean = checks.moving(moving_mean, "moving_mean", shape)
         moving_variance = checks.moving(moving_variance, "moving_variance", shape)
         checks.apart(moving_mean, "moving_mean", moving_variance=moving_variance)
+        if keep != "nothing":  # the cache refers to x, which the update must not change
+            checks.apart(moving_mean, "moving_mean", x=x)
+            checks.apart(moving_variance, "moving_variance", x=x)
     elif mode == "inference":
         moving_mean = checks.required(moving_mean, name_mean, shape)
         moving_variance = checks.required(moving_variance, name_variance, shape)
@@ -185,6 +188,7 @@ def forward(
         statistics_in = {name_mean: moving_mean, name_variance: moving_variance}
         checks.apart(y, "out", gamma=weight, beta=bias, **statistics_in)
 
+    kept_gamma = None if keep == "nothing" or weight is None else weight.copy()
     arguments = {"gamma": weight, "beta": bias, "epsilon": epsilon, "out": y}
     if mode == "inference":
         if x.size:
@@ -200,7 +204,7 @@ def forward(
     if keep == "nothing":
         return y, None
     kept = None if out is not None and checks.overlap(y, x) else x
-    return y, Cache(kept, axes, mode, statistics, None if weight is None else weight.copy(), epsilon)
+    return y, Cache(kept, axes, mode, statistics, kept_gamma, epsilon)
 
 
 def batch_statistics(
@@ -678,6 +682,8 @@ def fold(
     axes = layouts.channel_axes(axis, None, kernel.ndim)
     shape = layouts.channel_shape(kernel.shape, axes)
     # Both are batch norms in inference themselves: of the weight, around mean 0, and of the bias as a batch of one.
+    if not hasattr(bn, "inference_parameters"):
+        raise TypeError(must("bn", "be a BatchNorm", type(bn).__name__))
     parameters = bn.inference_parameters()
     if parameters.moving_mean.shape != shape:
         raise ValueError(must("weight", f"have {parameters.moving_mean.shape} channels along axis {axis}", shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -22,6 +23,19 @@ class _Arrays(NamedTuple):
     beta: Array | None
     moving_mean: Array
     moving_variance: Array
+
+
+# In a forked child another thread's lock would stay locked for ever.
+_alive: weakref.WeakSet[BatchNorm] = weakref.WeakSet()
+
+
+def _unlock_after_fork() -> None:
+    for layer in _alive:
+        layer._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 class InferenceParameters(NamedTuple):
@@ -126,6 +140,7 @@ class BatchNorm:
         self._arrays: _Arrays | None = None
         self._may_warn = True
         self._lock = threading.Lock()
+        _alive.add(self)
         self._last = threading.local()  # the cache of each thread's last call
         if num_features is not None:
             self.build(num_features)
@@ -454,12 +469,12 @@ class BatchNorm:
         config = fields["config"]
         try:
             if not isinstance(config, dict) or set(config) != set(_DEFAULTS):
-                raise ValueError(must("config", "have exactly the arguments of a layer", repr(config)))
+                raise ValueError("config must have exactly the arguments of a layer, got others")
             if isinstance(config.get("axis"), list):
                 config["axis"] = tuple(config["axis"])
             layer = cls(**config)
             layer.load_state_dict(arrays | {"batches": fields["batches"]})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise StateError(f"{os.fspath(path)}: {error}") from error
         state.check_statistics(path, layer.moving_mean.reshape(-1), layer.moving_variance.reshape(-1))
         return layer

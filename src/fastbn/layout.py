@@ -64,10 +64,7 @@ def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
     """
     if ndim == 0:
         raise ValueError(must("x", "have at least 1 dimension", "a scalar"))
-    try:
-        axes = _normalized(axis, ndim)
-    except TypeError:
-        raise TypeError(must("axis", "be an int or a tuple of ints", repr(axis))) from None
+    axes = _normalized(_plain(axis), ndim)
     if layout is None:
         return axes
     if not isinstance(layout, str):
@@ -87,30 +84,39 @@ def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
 
 def checked_axis(axis: Any, layout: str | None) -> int | tuple[int, ...]:
     """Return an axis as plain ints, checked as far as that goes without an array."""
-    try:
-        plain = tuple(map(operator.index, axis)) if isinstance(axis, tuple | list) else operator.index(axis)
-    except TypeError:
-        raise TypeError(must("axis", "be an int or a tuple of ints", repr(axis))) from None
+    plain = _plain(axis)
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(must("layout", "be one of " + ", ".join(LAYOUTS), repr(layout)))
     return plain
 
 
-@lru_cache(maxsize=256)
-def _normalized(axis: Any, ndim: int) -> tuple[int, ...]:
-    if isinstance(axis, bool | np.bool_):
+def _plain(axis: Any) -> Axis:
+    if type(axis) is int:
+        return axis
+    try:
+        if isinstance(axis, tuple | list):
+            return tuple(_index(a) for a in axis)
+        return _index(axis)
+    except TypeError:
+        raise TypeError(must("axis", "be an int or a tuple of ints", repr(axis))) from None
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool | np.bool_):
         raise TypeError
-    given = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    return operator.index(value)
+
+
+@lru_cache(maxsize=256)
+def _normalized(axis: Axis, ndim: int) -> tuple[int, ...]:
+    given = axis if isinstance(axis, tuple) else (axis,)
     if not given:
         raise ValueError(must("axis", "name at least one axis", repr(axis)))
     axes = []
     for value in given:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        index = operator.index(value)
-        if not -ndim <= index < ndim:
+        if not -ndim <= value < ndim:
             raise ValueError(must("axis", f"be in {-ndim} to {ndim - 1} for x of {ndim} dimensions", repr(axis)))
-        axes.append(index % ndim)
+        axes.append(value % ndim)
     if len(set(axes)) != len(axes):
         raise ValueError(must("axis", "name each axis once", repr(axis)))
     return tuple(axes)

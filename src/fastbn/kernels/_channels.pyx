@@ -23,8 +23,11 @@ def update_moving(moving_mean, moving_variance, mean, variance, double divisor, 
     bind_parameter(&new_mean, mean)
     bind_parameter(&new_variance, variance)
     for c in range(moving_mean.shape[0]):
-        m = momentum * load(&old_mean, c, 0) + (1 - momentum) * load(&new_mean, c, 0)
-        s = momentum * load(&old_variance, c, 0) + (1 - momentum) * (load(&new_variance, c, 0) / divisor)
+        m = (1 - momentum) * load(&new_mean, c, 0)
+        s = (1 - momentum) * (load(&new_variance, c, 0) / divisor)
+        if momentum != 0:  # else a NaN of the past would stay
+            m += momentum * load(&old_mean, c, 0)
+            s += momentum * load(&old_variance, c, 0)
         store(&old_mean, c, m)
         store(&old_variance, c, s)
 

@@ -23,7 +23,6 @@ from ._plan cimport Plan
 from .job cimport Job, Operand, Operation, coefficients, load
 from .lanes cimport LANES, apply_rows, reduce_rows
 from .moments cimport add, from_sums, merge
-from .stage cimport whole
 
 cdef enum:
     BLOCK = 32768      # values of a block of rows: 128 KB of float32 stay in the second level cache
@@ -32,6 +31,11 @@ cdef enum:
     CHUNK = 512        # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time
     WAVE = 1 << 26     # values between two looks for signals
+
+
+cdef inline Py_ssize_t whole(Py_ssize_t n) noexcept nogil:
+    """n rounded up to whole lanes."""
+    return (n + LANES - 1) // LANES * LANES
 
 
 cdef struct Cut:

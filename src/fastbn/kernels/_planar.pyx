@@ -6,8 +6,8 @@ Traffic      training reads x once and writes y once from memory while a channel
              second read comes from there); where it does not, x is read twice. Inference: one read, one write.
 Accuracy     a part is at most TILE values (or one image group of as many), summed in float64 relative to its first
              value; parts merge in order by Chan's formula (moments.pxd).
-Parallel     over groups of neighbouring channels; where channels are few or large, over (group, stretch of tiles) with
-             one step that merges. Parts are cut by shape alone and every channel merges its own in order, so neither
+Parallel     over groups of neighbouring channels; where channels are few or large, over stretches of memory, once to
+             sum and once to apply. Parts are cut by shape alone and every channel merges its own in order, so neither
              the threads nor the way taken change a bit.
 """
 from cython cimport floating
@@ -19,7 +19,6 @@ from ._plan cimport Plan
 from .job cimport Job, Operand, Operation, coefficients, load
 from .lanes cimport LANES, apply_run, reduce_run
 from .moments cimport add, fold, from_sums, merge
-from .stage cimport gather, scatter, whole
 
 cdef enum:
     TILE = 4096            # values of a part: float32 and its result fill half of a 32 KB first level cache
@@ -35,76 +34,78 @@ cdef struct Cut:
     Py_ssize_t length      # of a tile's runs
     Py_ssize_t segments    # tiles per image where runs are longer than a tile, else 1
     Py_ssize_t tiles       # per channel
-    Py_ssize_t group       # channels per task
-    Py_ssize_t groups
+    Py_ssize_t group       # channels whose lanes are kept side by side
+    Py_ssize_t span        # channels per task
+    Py_ssize_t spans
     Py_ssize_t stretch     # tiles per task
     Py_ssize_t stretches
     Py_ssize_t wave        # tasks between two looks for signals
-    bint fused             # one task does all of a group
+    bint fused             # one task does all of its channels
 
 
 cdef Cut cut(const Job* job, Py_ssize_t itemsize) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * (2 if job.reads_pair else 1)
     cdef Py_ssize_t tile_bytes
-    k.length = min(job.inner, <Py_ssize_t> TILE)
-    k.segments = (job.inner + k.length - 1) // k.length
+    # The first four decide about parts, so they depend on the shape alone.
+    k.segments = (job.inner + TILE - 1) // TILE
+    k.length = (job.inner + k.segments - 1) // k.segments
     k.images = max(<Py_ssize_t> 1, TILE // k.length) if k.segments == 1 else 1
     k.tiles = (job.outer + k.images - 1) // k.images * k.segments
-    k.group = max(<Py_ssize_t> 1, min(min(<Py_ssize_t> GROUP, LONG_RUN // job.inner), job.channels // job.threads))
-    k.groups = (job.channels + k.group - 1) // k.group
-    k.fused = job.reduces and job.applies and channel_bytes * k.group <= CACHED and k.groups >= 2 * job.threads
-    tile_bytes = k.images * k.length * k.group * itemsize
-    k.stretch = k.tiles if k.fused else max(<Py_ssize_t> 1, STRETCH // tile_bytes)
+    k.group = max(<Py_ssize_t> 1, min(<Py_ssize_t> GROUP, LONG_RUN // job.inner))
+    k.fused = (job.reduces and job.applies and channel_bytes * k.group <= CACHED
+               and job.channels >= 2 * job.threads * k.group)
+    tile_bytes = k.images * k.length * itemsize
+    if k.fused:
+        k.span = k.group
+        k.stretch = k.tiles
+    else:  # in the order of memory
+        k.span = min(job.channels, max(k.group, STRETCH // tile_bytes // k.group * k.group))
+        k.stretch = max(<Py_ssize_t> 1, STRETCH // (tile_bytes * k.span))
+    k.spans = (job.channels + k.span - 1) // k.span
     k.stretches = (k.tiles + k.stretch - 1) // k.stretch
-    k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.stretch))
+    k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.span * k.stretch))
     return k
 
 
-cdef inline void reduce_strided(const Job* job, const floating* u, const floating* v, Py_ssize_t n, double p, double q,
-                                double* first, double* second) noexcept nogil:
-    """One run of any stride and length into the lanes. Padding adds nothing: it is p itself, which *reduce* subtracts."""
-    cdef floating ub[4 * LANES]
-    cdef floating vb[4 * LANES]
-    cdef Py_ssize_t i = 0, m, su = job.u.inner, sv = job.v.inner
-    if su == 1 and (sv == 1 or not job.reads_pair):
-        i = n // LANES * LANES
-        if job.reads_pair:
-            reduce_run(u, v, i, p, q, True, first, second)
-        else:
-            reduce_run(u, u, i, p, p, False, first, second)
-    while i < n:
-        m = min(n - i, <Py_ssize_t> 4 * LANES)
-        gather(u + i * su, su, m, <floating> p, ub)
-        if job.reads_pair:
-            gather(v + i * sv, sv, m, 0, vb)
-            reduce_run(ub, vb, whole(m), p, q, True, first, second)
-        else:
-            reduce_run(ub, ub, whole(m), p, p, False, first, second)
-        i += m
+cdef inline const floating* stage(const floating* x, Py_ssize_t stride, Py_ssize_t n, floating pad,
+                                  floating* tile) noexcept nogil:
+    """A run as *reduce* and *apply* want it: x itself where it is contiguous, else a copy of at least LANES values."""
+    cdef Py_ssize_t i
+    if stride == 1 and n >= LANES:
+        return x
+    for i in range(n):
+        tile[i] = x[i * stride]
+    for i in range(n, LANES):
+        tile[i] = pad
+    return tile
 
 
-cdef inline void apply_strided(const Job* job, const floating* u, const floating* v, floating* y, Py_ssize_t n,
-                               floating p, floating a, floating c, floating q, floating b) noexcept nogil:
-    cdef floating ub[4 * LANES]
-    cdef floating vb[4 * LANES]
-    cdef Py_ssize_t i = 0, m, su = job.u.inner, sv = job.v.inner, sy = job.y.inner
-    if su == 1 and sy == 1 and (sv == 1 or not job.writes_pair):
-        i = n // LANES * LANES
-        if job.writes_pair:
-            apply_run(u, v, y, i, p, a, c, q, b, True)
-        else:
-            apply_run(u, u, y, i, p, a, c, q, b, False)
-    while i < n:
-        m = min(n - i, <Py_ssize_t> 4 * LANES)
-        gather(u + i * su, su, m, 0, ub)
-        if job.writes_pair:
-            gather(v + i * sv, sv, m, 0, vb)
-            apply_run(ub, vb, ub, whole(m), p, a, c, q, b, True)
-        else:
-            apply_run(ub, ub, ub, whole(m), p, a, c, q, b, False)
-        scatter(ub, m, y + i * sy, sy)
-        i += m
+cdef inline void reduce_any(const Job* job, const floating* u, const floating* v, Py_ssize_t n, double p, double q,
+                            double* first, double* second, floating* tile) noexcept nogil:
+    """A run of any stride and length into the lanes. Padding adds nothing: it is p, which *reduce* subtracts."""
+    u = stage(u, job.u.inner, n, <floating> p, tile)
+    if job.reads_pair:
+        v = stage(v, job.v.inner, n, 0, tile + TILE)
+        reduce_run(u, v, max(n, <Py_ssize_t> LANES), p, q, True, first, second)
+    else:
+        reduce_run(u, u, max(n, <Py_ssize_t> LANES), p, p, False, first, second)
+
+
+cdef inline void apply_any(const Job* job, const floating* u, const floating* v, floating* y, Py_ssize_t n,
+                           floating p, floating a, floating c, floating q, floating b, floating* tile) noexcept nogil:
+    cdef bint direct = job.y.inner == 1 and n >= LANES
+    cdef floating* z = y if direct else tile + 2 * TILE
+    cdef Py_ssize_t i
+    u = stage(u, job.u.inner, n, 0, tile)
+    if job.writes_pair:
+        v = stage(v, job.v.inner, n, 0, tile + TILE)
+        apply_run(u, v, z, max(n, <Py_ssize_t> LANES), p, a, c, q, b, True)
+    else:
+        apply_run(u, u, z, max(n, <Py_ssize_t> LANES), p, a, c, q, b, False)
+    if not direct:
+        for i in range(n):
+            y[i * job.y.inner] = z[i]
 
 
 cdef inline floating* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, floating* typed) noexcept nogil:
@@ -113,7 +114,7 @@ cdef inline floating* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_
 
 
 cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
-                      floating* typed) noexcept nogil:
+                      floating* buffer) noexcept nogil:
     """One tile of channels c0..c1 to its parts, lying as [channel][tile](first, second)."""
     cdef double first[GROUP * LANES]
     cdef double second[GROUP * LANES]
@@ -130,15 +131,15 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
             p[c] = 0
             q[c] = load(&job.mean, c0 + c, 0)
         else:
-            p[c] = at(&job.u, n0, c0 + c, s0, typed)[0]
+            p[c] = at(&job.u, n0, c0 + c, s0, buffer)[0]
             q[c] = p[c]
         for j in range(c * LANES, (c + 1) * LANES):
             first[j] = 0
             second[j] = 0
     for n in range(n0, n1):
         for c in range(c1 - c0):
-            reduce_strided(job, at(&job.u, n, c0 + c, s0, typed), at(&job.v, n, c0 + c, s0, typed), s1 - s0, p[c],
-                           q[c], first + c * LANES, second + c * LANES)
+            reduce_any(job, at(&job.u, n, c0 + c, s0, buffer), at(&job.v, n, c0 + c, s0, buffer), s1 - s0, p[c],
+                           q[c], first + c * LANES, second + c * LANES, buffer)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         part[0] = fold(first + c * LANES)
@@ -168,7 +169,7 @@ cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, const double
 
 
 cdef void apply_tiles(const Job* job, const Cut* k, Py_ssize_t t0, Py_ssize_t t1, Py_ssize_t c0, Py_ssize_t c1,
-                      floating* typed) noexcept nogil:
+                      floating* buffer) noexcept nogil:
     cdef floating p[GROUP]
     cdef floating a[GROUP]
     cdef floating shift[GROUP]
@@ -183,8 +184,8 @@ cdef void apply_tiles(const Job* job, const Cut* k, Py_ssize_t t0, Py_ssize_t t1
         length = min(k.length, job.inner - s0)
         for n in range(n0, min(n0 + k.images, job.outer)):
             for c in range(c1 - c0):
-                apply_strided(job, at(&job.u, n, c0 + c, s0, typed), at(&job.v, n, c0 + c, s0, typed),
-                              at(&job.y, n, c0 + c, s0, typed), length, p[c], a[c], shift[c], q[c], b[c])
+                apply_any(job, at(&job.u, n, c0 + c, s0, buffer), at(&job.v, n, c0 + c, s0, buffer),
+                              at(&job.y, n, c0 + c, s0, buffer), length, p[c], a[c], shift[c], q[c], b[c], buffer)
 
 
 cdef enum Step:
@@ -194,25 +195,32 @@ cdef enum Step:
 
 
 cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* typed) noexcept nogil:
-    """One group of channels along one stretch of tiles."""
-    cdef Py_ssize_t c0 = task // k.stretches * k.group
-    cdef Py_ssize_t c1 = min(c0 + k.group, job.channels)
-    cdef Py_ssize_t t0 = task % k.stretches * k.stretch
+    """One span of channels along one stretch of tiles."""
+    cdef floating buffer[3 * TILE]
+    cdef Py_ssize_t begin = task % k.spans * k.span
+    cdef Py_ssize_t end = min(begin + k.span, job.channels)
+    cdef Py_ssize_t t0 = task // k.spans * k.stretch
     cdef Py_ssize_t t1 = min(t0 + k.stretch, k.tiles)
-    cdef Py_ssize_t t, c
+    cdef Py_ssize_t t, c, g, groups = (end - begin + k.group - 1) // k.group
     if step != APPLY:
         for t in range(t0, t1):
-            reduce_tile(job, k, t, c0, c1, parts, typed)
+            for g in range(groups):
+                c = begin + g * k.group
+                reduce_tile(job, k, t, c, min(c + k.group, end), parts, buffer)
     if step == BOTH:
-        for c in range(c0, c1):
+        for c in range(begin, end):
             merge_channel(job, k, c, parts)
-    if step != REDUCE:
-        apply_tiles(job, k, t0, t1, c0, c1, typed)
+        apply_tiles(job, k, t0, t1, begin, end, buffer)
+    if step == APPLY:
+        for t in range(t0, t1):
+            for g in range(groups):
+                c = begin + g * k.group
+                apply_tiles(job, k, t, t + 1, c, min(c + k.group, end), buffer)
 
 
 cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* typed) except -1:
     """All tasks of a step, in waves, looking for signals in between."""
-    cdef Py_ssize_t tasks = k.groups * k.stretches, begin = 0, end, task
+    cdef Py_ssize_t tasks = k.spans * k.stretches, begin = 0, end, task
     cdef int threads = job.threads
     while begin < tasks:
         end = min(begin + k.wave, tasks)

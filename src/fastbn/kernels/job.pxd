@@ -61,7 +61,7 @@ cdef inline double reciprocal_deviation(double variance, double epsilon) noexcep
 
 cdef inline void coefficients(const Job* job, Py_ssize_t c, floating* p, floating* a, floating* shift, floating* q,
                               floating* b) noexcept nogil:
-    """One channel's numbers for *apply*: y = (u - p) * a + shift, or (u - p) * a + ((v - q) * b + shift).
+    """One channel's numbers for *apply*: y = (u - p) * a + shift, or ((u - p) + ((v - q) * b + shift)) * a.
 
     What is subtracted from the data is the leading part of a mean, in the type of the data; what that rounding left
     over goes, scaled, into the shift. So the result is as exact on data far from zero as on data around it.
@@ -83,13 +83,14 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c, floating* p, floatin
         p[0] = 0
         shift[0] = 0
     elif job.operation == GRADIENT:
-        # dx = gamma r (dy - sum(dy) / m - (x - mean) r^2 sum(dy (x - mean)) / m)
+        # dx = gamma r (dy - sum(dy) / m - (x - mean) r dgamma / m); never r^3, which data far from 1 would take out of
+        # range
         k = job.first[c] / count
-        slope = -scale * r * r * (job.second[c] / count)
+        slope = -r * (job.second[c] * r / count)
         p[0] = <floating> k
         q[0] = <floating> mean
         b[0] = <floating> slope
-        shift[0] = <floating> (-(k - p[0]) * scale - (mean - q[0]) * slope)
+        shift[0] = <floating> (-(k - p[0]) - (mean - q[0]) * slope)
     else:
         p[0] = <floating> mean
         shift[0] = <floating> (load(&job.beta, c, 0) - (mean - p[0]) * scale)
