@@ -14,7 +14,7 @@ from .errors import must
 Array = NDArray[Any]
 
 _DATA_TYPES: Final = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
-_DATA_TYPES_SWAPPED: Final = frozenset(t.newbyteorder() for t in _DATA_TYPES)
+_DATA_TYPES_SWAPPED: Final = frozenset(np.dtype(t).newbyteorder() for t in (np.float32, np.float64))
 _DLPACK_CPU: Final = 1
 
 
@@ -33,7 +33,9 @@ def as_array(value: Any, name: str) -> Array:
         try:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError) as error:
-            raise TypeError(must(name, "be convertible to a NumPy array", f"{type(value).__name__}: {error}")) from error
+            raise TypeError(
+                must(name, "be convertible to a NumPy array", f"{type(value).__name__}: {error}")
+            ) from error
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -125,7 +127,7 @@ def overlap(a: Array, b: Array | None) -> bool:
     if b is None or not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # any integer will do
     except np.exceptions.TooHardError:
         return True
 
@@ -146,7 +148,7 @@ def in_place_or_apart(out: Array, name: str, source: Array, source_name: str) ->
 def real(value: Any, name: str, low: float, high: float, words: str) -> float:
     """Return a finite number in a closed range as a float."""
     if type(value) is not float:
-        if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "ndim", 0):
+        if isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value):
             raise TypeError(must(name, "be a real number", repr(value)))
         try:
             value = float(value)

@@ -117,9 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Count, mean and M2 per channel of a float32 or float64 file, in constant memory.",
     )
     stats.add_argument("file", metavar="FILE.npy")
-    stats.add_argument(
-        "--axis", type=int, default=-1, metavar="N", help="the channel axis (default: the last)"
-    )
+    stats.add_argument("--axis", type=int, default=-1, metavar="N", help="the channel axis (default: the last)")
     _output_options(stats, "M.npz")
     stats.set_defaults(run=_stats)
 
@@ -152,12 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a small network on the digits of scikit-learn; print tables, save plots.",
     )
     demo.add_argument("--quick", action="store_true", help="fewer epochs and timings")
-    demo.add_argument(
-        "--output", default="fastbn-demo", metavar="DIR", help="for the plots (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="of weights and batches (default: 0)"
-    )
+    demo.add_argument("--output", default="fastbn-demo", metavar="DIR", help="for the plots (default: %(default)s)")
+    demo.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights and batches (default: 0)")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)
     return parser
@@ -228,9 +222,7 @@ def _merge(args: argparse.Namespace) -> None:
     for path in args.others:
         other, other_axis = stream.load_moments(path)
         if other.mean.shape != moments.mean.shape:
-            raise ValueError(
-                f"{path} must have {moments.mean.size} channels like {args.first}, got {other.mean.size}"
-            )
+            raise ValueError(f"{path} must have {moments.mean.size} channels like {args.first}, got {other.mean.size}")
         moments.merge(other)
         axis = axis if axis == other_axis else None
     stream.save_moments(args.output, moments, axis)

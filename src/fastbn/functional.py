@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, kernels, layout as layouts, modes
+from . import checks, kernels, modes
+from . import layout as layouts
 from .errors import must
 from .kernels import _channels
 from .threads import get_num_threads
@@ -125,9 +126,7 @@ def run(
             out[...] = out2
         return
     u, v = (x, None) if dy is None else (dy, x)
-    kernels.run(
-        plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, _team(x.size)
-    )
+    kernels.run(plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, _team(x.size))
 
 
 def forward(
@@ -155,7 +154,9 @@ def forward(
     x = checks.data(x, "x")
     axes = layouts.channel_axes(axis, layout, x.ndim)
     shape = layouts.channel_shape(x.shape, axes)
-    mode = modes.functional_mode(checks.flag(training, "training"), update is not None and checks.flag(update, "update"))
+    mode = modes.functional_mode(
+        checks.flag(training, "training"), update is not None and checks.flag(update, "update")
+    )
     epsilon = checks.epsilon(epsilon)
     momentum = checks.momentum(momentum)
     ddof = checks.ddof(ddof)
@@ -207,9 +208,7 @@ def forward(
     return y, Cache(kept, axes, mode, statistics, kept_gamma, epsilon)
 
 
-def batch_statistics(
-    x: Array, axes: tuple[int, ...], count: int, operation: int, **arguments: Any
-) -> Statistics:
+def batch_statistics(x: Array, axes: tuple[int, ...], count: int, operation: int, **arguments: Any) -> Statistics:
     """Carry out an operation that finds the moments of a batch, and return them; zeros for an empty batch."""
     channels = math.prod(layouts.channel_shape(x.shape, axes))
     mean, m2 = np.zeros(channels), np.zeros(channels)
@@ -414,9 +413,7 @@ def batch_norm_forward(
     return y, cache
 
 
-def batch_norm_backward(
-    dy: ArrayLike, cache: Cache, *, out: Array | None = None
-) -> tuple[Array, Array, Array]:
+def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None) -> tuple[Array, Array, Array]:
     """Return the gradient of a batch norm.
 
     With r = 1 / sqrt(variance + epsilon) and m values per channel, through the statistics of the batch::
@@ -618,9 +615,9 @@ def update_moving(
     target_mean = checks.moving(moving_mean, "moving_mean", shape)
     target_variance = checks.moving(moving_variance, "moving_variance", shape)
     checks.apart(target_mean, "moving_mean", moving_variance=target_variance)
-    statistics = Statistics(
-        checks.required(mean, "mean", shape), checks.required(variance, "variance", shape)
-    )
+    statistics = Statistics(checks.required(mean, "mean", shape), checks.required(variance, "variance", shape))
+    for target, name in ((target_mean, "moving_mean"), (target_variance, "moving_variance")):
+        checks.apart(target, name, mean=statistics.mean, variance=statistics.variance)
     share = checks.momentum(momentum)
     degrees = checks.ddof(ddof)
     if count is None:
@@ -633,9 +630,7 @@ def update_moving(
         store_moving(target_mean, target_variance, statistics, values, share, degrees)
 
 
-def fold(
-    weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm, *, axis: int
-) -> tuple[Array, Array]:
+def fold(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm, *, axis: int) -> tuple[Array, Array]:
     """Fold a batch norm in inference into the dense or convolution layer before it.
 
     With s = gamma / sqrt(moving_variance + epsilon)::

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, functional, layout as layouts, modes, state
+from . import checks, functional, modes, state
+from . import layout as layouts
 from .errors import StateError, UntrainedWarning, must
 
 Array = NDArray[Any]
@@ -131,7 +132,7 @@ class BatchNorm:
         self.scale = checks.flag(scale, "scale")
         self.ddof = checks.ddof(ddof)
         self.dtype = None if dtype is None else _parameter_dtype(dtype)
-        self.trainable = checks.flag(trainable, "trainable")
+        self._trainable = checks.flag(trainable, "trainable")
         if name is not None and not isinstance(name, str):
             raise TypeError(must("name", "be a string or None", repr(name)))
         self.name = name
@@ -144,6 +145,15 @@ class BatchNorm:
         self._last = threading.local()  # the cache of each thread's last call
         if num_features is not None:
             self.build(num_features)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer learns; False freezes it."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._trainable = checks.flag(value, "trainable")
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -515,7 +525,7 @@ def _feature_shape(num_features: Any) -> tuple[int, ...]:
 
 
 def _parameter_dtype(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
-    given = np.dtype(dtype)
+    given: np.dtype[Any] = np.dtype(dtype)
     if given not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(must(name, "be float32 or float64", given))
-    return given.newbyteorder("=")
+    return given

@@ -1,9 +1,9 @@
 """Any array is (outer, channels, inner).
 
-An axis, or a layout's name, says which axis holds the channels; the strides say in which order the others lie in memory.
-Axes that lie outside the channels are walked as one, axes inside them as another, and no copy is made where the strides
-allow that. The order comes from the sizes of the strides alone, never from their signs or from gaps, so that a sliced or
-reversed array is walked exactly like its contiguous copy, and gives the same bits.
+An axis, or a layout's name, says which axis holds the channels; the strides say in which order the others lie in
+memory. Axes that lie outside the channels are walked as one, axes inside them as another, and no copy is made where the
+strides allow that. The order comes from the sizes of the strides alone, never from their signs or from gaps, so that a
+sliced or reversed array is walked exactly like its contiguous copy, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -175,7 +175,12 @@ def _canonical(
 
 @lru_cache(maxsize=4096)
 def plan(
-    shape: tuple[int, ...], axes: tuple[int, ...], wide: bool, x: Strides, dy: Strides | None, y: Strides | None
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    wide: bool,
+    x: Strides,
+    dy: Strides | None,
+    y: Strides | None,
 ) -> Plan | None:
     """Return the plan of a call on arrays of one shape, or None where the strides of one of them need a copy.
 

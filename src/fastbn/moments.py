@@ -8,7 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, kernels, layout as layouts
+from . import checks, kernels
+from . import layout as layouts
 from .errors import must
 from .functional import run
 from .kernels import _channels
@@ -71,9 +72,7 @@ class Moments:
             return np.full(self.mean.shape, np.nan)
         return _channels.variance(self.m2, max(self.count - degrees, 1))
 
-    def update(
-        self, x: ArrayLike, *, axis: int | tuple[int, ...] = -1, layout: str | None = None
-    ) -> Self:
+    def update(self, x: ArrayLike, *, axis: int | tuple[int, ...] = -1, layout: str | None = None) -> Self:
         """Add the values of a batch.
 
         Parameters
@@ -177,6 +176,8 @@ class Moments:
         result.count = checks.count(state["count"])
         result.mean = checks.required(state["mean"], "mean", shape).astype(np.float64)
         result.m2 = checks.required(state["m2"], "m2", shape).astype(np.float64)
+        if result.count == 0 and (result.mean.any() or result.m2.any()):
+            raise ValueError(must("mean and m2", "be 0 where count is 0", "other values"))
         if (result.m2 < 0).any():
             raise ValueError(must("m2", "not be negative", result.m2.min()))
         return result

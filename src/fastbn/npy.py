@@ -141,17 +141,13 @@ class NpyFile:
         return np.asarray(window).astype(self.dtype.newbyteorder("="), copy=False)
 
 
-def _read_header(
-    file: IO[bytes], path: str | os.PathLike[str]
-) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _read_header(file: IO[bytes], path: str | os.PathLike[str]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     start = file.read(len(np.lib.format.MAGIC_PREFIX))
     file.seek(0)
     if not start:
         raise ValueError(f"{path} is empty")
     if start.startswith(b"PK"):
-        raise ValueError(
-            f"{path} must be a .npy file, got an archive (.npz?): save its array with numpy.save"
-        )
+        raise ValueError(f"{path} must be a .npy file, got an archive (.npz?): save its array with numpy.save")
     if not np.lib.format.MAGIC_PREFIX.startswith(start):
         raise ValueError(f"{path} is not a .npy file")
     try:

@@ -169,9 +169,7 @@ def _read_header(npz: PlainNpz, kind: str | None) -> dict[str, Any]:
     if type(version) is not int or version < 1:
         npz.fail(f"has format version {version!r}")
     if version > VERSION:
-        npz.fail(
-            f"has format version {version}, this fastbn reads up to {VERSION}; upgrade fastbn to read it"
-        )
+        npz.fail(f"has format version {version}, this fastbn reads up to {VERSION}; upgrade fastbn to read it")
     _compare(npz, "header entry", head, _HEADER_KEYS)
     if head["kind"] not in KINDS:
         npz.fail(f"has unknown kind {head['kind']!r}")
@@ -250,9 +248,7 @@ def check_statistics(source: object, mean: ArrayLike, variance: ArrayLike, *, na
     """
     mean, variance = np.asarray(mean), np.asarray(variance)
     if mean.ndim != 1 or variance.shape != mean.shape:
-        raise StateError(
-            f"{source}: mean and {name} must have one shape (C,), got {mean.shape} and {variance.shape}"
-        )
+        raise StateError(f"{source}: mean and {name} must have one shape (C,), got {mean.shape} and {variance.shape}")
     if not np.isfinite(mean).all():
         raise StateError(f"{source}: mean must be finite")
     if not (np.isfinite(variance) & (variance >= 0)).all():

@@ -133,9 +133,7 @@ def normalize_file(
     arrays = {name: None if value is None else np.asarray(value) for name, value in vectors.items()}
     for name, array in arrays.items():
         if array is not None and array.shape != (count,):
-            raise ValueError(
-                f"{name} must have shape ({count},) for axis {axis} of {path}, got {array.shape}"
-            )
+            raise ValueError(f"{name} must have shape ({count},) for axis {axis} of {path}, got {array.shape}")
     dtype = source.dtype.newbyteorder("=")
     header = {
         "descr": np.lib.format.dtype_to_descr(dtype),

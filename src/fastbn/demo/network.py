@@ -122,9 +122,7 @@ class Network:
                 if found is not None:
                     found.append(moments(x))
                 norm = self.norms[index]
-                x = batch_norm(
-                    x, gamma=norm.gamma, beta=norm.beta, epsilon=norm.epsilon, training=True, update=False
-                )
+                x = batch_norm(x, gamma=norm.gamma, beta=norm.beta, epsilon=norm.epsilon, training=True, update=False)
             if index < len(self.weights) - 1:
                 x = np.maximum(x, 0)
         return x
@@ -157,9 +155,7 @@ class Adam:
         """Move every parameter against its gradient."""
         self.steps += 1
         rate = self.rate * np.sqrt(1 - 0.999**self.steps) / (1 - 0.9**self.steps)
-        for parameter, gradient, first, second in zip(
-            self.parameters, gradients, self.first, self.second, strict=True
-        ):
+        for parameter, gradient, first, second in zip(self.parameters, gradients, self.first, self.second, strict=True):
             first += 0.1 * (gradient - first)
             second += 0.001 * (gradient * gradient - second)
             parameter -= (rate * first / (np.sqrt(second) + 1e-8)).astype(parameter.dtype)

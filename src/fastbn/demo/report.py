@@ -116,17 +116,14 @@ def timing_table(rows: list[Timing], *, batch_norm: float, training: float) -> s
     for row in rows:
         shape = " x ".join(map(str, row.shape))
         lines.append(
-            f"  {row.label:<24} {shape:>16} "
-            + " ".join(f"{1e6 * row.seconds[name]:>10.0f}" for name in names)
+            f"  {row.label:<24} {shape:>16} " + " ".join(f"{1e6 * row.seconds[name]:>10.0f}" for name in names)
         )
     return "\n".join(lines)
 
 
 def _figure(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
     # A figure without pyplot needs no display, touches no global state, and is collected like any object.
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(width, height), layout="constrained"
-    )
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
     importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, **options)
 
@@ -157,9 +154,7 @@ def plot_statistics(history: History, settings: Settings, path: Path, channels: 
         for column, (name, moving, true) in enumerate(kinds):
             panel = axes[layer, column]
             for channel, colour in zip(chosen, COLOURS, strict=False):
-                panel.plot(
-                    steps, [part[layer][channel] for part in true], color=colour, linewidth=0.8, alpha=0.55
-                )
+                panel.plot(steps, [part[layer][channel] for part in true], color=colour, linewidth=0.8, alpha=0.55)
                 panel.plot(
                     steps,
                     [part[layer][channel] for part in moving],
@@ -177,15 +172,11 @@ def plot_statistics(history: History, settings: Settings, path: Path, channels: 
                 panel.set_yscale("log")
             if layer == layers - 1:
                 panel.set_xlabel("training step")
-    figure.suptitle(
-        f"Moving statistics (bold, momentum {settings.momentum}) follow those of the training set (thin)"
-    )
+    figure.suptitle(f"Moving statistics (bold, momentum {settings.momentum}) follow those of the training set (thin)")
     figure.savefig(path, dpi=120)
 
 
-def plot_accuracy(
-    history: History, without: History, rates: list[Rate], settings: Settings, path: Path
-) -> None:
+def plot_accuracy(history: History, without: History, rates: list[Rate], settings: Settings, path: Path) -> None:
     """Test accuracy over steps and learning rates: with batch norm, without, with the classic mistake."""
     figure, (left, right) = _figure(12, 4.8, 1, 2, sharey=True, width_ratios=(3, 2))
     mistake = {"color": COLOURS[2], "linewidth": 1.2, "linestyle": "--"}
@@ -226,7 +217,5 @@ def plot_accuracy(
     for panel in (left, right):
         panel.grid(alpha=0.25)
         panel.axhline(10, color="grey", linewidth=0.8, linestyle=":")
-        panel.text(
-            0.02, 11, "guessing", transform=panel.get_yaxis_transform(), color="grey", fontsize="small"
-        )
+        panel.text(0.02, 11, "guessing", transform=panel.get_yaxis_transform(), color="grey", fontsize="small")
     figure.savefig(path, dpi=120)

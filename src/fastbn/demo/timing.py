@@ -47,9 +47,7 @@ def numpy_formula(x: Array, dy: Array, gamma: Array, beta: Array) -> tuple[Array
     return y, dx, dgamma, dbeta
 
 
-def time_batch_norm(
-    shapes: dict[str, tuple[int, ...]], *, seconds: float, torch: bool = True
-) -> list[Timing]:
+def time_batch_norm(shapes: dict[str, tuple[int, ...]], *, seconds: float, torch: bool = True) -> list[Timing]:
     """Time every contender on every shape, channels last, float32; "x2" stands for two threads.
 
     Parameters

@@ -208,9 +208,7 @@ def deviations(network: Network, digits: Digits, settings: Settings) -> list[Dev
         order = rng.permutation(len(digits.x))
         for start in range(0, len(order) - settings.batch_size + 1, settings.batch_size):
             rows = order[start : start + settings.batch_size]
-            held.train_gradients(
-                digits.x[rows], digits.labels[rows]
-            )  # moves statistics; nothing moves the weights
+            held.train_gradients(digits.x[rows], digits.labels[rows])  # moves statistics; nothing moves the weights
     true = network.statistics(digits.x)
     found = []
     for layer in range(len(network.norms)):
@@ -250,9 +248,7 @@ def sweep(digits: Digits, settings: Settings, progress: Callable[[], object] | N
             runs = []
             for seed in range(settings.seed, settings.seed + settings.seeds):
                 network = settings.network(batch_norm=batch_norm, seed=seed)
-                with np.errstate(
-                    over="ignore", invalid="ignore"
-                ):  # without batch norm, large rates may diverge
+                with np.errstate(over="ignore", invalid="ignore"):  # without batch norm, large rates may diverge
                     runs.append(train(network, digits, settings, rate=rate, seed=seed, progress=progress))
             final[batch_norm] = float(np.mean([run[-1] for run in runs]))
             firsts = [next((epoch for epoch, a in enumerate(run, 1) if a >= 0.95), None) for run in runs]

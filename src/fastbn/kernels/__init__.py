@@ -9,6 +9,8 @@ from ._plan import OPERATIONS, Plan
 
 Array = NDArray[Any]
 
+__all__ = ["FROZEN", "GRADIENT", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
+
 MOMENTS = OPERATIONS["moments"]
 NORMALIZE = OPERATIONS["normalize"]
 TRAIN = OPERATIONS["train"]
@@ -52,6 +54,4 @@ def run(
     threads : int
         Size of the team.
     """
-    _run[plan.pattern](
-        plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads
-    )
+    _run[plan.pattern](plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads)

@@ -6,11 +6,11 @@ class Plan:
     inner: int
     wide: bool
     pattern: int
-    def __init__(
-        self,
+    def __new__(
+        cls,
         shape: tuple[int, int, int],
         wide: bool,
         u: tuple[int, int, int],
         v: tuple[int, int, int] | None = None,
         y: tuple[int, int, int] | None = None,
-    ) -> None: ...
+    ) -> Plan: ...

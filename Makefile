@@ -1,0 +1,125 @@
+# Two commands: `make demo` and `make test`. Everything needed goes into ./.venv, nothing outside the clone.
+# It takes Python 3.11+ with pip, make and a C compiler. Each step leaves a stamp file, so repeated runs are quick.
+#
+#   make test PYTHON=python3.13 VENV=.venv-3.13     another Python, in an environment of its own
+#   make test PYTEST_ARGS="-k moments -x"           any pytest option
+#   CI=1 make test                                  a build without OpenMP is an error
+
+PYTHON ?= python3
+VENV ?= .venv
+DEV_VENV ?= .venv-dev
+VERSIONS ?= 3.11 3.12 3.13 3.14
+PYTEST_ARGS ?=
+# Without PyTorch its rows are left out, instead of reported one by one as skipped.
+BENCH_ARGS ?= $(shell $(PY) -c 'import torch' 2>/dev/null || echo "-b '^(?!.*torch)'")
+NUMBERS_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# The targets install into one environment: two installs at a time would break it.
+.NOTPARALLEL:
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+# What goes into the wheel. An edit of any of these builds a new one.
+SOURCES := $(shell find src -type f -not -name '*.pyc') $(wildcard meson.build meson.options pyproject.toml README.md LICENSE)
+# Builds for CI and builds that take OpenMP as it comes have stamps of their own.
+WHEEL := $(VENV)/.wheel$(if $(CI),-openmp)
+BUILD_ARGS := $(if $(CI),--config-settings=setup-args=-Dopenmp=enabled)
+# The pinned tools of an extra, without building fastbn.
+EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]]))'
+# asv keeps its machine file in HOME: give it one inside the clone.
+ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
+
+.PHONY: help demo test test-all test-versions lint types bench asv-check numbers install-dev clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+demo: $(WHEEL)-demo ## train on handwritten digits, print what batch norm does, save plots
+	$(VENV)/bin/fastbn demo
+
+test: $(WHEEL)-test ## build, install and test (without the slow tests)
+	$(VENV)/bin/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(WHEEL)-test ## all tests, the slow ones too
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+test-versions: ## build and test with every Python of $(VERSIONS) that is at hand
+	@tested=(); missing=(); \
+	for version in $(VERSIONS); do \
+	    python=; \
+	    for candidate in "python$$version" "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/"$$version".*/bin/python; do \
+	        if "$$candidate" -c 'import sys, venv; sys.exit(sys.implementation.name != "cpython")' 2>/dev/null; then \
+	            python=$$candidate; break; \
+	        fi; \
+	    done; \
+	    if [ -z "$$python" ]; then missing+=("$$version"); echo "== Python $$version: not found, skipped"; continue; fi; \
+	    echo "== Python $$version: $$python"; \
+	    $(MAKE) --no-print-directory test PYTHON="$$python" VENV=".venv-$$version"; \
+	    tested+=("$$version"); \
+	done; \
+	echo "== tested: $${tested[*]:-none}; not found: $${missing[*]:-none}"
+
+lint: $(WHEEL)-test $(VENV)/.lint ## ruff, cython-lint, codespell, numpydoc
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src  # it starts pycodestyle by name
+	$(VENV)/bin/codespell
+	$(VENV)/bin/pytest -q tests/test_docstrings.py  # with numpydoc, which other targets do not install
+
+# On the installed package, from a folder without src/: there each compiled module has its stub beside it.
+types: $(WHEEL)-test $(VENV)/.types ## mypy --strict, and stubtest on the compiled modules
+	cd $(VENV) && bin/python -m mypy --strict --config-file $(CURDIR)/pyproject.toml -p fastbn
+	cd $(VENV) && bin/python -m mypy.stubtest --ignore-disjoint-bases \
+	    --allowlist $(CURDIR)/tests/stubtest.txt --ignore-unused-allowlist \
+	    $$(cd lib/python3*/site-packages && find fastbn -name '*.pyi' | sed -e 's/\.pyi$$//' -e 's#/#.#g')
+
+bench: $(WHEEL)-bench asv-check ## every benchmark once, on the working tree (BENCH_ARGS="-b Train" for some)
+	cd benchmarks && $(ASV) run --quick --python=same --show-stderr --dry-run $(BENCH_ARGS)
+
+numbers: $(WHEEL)-bench ## the table of the README (NUMBERS_ARGS=--torch with PyTorch, where it is installed)
+	$(PY) -m benchmarks.table $(NUMBERS_ARGS)
+
+asv-check: $(WHEEL)-bench .asv/.asv-machine.json ## the benchmark suite is well formed
+	cd benchmarks && $(ASV) check --python=same
+
+install-dev: ## editable install in .venv-dev: rebuilds what changed on import
+	test -x $(DEV_VENV)/bin/python || $(MAKE) --no-print-directory $(DEV_VENV)/bin/python VENV=$(DEV_VENV)
+	$(DEV_VENV)/bin/python -m pip --disable-pip-version-check --quiet install \
+	    "meson-python>=0.18" "meson>=1.5" ninja "Cython>=3.3" "numpy>=2.0"
+	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" python -m pip --disable-pip-version-check --quiet install --no-build-isolation $(BUILD_ARGS) -e ".[dev]"
+
+clean: ## remove environments, builds and caches
+	rm -rf .venv .venv-* build .asv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Python without ensurepip (Debian splits it off) makes a bare environment, which its own pip then fills.
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fastbn needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
+	    $(PYTHON) -m venv --clear --without-pip $(VENV); \
+	    $(PYTHON) -m pip --python $(PY) install --quiet pip; }
+
+# Built once in isolation, which brings Meson, Ninja, Cython and NumPy; the targets install this same wheel.
+$(WHEEL): $(SOURCES) | $(PY)
+	@rm -rf $(VENV)/wheels
+	@echo "building fastbn with $$($(PY) --version)"
+	$(PIP) wheel --no-deps $(BUILD_ARGS) --wheel-dir $(VENV)/wheels .
+	$(PIP) install --force-reinstall --no-deps $(VENV)/wheels/fastbn-*.whl
+	@rm -f $(VENV)/.wheel*; touch $@
+
+$(WHEEL)-demo $(WHEEL)-test $(WHEEL)-bench: $(WHEEL)-%: $(WHEEL)
+	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); $(PIP) install "$$wheel[$*]"
+	@touch $@
+
+$(VENV)/.lint $(VENV)/.types: $(VENV)/.%: pyproject.toml | $(PY)
+	$(EXTRA) $* > $(VENV)/$*.txt
+	$(PIP) install -r $(VENV)/$*.txt
+	@touch $@
+
+.asv/.asv-machine.json: | $(WHEEL)-bench
+	@mkdir -p .asv
+	cd benchmarks && $(ASV) machine --yes >/dev/null

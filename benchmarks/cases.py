@@ -1,0 +1,60 @@
+"""The arrays that the benchmarks run on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+EPSILON = 1e-3
+MOMENTUM = 0.99
+
+# (batch, channels, *spatial): how the values lie in memory is the layout's matter.
+SHAPES = {
+    "conv2": (32, 64, 56, 56),
+    "conv5": (32, 512, 7, 7),
+    "rgb": (16, 3, 224, 224),
+    "dense": (1024, 512),
+    "table": (100_000, 10),
+    "tiny": (32, 16),
+}
+# planar: a channel's values are contiguous runs (NCHW, or a table stored by columns).
+# interleaved: channels are neighbours (NHWC, or a table stored by rows).
+LAYOUTS = ["planar", "interleaved"]
+DTYPES = ["float32", "float64"]
+
+
+class Case:
+    """Input, parameters and preallocated outputs of one benchmark, the same for every library.
+
+    Parameters
+    ----------
+    shape : str
+        A name in SHAPES.
+    layout : {"planar", "interleaved"}
+        Where the channels are in memory.
+    dtype : {"float32", "float64"}
+        Of every array.
+    """
+
+    def __init__(self, shape: str, layout: str, dtype: str) -> None:
+        batch, channels, *spatial = SHAPES[shape]
+        if layout == "interleaved":
+            stored = (batch, *spatial, channels)
+            self.axis = len(stored) - 1
+        elif spatial:
+            stored = (batch, channels, *spatial)
+            self.axis = 1
+        else:
+            stored = (channels, batch)
+            self.axis = 0
+        rng = np.random.default_rng(0)
+        self.x = rng.standard_normal(stored, dtype=dtype)
+        self.x += 1
+        self.dy = rng.standard_normal(stored, dtype=dtype)
+        self.out = np.zeros_like(self.x)
+        self.gamma = np.linspace(0.5, 1.5, channels, dtype=dtype)
+        self.beta = np.linspace(-1, 1, channels, dtype=dtype)
+        self.moving_mean = np.full(channels, 0.25, dtype)
+        self.moving_variance = np.full(channels, 2.0, dtype)
+        # For formulas in NumPy: the axes to reduce, and the shape that broadcasts a channel vector.
+        self.reduced = tuple(i for i in range(self.x.ndim) if i != self.axis)
+        self.broadcast = tuple(channels if i == self.axis else 1 for i in range(self.x.ndim))

@@ -1,0 +1,119 @@
+"""Every operation of every library, as a call without arguments on a Case.
+
+A call returns (y, moving_mean, moving_variance) for "train", y for "inference", (dx, dgamma, dbeta) for
+"backward" and (mean, variance) for "moments". Where a library can write into a preallocated output, it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from .cases import EPSILON, MOMENTUM, Case
+
+LIBRARIES = ["fastbn", "numpy", "torch"]
+OPERATIONS = ["train", "inference", "backward", "moments"]
+
+
+def prepare(operation: str, library: str, case: Case) -> Callable[[], Any]:
+    """Return the call to be timed; without the library NotImplementedError, which asv reports as skipped."""
+    if library != "fastbn" and find_spec(library) is None:
+        raise NotImplementedError(f"{library} is not installed")
+    call: Callable[[], Any] = globals()[f"_{library}"](operation, case)
+    return call
+
+
+def _fastbn(operation: str, c: Case) -> Callable[[], Any]:
+    import fastbn
+
+    affine = {"gamma": c.gamma, "beta": c.beta, "epsilon": EPSILON, "axis": c.axis}
+    moving = {"moving_mean": c.moving_mean, "moving_variance": c.moving_variance}
+
+    def train() -> Any:
+        y = fastbn.batch_norm(c.x, training=True, momentum=MOMENTUM, out=c.out, **affine, **moving)
+        return y, c.moving_mean, c.moving_variance
+
+    def inference() -> Any:
+        return fastbn.batch_norm(c.x, out=c.out, **affine, **moving)
+
+    def moments() -> Any:
+        m = fastbn.moments(c.x, axis=c.axis)
+        return m.mean, m.variance()
+
+    if operation == "backward":
+        _, cache = fastbn.batch_norm_forward(c.x, training=True, update=False, **affine)
+        return lambda: fastbn.batch_norm_backward(c.dy, cache, out=c.out)
+    return {"train": train, "inference": inference, "moments": moments}[operation]
+
+
+def _numpy(operation: str, c: Case) -> Callable[[], Any]:
+    gamma, beta, mean, variance = (a.reshape(c.broadcast) for a in (c.gamma, c.beta, c.moving_mean, c.moving_variance))
+
+    def train() -> Any:
+        mu, var = c.x.mean(c.reduced, keepdims=True), c.x.var(c.reduced, keepdims=True)
+        mean[...] = MOMENTUM * mean + (1 - MOMENTUM) * mu
+        variance[...] = MOMENTUM * variance + (1 - MOMENTUM) * var
+        y = (c.x - mu) / np.sqrt(var + EPSILON) * gamma + beta
+        return y, c.moving_mean, c.moving_variance
+
+    def inference() -> Any:
+        return (c.x - mean) / np.sqrt(variance + EPSILON) * gamma + beta
+
+    def moments() -> Any:
+        return c.x.mean(c.reduced), c.x.var(c.reduced)
+
+    mu, var = c.x.mean(c.reduced, keepdims=True), c.x.var(c.reduced, keepdims=True)
+    scale = 1 / np.sqrt(var + EPSILON)
+    size = c.x.size // c.gamma.size
+
+    def backward() -> Any:
+        xhat = (c.x - mu) * scale
+        dbeta = c.dy.sum(c.reduced)
+        dgamma = (c.dy * xhat).sum(c.reduced)
+        dx = c.dy - dbeta.reshape(c.broadcast) / size - xhat * (dgamma.reshape(c.broadcast) / size)
+        return dx * (gamma * scale), dgamma, dbeta
+
+    return {"train": train, "inference": inference, "moments": moments, "backward": backward}[operation]
+
+
+def _torch(operation: str, c: Case) -> Callable[[], Any]:
+    import torch
+
+    # PyTorch wants the channels second. This moves strides, not data.
+    x, dy, out = (torch.from_numpy(a).movedim(c.axis, 1) for a in (c.x, c.dy, c.out))
+    gamma, beta, mean, variance = (torch.from_numpy(a) for a in (c.gamma, c.beta, c.moving_mean, c.moving_variance))
+    saved = {"save_mean": torch.empty_like(mean), "save_invstd": torch.empty_like(mean)}
+    aten = torch.ops.aten
+
+    def forward(training: bool) -> Any:
+        args = (x, gamma, beta, mean, variance, training, 1 - MOMENTUM, EPSILON)
+        # With out=, PyTorch 2.13 computes wrong statistics of a table stored by columns (seen in training).
+        if x.ndim == 2 and c.axis == 0:
+            return aten.native_batch_norm(*args)[0].movedim(1, c.axis).numpy()
+        aten.native_batch_norm.out(*args, out=out, **saved)
+        return c.out
+
+    def train() -> Any:
+        return forward(True), c.moving_mean, c.moving_variance
+
+    def inference() -> Any:
+        return forward(False)
+
+    def moments() -> Any:
+        variance, mean = torch.var_mean(x, [i for i in range(x.ndim) if i != 1], correction=0)
+        return mean.numpy(), variance.numpy()
+
+    if operation == "backward":
+        _, save_mean, save_invstd = aten.native_batch_norm(x, gamma, beta, None, None, True, 0.0, EPSILON)
+
+        def backward() -> Any:
+            dx, dgamma, dbeta = aten.native_batch_norm_backward(
+                dy, x, gamma, None, None, save_mean, save_invstd, True, EPSILON, [True, True, True]
+            )
+            return dx.movedim(1, c.axis).numpy(), dgamma.numpy(), dbeta.numpy()
+
+        return backward
+    return {"train": train, "inference": inference, "moments": moments}[operation]

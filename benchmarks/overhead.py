@@ -1,0 +1,59 @@
+"""What a call, an import and an operation cost beside the arithmetic."""
+
+from __future__ import annotations
+
+from .cases import EPSILON, MOMENTUM, Case
+from .operations import LIBRARIES, OPERATIONS, prepare
+
+
+class CallOverhead:
+    """A (32, 16) batch: the arithmetic takes well under a microsecond, the rest is the call."""
+
+    params = (LIBRARIES, OPERATIONS)
+    param_names = ("library", "operation")
+
+    def setup(self, library: str, operation: str) -> None:
+        self.case = Case("tiny", "interleaved", "float32")
+        self.call = prepare(operation, library, self.case)
+
+    def time_call(self, *params: str) -> None:
+        self.result = self.call()
+
+
+class LayerOverhead:
+    """The same batch through the BatchNorm layer: one training step, forward and backward."""
+
+    def setup(self) -> None:
+        import fastbn
+
+        self.case = Case("tiny", "interleaved", "float32")
+        self.bn = fastbn.BatchNorm(16, momentum=MOMENTUM, epsilon=EPSILON)
+        self.bn.gamma[...] = self.case.gamma
+        self.bn.beta[...] = self.case.beta
+
+    def time_forward_backward(self) -> None:
+        self.result = self.bn(self.case.x, training=True), self.bn.backward(self.case.dy)
+
+
+class ImportTime:
+    """`import fastbn` in a new process, beside the `import numpy` that it contains."""
+
+    params = (["fastbn", "numpy"],)
+    param_names = ("module",)
+
+    def timeraw_import(self, module: str) -> str:
+        return f"import {module}"
+
+
+class PeakMemory:
+    """The largest resident size of a process that holds x, dy and an output of 26 MB each, and runs once."""
+
+    params = (LIBRARIES, OPERATIONS)
+    param_names = ("library", "operation")
+
+    def setup(self, library: str, operation: str) -> None:
+        self.case = Case("conv2", "planar", "float32")
+        self.call = prepare(operation, library, self.case)
+
+    def peakmem_call(self, *params: str) -> None:
+        self.result = self.call()

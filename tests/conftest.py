@@ -1,0 +1,36 @@
+"""Settings and fixtures that every test file shares."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import fastbn
+
+SEED = int(os.environ.get("FASTBN_TEST_SEED", "20261121"))
+
+# A first call may build plans, and two test processes may share two cores: no deadlines.
+relaxed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=25, **relaxed)
+settings.register_profile("ci", max_examples=50, derandomize=True, database=None, **relaxed)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_report_header() -> str:
+    return f"fastbn {fastbn.__version__}, FASTBN_TEST_SEED={SEED}, default threads {fastbn.get_num_threads()}"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The generator of a test's own; FASTBN_TEST_SEED, which the header prints, changes all of them."""
+    return np.random.default_rng(SEED)
+
+
+@pytest.fixture(params=(1, 2, 3), ids=lambda n: f"{n}-threads")
+def thread_count(request: pytest.FixtureRequest):
+    """Runs the test once for each number of threads, whatever the machine has."""
+    with fastbn.threads(request.param):
+        yield request.param

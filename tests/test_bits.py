@@ -1,0 +1,245 @@
+"""One digest: results do not depend on threads, strides, alignment, the output array, or the process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import reference as ref
+from cases import BOTH, DTYPES, THREADS
+
+import fastbn
+
+# Large enough for several blocks and for a parallel region, in both patterns; and small remainders.
+BIG = (((24, 6, 40, 41), 1), ((2, 2, 300, 301), 1), ((400, 33, 7, 7), 1), ((90_001, 3), -1), ((9001, 70), -1))
+
+
+def inputs(shape, axis, dtype):
+    gamma, beta = cases.parameters(shape[axis], dtype)
+    x, dy = cases.normal(shape, dtype, mean=10, seed=3), cases.normal(shape, dtype, seed=4)
+    return x, dy, gamma, beta
+
+
+def digest(results: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name, value in results.items():
+        sha.update(f"{name} {value.dtype} {value.shape}".encode())
+        sha.update(np.ascontiguousarray(value).tobytes())
+    return sha.hexdigest()
+
+
+def everything(x, dy, gamma, beta, axis, **outs) -> dict[str, np.ndarray]:
+    """Training, moments and inference with its gradients."""
+    results = cases.training_results(x, dy, gamma=gamma, beta=beta, axis=axis, **outs)
+    if outs:
+        return results
+    s = fastbn.moments(x, axis=axis)
+    results |= {"s.mean": s.mean, "s.m2": s.m2}
+    mean, variance = cases.moving(len(gamma))
+    y, cache = fastbn.batch_norm_forward(
+        x, gamma=gamma, beta=beta, moving_mean=mean, moving_variance=variance, axis=axis
+    )
+    gradients = fastbn.batch_norm_backward(dy, cache)
+    return results | {"inference": y} | dict(zip(("i.dx", "i.dgamma", "i.dbeta"), gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BIG + BOTH, ids=cases.name)
+def test_any_number_of_threads(case, dtype):
+    shape, axis = case
+    x, dy, gamma, beta = inputs(shape, axis, dtype)
+    digests = set()
+    for n in (*THREADS, 1, 5):
+        with fastbn.threads(n):
+            digests.add(digest(everything(x, dy, gamma, beta, axis)))
+    assert len(digests) == 1
+
+
+def sliced(a):
+    """Every second element of a larger array, along every axis."""
+    big = np.full([2 * n + 1 for n in a.shape], np.nan, a.dtype)
+    view = big[tuple(slice(1, None, 2) for _ in a.shape)]
+    view[...] = a
+    return view
+
+
+def row_padded(a):
+    """The last axis is contiguous, the rows are apart."""
+    view = np.full((*a.shape[:-1], a.shape[-1] + 3), np.nan, a.dtype)[..., :-3]
+    view[...] = a
+    return view
+
+
+def outer_padded(a):
+    """The first axis takes every second block."""
+    view = np.full((2 * a.shape[0], *a.shape[1:]), np.nan, a.dtype)[::2]
+    view[...] = a
+    return view
+
+
+def reversed_memory(a):
+    every = tuple(slice(None, None, -1) for _ in a.shape)
+    return np.ascontiguousarray(a[every])[every]
+
+
+def reversed_rows(a):
+    return np.ascontiguousarray(a[::-1])[::-1]
+
+
+def unaligned(a):
+    raw = np.empty(a.nbytes + 1, np.uint8)
+    view = raw[1:].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+
+def off_cache_line(a):
+    raw = np.empty(a.nbytes + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + a.itemsize
+    view = raw[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+
+def field_of_a_record(a):
+    """One of two columns of records, neighbours of which lie in between."""
+    records = np.full(a.shape, np.nan, np.dtype([("other", a.dtype), ("value", a.dtype)]))
+    records["value"] = a
+    return records["value"]
+
+
+def packed_field(a):
+    """The same behind one byte: no value is aligned."""
+    records = np.zeros(a.shape, np.dtype([("tag", np.uint8), ("value", a.dtype)]))
+    records["value"] = a
+    return records["value"]
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def swapped(a):
+    return a.astype(a.dtype.newbyteorder())
+
+
+MEMORY = (
+    sliced, row_padded, outer_padded, reversed_memory, reversed_rows, unaligned, off_cache_line,
+    field_of_a_record, packed_field, read_only, swapped,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", MEMORY, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", BOTH[::2] + BIG[:1] + BIG[3:4], ids=cases.name)
+def test_any_memory(case, memory, dtype):
+    shape, axis = case
+    x, dy, gamma, beta = inputs(shape, axis, dtype)
+    expected = everything(x, dy, gamma, beta, axis)
+    result = everything(memory(x), memory(dy), gamma, beta, axis)
+    for name, value in expected.items():
+        ref.assert_same_bits(result[name], value, name)
+    mixed = everything(memory(x), dy, gamma, beta, axis)
+    assert digest(mixed) == digest(expected)
+
+
+@pytest.mark.parametrize("case", [((40, 5, 33), 1), ((60, 50, 7), -1), ((6, 50, 4, 5), 1)], ids=cases.name)
+def test_fortran_order_copies_of_one_memory_order(case):
+    """However an F-ordered array came about, its bits are those of the same memory read as C order."""
+    shape, axis = case
+    x, dy, gamma, beta = inputs(shape, axis, np.float32)
+    xf, dyf = np.asfortranarray(x), np.asfortranarray(dy)
+    expected = everything(xf, dyf, gamma, beta, axis)
+    assert digest(everything(x.copy(order="F"), dy.copy(order="F"), gamma, beta, axis)) == digest(expected)
+    assert digest(everything(xf, dy, gamma, beta, axis)) == digest(expected)
+    transposed = everything(xf.T, dyf.T, gamma, beta, len(shape) - 1 - axis % len(shape))
+    for name in ("mean", "variance", "dgamma", "dbeta"):
+        ref.assert_same_bits(transposed[name], expected[name], name)
+    for name in ("y", "dx"):
+        ref.assert_same_bits(transposed[name].T, expected[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BOTH[::2] + BIG[:1] + BIG[3:4], ids=cases.name)
+def test_in_place_or_not(case, dtype):
+    shape, axis = case
+    x, dy, gamma, beta = inputs(shape, axis, dtype)
+    expected = cases.training_results(x, dy, gamma=gamma, beta=beta, axis=axis)
+    outs = {"out": np.empty_like(x), "dx_out": np.empty_like(dy)}
+    result = everything(x, dy, gamma, beta, axis, **outs)
+    assert result["y"] is outs["out"]
+    assert result["dx"] is outs["dx_out"]
+    assert digest(result) == digest(expected)
+    apart = everything(x, dy, gamma, beta, axis, out=sliced(x), dx_out=reversed_memory(dy))
+    assert digest(apart) == digest(expected)
+    d = dy.copy()
+    assert digest(everything(x, d, gamma, beta, axis, dx_out=d)) == digest(expected)
+    for training in (True, False):
+        mean, variance = cases.moving(shape[axis], np.float64)
+        again = mean.copy(), variance.copy()
+        options = {"gamma": gamma, "beta": beta, "training": training, "axis": axis}
+        y = fastbn.batch_norm(x, moving_mean=mean, moving_variance=variance, **options)
+        z = x.copy()
+        assert fastbn.batch_norm(z, moving_mean=again[0], moving_variance=again[1], out=z, **options) is z
+        ref.assert_same_bits(z, y)
+        ref.assert_same_bits(again[0], mean)
+        ref.assert_same_bits(again[1], variance)
+
+
+def test_run_after_run():
+    for shape, axis in BIG:
+        x, dy, gamma, beta = inputs(shape, axis, np.float32)
+        assert len({digest(everything(x, dy, gamma, beta, axis)) for _ in range(5)}) == 1
+
+
+def test_training_equals_moments_then_normalize():
+    """The fused training pass computes what its parts compute."""
+    for shape, axis in BIG + BOTH:
+        x, _, gamma, beta = inputs(shape, axis, np.float32)
+        s = fastbn.moments(x, axis=axis)
+        mean, variance = cases.batch_statistics(x, axis=axis)
+        ref.assert_same_bits(mean, s.mean)
+        ref.assert_same_bits(variance, s.variance())
+        y = fastbn.batch_norm(x, gamma=gamma, beta=beta, training=True, axis=axis)
+        parts = fastbn.normalize(x, s.mean, s.variance(), gamma=gamma, beta=beta, axis=axis)
+        ref.assert_same_bits(parts, y)
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import fastbn, test_bits
+fastbn.set_num_threads(int(sys.argv[2]))
+for dtype in test_bits.DTYPES:
+    for shape, axis in test_bits.BIG[:1] + test_bits.BIG[3:] + test_bits.BOTH[::4]:
+        x, dy, gamma, beta = test_bits.inputs(shape, axis, dtype)
+        print(test_bits.digest(test_bits.everything(x, dy, gamma, beta, axis)))
+"""
+
+
+def in_another_process(threads: int, **variables: str) -> str:
+    """Print the digests in a fresh interpreter."""
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(threads)]
+    environment = os.environ | variables
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    return run.stdout
+
+
+def test_process_after_process_and_every_instruction_set_level():
+    """What malloc finds in fresh memory, the order of hashes, and the level of the kernels do not matter."""
+    levels = fastbn.show_config(mode="dicts")["levels_supported"]
+    assert "base" in levels or len(levels) == 1
+    outputs = {
+        in_another_process(n, PYTHONHASHSEED=str(n), MALLOC_PERTURB_=str(n * 50), FASTBN_ISA=level)
+        for n, level in zip((*THREADS, 2), (levels * 4)[:4], strict=True)
+    }
+    assert len(outputs) == 1
+    assert outputs.pop().count("\n") > 10

@@ -1,0 +1,381 @@
+"""The command line: every command, exit codes, bad files, nothing half written left behind."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import cli, state, stream
+from fastbn.cli import main
+from fastbn.npy import NpyFile
+
+COMMAND = [sys.executable, "-m", "fastbn"]
+
+
+def run(*args, **options):
+    return subprocess.run(
+        [*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+@pytest.fixture
+def data(tmp_path, rng):
+    """A file of 1000 rows of 5 channels, and its values."""
+    x = (rng.standard_normal((1000, 5)) * [1, 2, 3, 4, 5] + 100).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    return tmp_path / "x.npy", x
+
+
+def args(*parts):
+    return [str(part) for part in parts]
+
+
+# -- info ----------------------------------------------------------------------------------------------------
+
+
+def test_info():
+    result = run("info")
+    assert result.returncode == 0
+    assert fastbn.__version__ in result.stdout
+    assert "thread" in result.stdout
+    assert not result.stderr
+
+
+def test_info_as_json():
+    result = run("info", "--json")
+    assert json.loads(result.stdout) == json.loads(json.dumps(fastbn.show_config(mode="dicts")))
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastbn {fastbn.__version__}\n"
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("info", "stats", "apply", "merge", "demo"))
+
+
+# -- stats, apply, merge -------------------------------------------------------------------------------------
+
+
+def test_stats_then_apply_standardizes(data, tmp_path, capsys):
+    path, x = data
+    assert main(args("stats", path, "-o", tmp_path / "m.npz")) == 0
+    assert "5 channels of 1000 values each" in capsys.readouterr().out
+    moments, axis = stream.load_moments(tmp_path / "m.npz")
+    assert axis == -1
+    assert moments.count == 1000
+    np.testing.assert_allclose(moments.mean, x.astype(float).mean(0), rtol=1e-9)
+    np.testing.assert_allclose(moments.variance(), x.astype(float).var(0), rtol=1e-8)
+
+    assert main(args("apply", tmp_path / "m.npz", path, "-o", tmp_path / "y.npy", "--epsilon", "0")) == 0
+    y = np.load(tmp_path / "y.npy")
+    assert y.dtype == np.float32
+    np.testing.assert_array_equal(y, fastbn.normalize(x, moments.mean, moments.variance(), epsilon=0.0))
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std(0), 1, atol=1e-5)
+
+
+def test_the_stored_axis_is_the_default_of_apply(tmp_path, rng):
+    x = rng.standard_normal((4, 3, 7, 6))
+    np.save(tmp_path / "x.npy", x)
+    assert main(args("stats", tmp_path / "x.npy", "--axis", 1, "-o", tmp_path / "m.npz")) == 0
+    assert main(args("apply", tmp_path / "m.npz", tmp_path / "x.npy", "-o", tmp_path / "y.npy")) == 0
+    expected = (x - x.mean((0, 2, 3), keepdims=True)) / np.sqrt(x.var((0, 2, 3), keepdims=True) + 1e-3)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_apply_a_saved_layer(tmp_path, rng, layout):
+    x = rng.standard_normal((4, 3, 5, 6)).astype(np.float32)
+    layer = fastbn.BatchNorm(layout=layout, epsilon=0.1)
+    layer(x, training=True)
+    layer.gamma[...] = 3
+    layer.beta[...] = -1
+    layer.save(tmp_path / "bn.npz")
+    np.save(tmp_path / "x.npy", x)
+    assert main(args("apply", tmp_path / "bn.npz", tmp_path / "x.npy", "-o", tmp_path / "y.npy")) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), layer(x))
+
+
+def test_merge_is_the_whole(tmp_path, data):
+    path, x = data
+    for name, part in zip("abc", np.split(x, [10, 700])):
+        np.save(tmp_path / f"{name}.npy", part)
+        assert main(args("stats", tmp_path / f"{name}.npy", "-o", tmp_path / f"{name}.npz", "--quiet")) == 0
+    assert main(args("merge", *(tmp_path / f"{name}.npz" for name in "abc"), "-o", tmp_path / "all.npz")) == 0
+    merged, axis = stream.load_moments(tmp_path / "all.npz")
+    whole = stream.moments_of_file(path)
+    assert axis == -1
+    assert merged.count == whole.count
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-9)
+
+
+def test_merged_axes_that_differ_must_be_given(tmp_path, data, capsys):
+    path, x = data
+    np.save(tmp_path / "t.npy", x.T)
+    main(args("stats", path, "-o", tmp_path / "a.npz"))
+    main(args("stats", tmp_path / "t.npy", "--axis", 0, "-o", tmp_path / "b.npz"))
+    assert main(args("merge", tmp_path / "a.npz", tmp_path / "b.npz", "-o", tmp_path / "c.npz")) == 0
+    apply = args("apply", tmp_path / "c.npz", path, "-o", tmp_path / "y.npy")
+    assert main(apply) == 2
+    assert "--axis" in capsys.readouterr().err
+    assert main([*apply, "--axis", "1"]) == 0
+
+
+def test_nan_stays_within_its_channel(tmp_path, data):
+    path, x = data
+    x[3, 2] = np.nan
+    np.save(path, x)
+    assert main(args("stats", path, "-o", tmp_path / "m.npz")) == 0
+    assert main(args("apply", tmp_path / "m.npz", path, "-o", tmp_path / "y.npy")) == 0
+    assert np.isnan(np.load(tmp_path / "y.npy")).any(0).tolist() == [False, False, True, False, False]
+
+
+def test_quiet_and_where_things_go(tmp_path, data):
+    path, _ = data
+    loud = run("stats", path, "-o", tmp_path / "m.npz")
+    assert loud.stdout.count("\n") == 7
+    assert loud.stderr == ""  # no bar where there is no terminal
+    quiet = run("stats", path, "-o", tmp_path / "m.npz", "--quiet")
+    assert quiet.stdout == quiet.stderr == ""
+
+
+def test_a_bar_on_a_terminal(tmp_path, data, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(args("stats", data[0], "-o", tmp_path / "m.npz")) == 0
+    assert "stats: 100%" in terminal.getvalue()
+    assert "stats:" not in capsys.readouterr().out
+
+
+def test_no_bar_without_tqdm(tmp_path, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main(args("stats", data[0], "-o", tmp_path / "m.npz", "--quiet")) == 0
+    with cli._progress(10, "x", quiet=False) as progress:
+        assert progress is None
+
+
+# -- failures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["what"],
+        ["stats"],
+        ["stats", "x.npy"],
+        ["stats", "x.npy", "-o", "m.npz", "--axis", "one"],
+        ["stats", "x.npy", "-o", "x.npy"],
+        ["apply", "m.npz", "x.npy", "-o", "./x.npy"],
+        ["apply", "m.npz", "x.npy", "-o", "m.npz"],
+        ["apply", "m.npz", "x.npy", "-o", "y.npy", "--epsilon", "-1"],
+        ["apply", "m.npz", "x.npy", "-o", "y.npy", "--epsilon", "nan"],
+        ["merge", "m.npz", "-o", "c.npz"],
+        ["merge", "m.npz", "n.npz", "-o", "n.npz"],
+        ["demo", "--seed", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(command, tmp_path, data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["stats", "x.npy", "-o", "m.npz", "--quiet"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert main(command) == 2
+    output = capsys.readouterr()
+    assert output.err
+    assert not output.out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_output_linked_to_the_input_is_refused(tmp_path, data, capsys):
+    path, x = data
+    os.symlink(path, tmp_path / "link.npy")
+    os.link(path, tmp_path / "hard.npy")
+    main(args("stats", path, "-o", tmp_path / "m.npz", "--quiet"))
+    for name in ("link.npy", "hard.npy"):
+        assert main(args("apply", tmp_path / "m.npz", path, "-o", tmp_path / name)) == 2
+    np.testing.assert_array_equal(np.load(path), x)
+
+
+def header_only(path, count):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, 4)})
+
+
+def archive(path):
+    with open(path, "wb") as file:
+        np.savez(file, x=np.ones(3))
+
+
+BAD_FILES = {
+    "missing": (lambda path: None, "No such file"),
+    "folder": (lambda path: path.mkdir(), "Is a directory"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "text": (lambda path: path.write_text("1,2,3\n"), "is not a .npy file"),
+    "magic only": (lambda path: path.write_bytes(b"\x93NUMPY"), "damaged .npy header"),
+    "half a magic": (lambda path: path.write_bytes(b"\x93NU"), "damaged .npy header"),
+    "half a header": (
+        lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'"),
+        "damaged .npy header",
+    ),
+    "no dictionary": (
+        lambda path: path.write_bytes(b"\x93NUMPY\x01\x00\x0a\x00import os\n" + bytes(100)),
+        "damaged .npy header",
+    ),
+    "version 3": (lambda path: path.write_bytes(b"\x93NUMPY\x03\x00\x02\x00\x00\x00{}"), "version (3, 0)"),
+    "archive": (archive, "archive"),
+    "pickle": (lambda path: path.write_bytes(b"\x80\x04K\x01."), "is not a .npy file"),
+    "objects": (lambda path: np.save(path, np.array([{}, None]), allow_pickle=True), "got object"),
+    "integers": (
+        lambda path: np.save(path, np.ones((3, 4), int)),
+        "must hold float32 or float64 values, got int64",
+    ),
+    "complex": (lambda path: np.save(path, np.ones((3, 4), complex)), "got complex128"),
+    "half": (lambda path: np.save(path, np.ones((3, 4), np.float16)), "got float16"),
+    "record": (lambda path: np.save(path, np.ones(3, [("a", "f4"), ("b", "f4")])), "float32 or float64"),
+    "a number": (lambda path: np.save(path, np.float32(3)), "channel axis"),
+    "truncated": (lambda path: header_only(path, 1000), "is truncated"),
+    "hostile": (lambda path: header_only(path, 10**17), "is truncated"),
+    "negative": (lambda path: header_only(path, -5), "damaged .npy header"),
+}
+
+
+@pytest.mark.parametrize("command", ["stats", "apply"])
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_data_file(kind, command, tmp_path, capsys):
+    make, message = BAD_FILES[kind]
+    path = tmp_path / "bad.npy"
+    make(path)
+    stream.save_moments(tmp_path / "m.npz", fastbn.Moments(4).update(np.ones((2, 4))), -1)
+    before = set(os.listdir(tmp_path))
+    source = [path] if command == "stats" else [tmp_path / "m.npz", path]
+    assert main(args(command, *source, "-o", tmp_path / "out")) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("fastbn: error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+    assert "bad.npy" in output.err
+    assert not output.out
+    assert set(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "PK\x03\x04"])
+def test_bad_statistics_file(text, tmp_path, data, capsys):
+    (tmp_path / "m.npz").write_text(text)
+    assert main(args("apply", tmp_path / "m.npz", data[0], "-o", tmp_path / "y.npy")) == 1
+    assert main(args("merge", tmp_path / "m.npz", tmp_path / "m.npz", "-o", tmp_path / "y.npy")) == 1
+    assert "m.npz" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["m.npz", "x.npy"]
+
+
+@pytest.mark.parametrize(
+    ("header", "arrays"),
+    [
+        ({"count": 3}, {}),
+        ({"count": "3", "axis": -1}, {}),
+        ({"count": -3, "axis": -1}, {}),
+        ({"count": 3, "axis": "last"}, {}),
+        ({"count": 3, "axis": True}, {}),
+        ({"count": 3, "axis": -1}, {"m2": -np.ones(5)}),
+        ({"count": 3, "axis": -1}, {"m2": np.ones(6)}),
+        ({"count": 3, "axis": -1}, {"mean": np.ones((5, 1)), "m2": np.ones((5, 1))}),
+        ({"count": 3, "axis": -1}, {"other": np.ones(5)}),
+        ({"count": 0, "axis": -1}, {}),
+    ],
+    ids=repr,
+)
+def test_unsound_statistics(header, arrays, tmp_path, data, capsys):
+    arrays = {"mean": np.zeros(5), "m2": np.ones(5)} | arrays
+    state.write_state(tmp_path / "m.npz", "moments", header, arrays)
+    assert main(args("apply", tmp_path / "m.npz", data[0], "-o", tmp_path / "y.npy")) == 1
+    assert "m.npz" in capsys.readouterr().err
+    assert not (tmp_path / "y.npy").exists()
+
+
+def test_what_does_not_fit(tmp_path, data, capsys):
+    path, _ = data
+    main(args("stats", path, "-o", tmp_path / "m.npz", "--quiet"))
+    np.save(tmp_path / "other.npy", np.ones((10, 4)))
+    main(args("stats", tmp_path / "other.npy", "-o", tmp_path / "other.npz", "--quiet"))
+    before = set(os.listdir(tmp_path))
+    for command, message in [
+        (args("stats", path, "--axis", 2, "-o", tmp_path / "n.npz"), "axis must lie in [-2, 1]"),
+        (args("apply", tmp_path / "m.npz", tmp_path / "other.npy", "-o", tmp_path / "y.npy"), "(5,)"),
+        (args("apply", tmp_path / "m.npz", path, "--axis", 0, "-o", tmp_path / "y.npy"), "(1000,)"),
+        (args("merge", tmp_path / "m.npz", tmp_path / "other.npz", "-o", tmp_path / "n.npz"), "5 channels"),
+        (args("stats", path, "-o", tmp_path / "no" / "m.npz"), "No such file"),
+        (args("stats", path, "-o", tmp_path), "Is a directory"),
+    ]:
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+    assert set(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1), (MemoryError(), 1)],
+    ids=repr,
+)
+def test_interrupted_halfway(error, code, tmp_path, data, monkeypatch, capsys):
+    path, _ = data
+    main(args("stats", path, "-o", tmp_path / "m.npz", "--quiet"))
+    (tmp_path / "y.npy").write_bytes(b"precious")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(stream, "normalize", fail)
+    assert main(args("apply", tmp_path / "m.npz", path, "-o", tmp_path / "y.npy")) == code
+    assert capsys.readouterr().err.startswith("fastbn: error: ")
+    assert (tmp_path / "y.npy").read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["m.npz", "x.npy", "y.npy"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_nothing_behind(number, tmp_path):
+    size = 1 << 30  # sparse: takes no room, but some time to normalize
+    with open(tmp_path / "x.npy", "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (size // 16, 4)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + size)
+    stream.save_moments(tmp_path / "m.npz", fastbn.Moments(4).update(np.ones((2, 4))), -1)
+    command = [*COMMAND, *args("apply", tmp_path / "m.npz", tmp_path / "x.npy", "-o", tmp_path / "y.npy")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while len(os.listdir(tmp_path)) < 3 and time.monotonic() < deadline:  # the temporary file
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert "Traceback" not in errors
+    assert sorted(os.listdir(tmp_path)) == ["m.npz", "x.npy"]
+
+
+def test_a_reader_that_leaves_early():
+    with subprocess.Popen([*COMMAND, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(60) == 0
+    assert errors == ""
+
+
+def test_header_of_a_file(data):
+    found = NpyFile.open(data[0])
+    assert (found.shape, found.dtype, found.fortran_order) == ((1000, 5), np.float32, False)
+    assert found.nbytes == 20000
