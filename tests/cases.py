@@ -21,6 +21,8 @@ PLANAR = (
     ((1, 2, 211, 97), 1),
     ((4, 33, 11, 11), 1),
     ((3, 2000), 0),
+    ((211, 2, 7, 7), 1),  # several parts of many small planes, the last one shorter
+    ((101, 3, 8, 5), 1),
 )
 INTERLEAVED = (
     ((3000, 1), -1),
@@ -30,6 +32,8 @@ INTERLEAVED = (
     ((777, 33), -1),
     ((5, 8, 9, 64), -1),
     ((201, 257), -1),
+    ((130, 1100), -1),  # wider than a task
+    ((1900, 5, 3, 2), 1),  # planes so small that a row of them is walked like channels
 )
 BOTH = PLANAR + INTERLEAVED
 SMALL = (((6, 5), -1), ((4, 3, 5, 2), 1), ((3, 4, 4, 3), -1), ((9,), -1), ((2, 3, 2, 2, 3), 2))

@@ -21,13 +21,13 @@ from libc.string cimport memset
 
 from ._plan cimport Plan
 from .job cimport Job, Operand, Operation, coefficients, load
-from .lanes cimport LANES, apply_rows, reduce_rows
+from .lanes cimport LANES, apply_rows, fence, reduce_rows
 from .moments cimport add, from_sums, merge
 
 cdef enum:
     BLOCK = 32768      # values of a block of rows: 128 KB of float32 stay in the second level cache
     MIN_ROWS = 64      # of a block, however wide
-    STEP = 8           # rows summed while the sums of a piece of columns are in registers
+    STEP = 4           # rows summed while the sums of a piece of columns are in registers
     CHUNK = 512        # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time
     WAVE = 1 << 26     # values between two looks for signals
@@ -211,6 +211,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                           and (not job.writes_pair or dense(job, k, &job.v)))
     cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
     cdef Py_ssize_t j, r, rows, n, sy, step
+    # Rows of y that start at whole lanes can be stored past the caches.
+    cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
+                         and k.positions * job.y.outer % LANES == 0)
     cdef floating* y
     cdef bint direct
     cdef View u, v
@@ -230,14 +233,23 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 y = ub
             if job.writes_pair:
                 v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
-                apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, whole(n), p + j,
-                           a + j, shift + j, q + j, b + j, True)
+                if streams and direct:
+                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, n, p + j,
+                               a + j, shift + j, q + j, b + j, True, True)
+                else:
+                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, whole(n),
+                               p + j, a + j, shift + j, q + j, b + j, True, False)
+            elif streams and direct:
+                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, n, p + j, a + j,
+                           shift + j, q + j, b + j, False, True)
             else:
                 apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, whole(n), p + j,
-                           a + j, shift + j, q + j, b + j, False)
+                           a + j, shift + j, q + j, b + j, False, False)
             if not direct:
                 unstage(job, k, ub, t.row + r, rows, t.column + j, n)
             j += n
+    if streams:
+        fence()
 
 
 cdef void merge_blocks(const Job* job, const Cut* k, double* parts) noexcept nogil:

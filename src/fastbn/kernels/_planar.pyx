@@ -17,7 +17,7 @@ from libc.stdlib cimport free, malloc
 
 from ._plan cimport Plan
 from .job cimport Job, Operand, Operation, coefficients, load
-from .lanes cimport LANES, apply_run, reduce_run
+from .lanes cimport LANES, apply_run, fence, reduce_run
 from .moments cimport add, fold, from_sums, merge
 
 cdef enum:
@@ -100,9 +100,14 @@ cdef inline void apply_any(const Job* job, const floating* u, const floating* v,
     u = stage(u, job.u.inner, n, 0, tile)
     if job.writes_pair:
         v = stage(v, job.v.inner, n, 0, tile + TILE)
-        apply_run(u, v, z, max(n, <Py_ssize_t> LANES), p, a, c, q, b, True)
+        if job.streams and direct:
+            apply_run(u, v, z, n, p, a, c, q, b, True, True)
+        else:
+            apply_run(u, v, z, max(n, <Py_ssize_t> LANES), p, a, c, q, b, True, False)
+    elif job.streams and direct:
+        apply_run(u, u, z, n, p, a, c, q, b, False, True)
     else:
-        apply_run(u, u, z, max(n, <Py_ssize_t> LANES), p, a, c, q, b, False)
+        apply_run(u, u, z, max(n, <Py_ssize_t> LANES), p, a, c, q, b, False, False)
     if not direct:
         for i in range(n):
             y[i * job.y.inner] = z[i]
@@ -216,6 +221,8 @@ cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, doub
             for g in range(groups):
                 c = begin + g * k.group
                 apply_tiles(job, k, t, t + 1, c, min(c + k.group, end), buffer)
+    if step != REDUCE and job.streams:
+        fence()
 
 
 cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* typed) except -1:

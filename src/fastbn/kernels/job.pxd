@@ -29,6 +29,7 @@ cdef struct Job:
     bint reduces, applies
     bint reads_pair   # reduce reads both operands
     bint writes_pair  # apply reads both operands
+    bint streams      # y is stored past the caches
     Py_ssize_t outer, channels, inner
     Operand u, v, y
     Parameter gamma, beta, mean, variance

@@ -7,6 +7,9 @@
 #define FASTBN_LANES 16
 
 #if defined(__GNUC__)
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 #if defined(__AVX512F__)
 #define FASTBN_BYTES 64
 #elif defined(__AVX__)
@@ -22,8 +25,17 @@ typedef float fastbn_vh __attribute__((vector_size(FASTBN_BYTES / 2), aligned(4)
 #define FASTBN_VF (FASTBN_BYTES / 4)
 static inline fastbn_vd fastbn_splat_d(double x) { return x - (fastbn_vd){0}; }
 static inline fastbn_vf fastbn_splat_f(float x) { return x - (fastbn_vf){0}; }
+/* By intrinsics where there are some: GCC 12 makes three instructions of __builtin_convertvector where one exists. */
 static inline fastbn_vd fastbn_widen_f(const float *x) {
+#if defined(__AVX512F__)
+    return (fastbn_vd) _mm512_cvtps_pd(_mm256_loadu_ps(x));
+#elif defined(__AVX__)
+    return (fastbn_vd) _mm256_cvtps_pd(_mm_loadu_ps(x));
+#elif defined(__SSE2__)
+    return (fastbn_vd) _mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd((const double *) x)));
+#else
     return __builtin_convertvector(*(const fastbn_vh *) x, fastbn_vd);
+#endif
 }
 #else
 typedef double fastbn_vd;
@@ -34,6 +46,27 @@ typedef float fastbn_vf;
 #define fastbn_splat_f(x) (x)
 static inline fastbn_vd fastbn_widen_f(const float *x) { return *x; }
 #endif
+/* Stores past the caches, to addresses that are multiples of a pack's size. */
+#if defined(__GNUC__) && defined(__AVX512F__)
+static inline void fastbn_stream_d(double *y, fastbn_vd z) { _mm512_stream_pd(y, (__m512d) z); }
+static inline void fastbn_stream_f(float *y, fastbn_vf z) { _mm512_stream_ps(y, (__m512) z); }
+#elif defined(__GNUC__) && defined(__AVX__)
+static inline void fastbn_stream_d(double *y, fastbn_vd z) { _mm256_stream_pd(y, (__m256d) z); }
+static inline void fastbn_stream_f(float *y, fastbn_vf z) { _mm256_stream_ps(y, (__m256) z); }
+#elif defined(__GNUC__) && defined(__SSE2__)
+static inline void fastbn_stream_d(double *y, fastbn_vd z) { _mm_stream_pd(y, (__m128d) z); }
+static inline void fastbn_stream_f(float *y, fastbn_vf z) { _mm_stream_ps(y, (__m128) z); }
+#else
+static inline void fastbn_stream_d(double *y, fastbn_vd z) { *(fastbn_vd *) y = z; }
+static inline void fastbn_stream_f(float *y, fastbn_vf z) { *(fastbn_vf *) y = z; }
+#endif
+/* Before another thread may read what was streamed. */
+static inline void fastbn_fence(void) {
+#if defined(__GNUC__) && defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 static inline fastbn_vd fastbn_widen_d(const double *x) { return *(const fastbn_vd *) x; }
 
 #define FASTBN_ND (FASTBN_LANES / FASTBN_VD) /* packs of doubles in all lanes */

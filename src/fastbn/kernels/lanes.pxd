@@ -31,6 +31,9 @@ cdef extern from "lanes.h" nogil:
     vf splat_f "fastbn_splat_f"(float x)
     vd widen_f "fastbn_widen_f"(const float* x)
     vd widen_d "fastbn_widen_d"(const double* x)
+    void stream_d "fastbn_stream_d"(double* y, vd z)
+    void stream_f "fastbn_stream_f"(float* y, vf z)
+    void fence "fastbn_fence"()
     const double[32] last_weights "fastbn_last"
 
 
@@ -126,48 +129,71 @@ cdef inline pack scaled(const pack* u, const pack* v, pack p, pack a, pack c, pa
     return (u[0] - p) * a + c
 
 
+cdef inline void put(floating* y, pack z, bint stream) noexcept nogil:
+    """Store a pack; past the caches only where y is aligned to packs."""
+    if stream:
+        if floating is float and pack is vf:
+            stream_f(y, z)
+        elif floating is double and pack is vd:
+            stream_d(y, z)
+    else:
+        (<pack*> y)[0] = z
+
+
 cdef inline void apply_packs(const floating* u, const floating* v, floating* y, Py_ssize_t n, pack p, pack a, pack c,
-                             pack q, pack b, bint pair, Py_ssize_t width) noexcept nogil:
-    """n >= width values in packs of that width; the last pack overlaps, and is computed before anything is stored."""
+                             pack q, pack b, bint pair, bint stream, Py_ssize_t width) noexcept nogil:
+    """n >= width values in packs of that width; the last pack overlaps, and is computed before anything is stored.
+
+    With ``stream``, y shares no memory with u and v, and a first pack overlaps as well, up to where y is aligned.
+    """
     cdef Py_ssize_t k
+    cdef Py_ssize_t i = 0
     cdef Py_ssize_t end = n - width
     cdef pack last = scaled(<const pack*> (u + end), <const pack*> (v + end), p, a, c, q, b, pair)
-    for k in range(n // width):
-        (<pack*> (y + k * width))[0] = scaled(<const pack*> (u + k * width), <const pack*> (v + k * width), p, a, c,
-                                              q, b, pair)
-    (<pack*> (y + end))[0] = last
+    if stream:
+        i = (width - <Py_ssize_t> (<size_t> y // sizeof(floating) % <size_t> width)) % width
+        (<pack*> y)[0] = scaled(<const pack*> u, <const pack*> v, p, a, c, q, b, pair)
+    for k in range((n - i) // width):
+        put(y + i, scaled(<const pack*> (u + i), <const pack*> (v + i), p, a, c, q, b, pair), stream)
+        i = i + width
+    if i < n:
+        (<pack*> (y + end))[0] = last
 
 
 cdef inline void apply_run(const floating* u, const floating* v, floating* y, Py_ssize_t n, floating p, floating a,
-                           floating c, floating q, floating b, bint pair) noexcept nogil:
+                           floating c, floating q, floating b, bint pair, bint stream) noexcept nogil:
     """Scale and shift a run of n >= LANES values of one channel."""
     if floating is float:
-        apply_packs[float, vf](u, v, y, n, splat_f(p), splat_f(a), splat_f(c), splat_f(q), splat_f(b), pair, VF)
+        apply_packs[float, vf](u, v, y, n, splat_f(p), splat_f(a), splat_f(c), splat_f(q), splat_f(b), pair, stream,
+                               VF)
     else:
-        apply_packs[double, vd](u, v, y, n, splat_d(p), splat_d(a), splat_d(c), splat_d(q), splat_d(b), pair, VD)
+        apply_packs[double, vd](u, v, y, n, splat_d(p), splat_d(a), splat_d(c), splat_d(q), splat_d(b), pair, stream,
+                                VD)
 
 
-cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, floating* y,
-                               Py_ssize_t sy, Py_ssize_t rows, pack p, pack a, pack c, pack q, pack b,
-                               bint pair) noexcept nogil:
-    """One pack of columns, down the rows."""
-    cdef Py_ssize_t r
-    for r in range(rows):
-        (<pack*> (y + r * sy))[0] = scaled(<const pack*> (u + r * su), <const pack*> (v + r * sv), p, a, c, q, b, pair)
+cdef inline void apply_columns(const floating* u, const floating* v, floating* y, Py_ssize_t n, const floating* p,
+                               const floating* a, const floating* c, const floating* q, const floating* b, bint pair,
+                               bint stream, Py_ssize_t width, pack* typed) noexcept nogil:
+    """One row, in packs of that width; typed only names the type."""
+    cdef Py_ssize_t i = 0, k
+    for k in range(n // width):
+        put(y + i, scaled(<const pack*> (u + i), <const pack*> (v + i), (<const pack*> (p + i))[0],
+                          (<const pack*> (a + i))[0], (<const pack*> (c + i))[0], (<const pack*> (q + i))[0],
+                          (<const pack*> (b + i))[0], pair), stream)
+        i = i + width
 
 
 cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, floating* y,
                             Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, const floating* p, const floating* a,
-                            const floating* c, const floating* q, const floating* b, bint pair) noexcept nogil:
-    """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES."""
-    cdef Py_ssize_t i, k
-    if floating is float:
-        for k in range(width // VF):
-            i = k * VF
-            apply_columns[float, vf](u + i, su, v + i, sv, y + i, sy, rows, (<vf*> (p + i))[0], (<vf*> (a + i))[0],
-                                     (<vf*> (c + i))[0], (<vf*> (q + i))[0], (<vf*> (b + i))[0], pair)
-    else:
-        for k in range(width // VD):
-            i = k * VD
-            apply_columns[double, vd](u + i, su, v + i, sv, y + i, sy, rows, (<vd*> (p + i))[0], (<vd*> (a + i))[0],
-                                      (<vd*> (c + i))[0], (<vd*> (q + i))[0], (<vd*> (b + i))[0], pair)
+                            const floating* c, const floating* q, const floating* b, bint pair,
+                            bint stream) noexcept nogil:
+    """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES.
+
+    With ``stream``, every row of y is aligned to LANES values, and shares no memory with u and v.
+    """
+    cdef Py_ssize_t r
+    for r in range(rows):
+        if floating is float:
+            apply_columns(u + r * su, v + r * sv, y + r * sy, width, p, a, c, q, b, pair, stream, VF, <vf*> NULL)
+        else:
+            apply_columns(u + r * su, v + r * sv, y + r * sy, width, p, a, c, q, b, pair, stream, VD, <vd*> NULL)
