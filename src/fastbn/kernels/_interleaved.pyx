@@ -25,9 +25,9 @@ from .lanes cimport LANES, apply_rows, fence, reduce_rows
 from .moments cimport add, from_sums, merge
 
 cdef enum:
-    BLOCK = 32768      # values of a block of rows: 128 KB of float32 stay in the second level cache
+    BLOCK = 131072     # values of a block of rows: what a block costs beside its values is then less than a tenth
     MIN_ROWS = 64      # of a block, however wide
-    STEP = 4           # rows summed while the sums of a piece of columns are in registers
+    STEP = 8           # rows taken together at most
     CHUNK = 512        # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time
     WAVE = 1 << 26     # values between two looks for signals
@@ -45,6 +45,7 @@ cdef struct Cut:
     Py_ssize_t rows        # full rows
     Py_ssize_t rest        # columns of the last, partial row
     Py_ssize_t height      # rows of a block
+    Py_ssize_t step        # rows summed while the sums of some columns are in registers
     Py_ssize_t blocks      # the partial row is one more
     Py_ssize_t chunks
     Py_ssize_t wave        # tasks between two looks for signals
@@ -69,6 +70,8 @@ cdef Cut cut(const Job* job) noexcept nogil:
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
+    # Many long rows at once would be as many streams within a page, which prefetching does not follow.
+    k.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, CHUNK // k.columns))
     k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.chunks = (k.columns + CHUNK - 1) // CHUNK
     k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
@@ -163,21 +166,28 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     cdef const floating* u0 = <const floating*> job.u.data + t.row * k.positions * job.u.outer
     cdef bint is_dense = dense(job, k, &job.u) and (not job.reads_pair or dense(job, k, &job.v))
     cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
-    cdef Py_ssize_t j, r, rows, n, step
+    cdef Py_ssize_t j, r, rows, n, step, c, s
     cdef bint direct
     cdef View u, v
     memset(first, 0, sizeof(first))
     memset(second, 0, sizeof(second))
     memset(p, 0, sizeof(p))
     memset(q, 0, sizeof(q))
-    for j in range(t.columns):
-        if job.reads_pair:
-            q[j] = load(&job.mean, (t.column + j) // job.inner % job.channels, 0)
-        else:
-            p[j] = u0[offset(job, &job.u, t.column + j)]
-    for step in range((t.rows + STEP - 1) // STEP):
-        r = step * STEP
-        rows = min(<Py_ssize_t> STEP, t.rows - r)
+    if not job.reads_pair:
+        for j in range(t.columns):
+            p[j] = u0[t.column + j] if is_dense else u0[offset(job, &job.u, t.column + j)]
+    else:
+        c = t.column // job.inner % job.channels
+        s = t.column % job.inner
+        for j in range(t.columns):
+            q[j] = load(&job.mean, c, 0)
+            s += 1
+            if s == job.inner:
+                s = 0
+                c = c + 1 if c + 1 < job.channels else 0
+    for step in range((t.rows + k.step - 1) // k.step):
+        r = step * k.step
+        rows = min(k.step, t.rows - r)
         j = 0
         while j < t.columns:
             direct = j < width
@@ -217,9 +227,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef floating* y
     cdef bint direct
     cdef View u, v
-    for step in range((t.rows + STEP - 1) // STEP):
-        r = step * STEP
-        rows = min(<Py_ssize_t> STEP, t.rows - r)
+    for step in range((t.rows + k.step - 1) // k.step):
+        r = step * k.step
+        rows = min(k.step, t.rows - r)
         j = 0
         while j < t.columns:
             direct = j < width

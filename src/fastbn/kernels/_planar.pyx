@@ -24,7 +24,7 @@ cdef enum:
     TILE = 4096            # values of a part: float32 and its result fill half of a 32 KB first level cache
     GROUP = 16             # channels taken together at most
     LONG_RUN = 512         # values; shorter neighbouring runs are taken together until they reach this
-    CACHED = 1 << 19       # bytes of operands that are still in the second level cache when they are read again
+    CACHED = 1 << 20       # bytes of operands that are still in the second level cache when they are read again
     STRETCH = 1 << 18      # bytes of one task where channels are cut
     WAVE = 1 << 28         # bytes between two looks for signals
 
