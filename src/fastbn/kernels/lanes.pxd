@@ -146,14 +146,14 @@ cdef inline void apply_packs(const floating* u, const floating* v, floating* y, 
 
     With ``stream``, y shares no memory with u and v, and a first pack overlaps as well, up to where y is aligned.
     """
-    cdef Py_ssize_t k
+    cdef Py_ssize_t _k
     cdef Py_ssize_t i = 0
     cdef Py_ssize_t end = n - width
     cdef pack last = scaled(<const pack*> (u + end), <const pack*> (v + end), p, a, c, q, b, pair)
     if stream:
         i = (width - <Py_ssize_t> (<size_t> y // sizeof(floating) % <size_t> width)) % width
         (<pack*> y)[0] = scaled(<const pack*> u, <const pack*> v, p, a, c, q, b, pair)
-    for k in range((n - i) // width):
+    for _k in range((n - i) // width):
         put(y + i, scaled(<const pack*> (u + i), <const pack*> (v + i), p, a, c, q, b, pair), stream)
         i = i + width
     if i < n:
@@ -175,8 +175,8 @@ cdef inline void apply_columns(const floating* u, const floating* v, floating* y
                                const floating* a, const floating* c, const floating* q, const floating* b, bint pair,
                                bint stream, Py_ssize_t width, pack* typed) noexcept nogil:
     """One row, in packs of that width; typed only names the type."""
-    cdef Py_ssize_t i = 0, k
-    for k in range(n // width):
+    cdef Py_ssize_t i = 0, _k
+    for _k in range(n // width):
         put(y + i, scaled(<const pack*> (u + i), <const pack*> (v + i), (<const pack*> (p + i))[0],
                           (<const pack*> (a + i))[0], (<const pack*> (c + i))[0], (<const pack*> (q + i))[0],
                           (<const pack*> (b + i))[0], pair), stream)
