@@ -4,11 +4,11 @@ from importlib import metadata as _metadata
 
 from .config import show_config
 from .errors import PendingUpdatesWarning, StateError, UntrainedWarning
+from .folding import fold
 from .functional import (
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,
-    fold,
     normalize,
     update_moving,
 )

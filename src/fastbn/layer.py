@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, functional, modes, state
+from . import checks, functional, modes, passes, state
 from . import layout as layouts
 from .errors import StateError, UntrainedWarning, must
 
@@ -37,16 +37,6 @@ def _unlock_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_after_fork)
-
-
-class InferenceParameters(NamedTuple):
-    """What inference computes with."""
-
-    gamma: Array | None
-    beta: Array | None
-    moving_mean: Array
-    moving_variance: Array
-    epsilon: float
 
 
 class BatchNorm:
@@ -300,7 +290,7 @@ class BatchNorm:
             arrays = self._created(layouts.channel_shape(data.shape, axes), data.dtype)
         with self._lock:  # a mean and a variance of the same moment
             mean, variance = arrays.moving_mean.copy(), arrays.moving_variance.copy()
-        y, cache = functional.forward(
+        y, cache = passes.forward(
             data,
             gamma=arrays.gamma,
             beta=arrays.beta,
@@ -325,7 +315,7 @@ class BatchNorm:
             if mode == "train" and data.size:
                 kept = self._arrays
                 count = layouts.values_per_channel(data.shape, cache.axes)
-                functional.store_moving(
+                passes.store_moving(
                     kept.moving_mean, kept.moving_variance, cache.statistics, count, self.momentum, self.ddof
                 )
                 self.batches += 1
@@ -488,10 +478,6 @@ class BatchNorm:
             raise StateError(f"{os.fspath(path)}: {error}") from error
         state.check_statistics(path, layer.moving_mean.reshape(-1), layer.moving_variance.reshape(-1))
         return layer
-
-    def inference_parameters(self) -> InferenceParameters:
-        """Return the arrays and the epsilon that inference computes with; the layer must be built."""
-        return InferenceParameters(*self._existing(), self.epsilon)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: arguments and arrays, not the last batch."""

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks, kernels
 from . import layout as layouts
 from .errors import must
-from .functional import run
 from .kernels import _channels
+from .passes import run
 
 Array = NDArray[Any]
 

@@ -1,0 +1,226 @@
+"""What public functions and the layer share: a checked pass over data, forward, and what the gradient needs of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks, kernels, modes
+from . import layout as layouts
+from .kernels import _channels
+from .threads import get_num_threads
+
+Array = NDArray[Any]
+
+# Values per thread below which another thread costs more than it brings: starting a team takes some microseconds,
+# in which one core normalizes about this many values that are in cache.
+VALUES_PER_THREAD: Final = 16384
+
+
+class Statistics(NamedTuple):
+    """What normalized a batch: mean and variance (divided by the count, ddof 0) per channel, one-dimensional."""
+
+    mean: Array
+    variance: Array
+
+
+class Cache:
+    """What `batch_norm_backward` needs of the forward call.
+
+    It refers to x itself, not to a copy: x must not be changed before the gradient was taken.
+
+    Attributes
+    ----------
+    mode : {"train", "batch", "inference"}
+        How the call normalized.
+    """
+
+    __slots__ = ("axes", "epsilon", "gamma", "mode", "statistics", "x")
+
+    def __init__(
+        self,
+        x: Array | None,
+        axes: tuple[int, ...],
+        mode: modes.Mode,
+        statistics: Statistics,
+        gamma: Array | None,
+        epsilon: float,
+    ) -> None:
+        self.x = x
+        self.axes = axes
+        self.mode = mode
+        self.statistics = statistics
+        self.gamma = gamma
+        self.epsilon = epsilon
+
+    def __repr__(self) -> str:
+        """Describe the call."""
+        batch = "an overwritten batch" if self.x is None else f"a {self.x.dtype} batch of shape {self.x.shape}"
+        return f"<fastbn cache of {batch}, mode {self.mode!r}>"
+
+
+def _team(size: int) -> int:
+    """Return how many threads a call on so many values uses."""
+    return 1 if size < 2 * VALUES_PER_THREAD else min(get_num_threads(), size // VALUES_PER_THREAD)
+
+
+def run(
+    operation: int,
+    axes: tuple[int, ...],
+    x: Array,
+    *,
+    dy: Array | None = None,
+    out: Array | None = None,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    mean: Array | None = None,
+    variance: Array | None = None,
+    epsilon: float = 0.0,
+    first: Array | None = None,
+    second: Array | None = None,
+) -> None:
+    """Carry out an operation on checked arrays that are not empty.
+
+    Where the strides of an array fit neither access pattern it is copied once, and a result copied back.
+    """
+    wide = x.dtype.itemsize == 8
+    plan = layouts.plan(
+        x.shape,
+        axes,
+        wide,
+        x.strides,
+        None if dy is None else dy.strides,
+        None if out is None else out.strides,
+    )
+    if plan is None:
+        x2 = layouts.packed(x, axes)
+        dy2 = out2 = None
+        if dy is not None:
+            dy2 = layouts.like(x2)
+            dy2[...] = dy
+        if out is not None:
+            out2 = layouts.like(x2)
+        run(
+            operation,
+            axes,
+            x2,
+            dy=dy2,
+            out=out2,
+            gamma=gamma,
+            beta=beta,
+            mean=mean,
+            variance=variance,
+            epsilon=epsilon,
+            first=first,
+            second=second,
+        )
+        if out is not None:
+            assert out2 is not None
+            out[...] = out2
+        return
+    u, v = (x, None) if dy is None else (dy, x)
+    kernels.run(plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, _team(x.size))
+
+
+def forward(
+    x: Any,
+    *,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    training: Any,
+    momentum: Any,
+    epsilon: Any,
+    axis: Any,
+    layout: str | None,
+    ddof: Any,
+    update: Any,
+    out: Any,
+    keep: Literal["nothing", "always", "unless in place"],
+    names: tuple[str, str] = ("moving_mean", "moving_variance"),
+) -> tuple[Array, Cache | None]:
+    """Check, normalize, update, and keep a cache. The body of all forward functions.
+
+    A cache refers to x, so "always" refuses to overwrite it; "unless in place" gives a cache without x then.
+    """
+    x = checks.data(x, "x")
+    axes = layouts.channel_axes(axis, layout, x.ndim)
+    shape = layouts.channel_shape(x.shape, axes)
+    mode = modes.functional_mode(
+        checks.flag(training, "training"), update is not None and checks.flag(update, "update")
+    )
+    epsilon = checks.epsilon(epsilon)
+    momentum = checks.momentum(momentum)
+    ddof = checks.ddof(ddof)
+    weight = checks.parameter(gamma, "gamma", shape)
+    bias = checks.parameter(beta, "beta", shape)
+    if (moving_mean is None) != (moving_variance is None):
+        raise ValueError("moving_mean and moving_variance must be given together, got only one of them")
+    name_mean, name_variance = names
+    updates = mode == "train" and moving_mean is not None
+    if updates:
+        moving_mean = checks.moving(moving_mean, "moving_mean", shape)
+        moving_variance = checks.moving(moving_variance, "moving_variance", shape)
+        checks.apart(moving_mean, "moving_mean", moving_variance=moving_variance)
+        if keep != "nothing":  # the cache refers to x, which the update must not change
+            checks.apart(moving_mean, "moving_mean", x=x)
+            checks.apart(moving_variance, "moving_variance", x=x)
+    elif mode == "inference":
+        moving_mean = checks.required(moving_mean, name_mean, shape)
+        moving_variance = checks.required(moving_variance, name_variance, shape)
+    else:
+        moving_mean = checks.parameter(moving_mean, "moving_mean", shape)
+        moving_variance = checks.parameter(moving_variance, "moving_variance", shape)
+    if out is None:
+        y = layouts.like(x)
+    else:
+        y = checks.output(out, x.shape, x.dtype)
+        if keep == "always":
+            checks.apart(y, "out", x=x)  # the cache refers to x
+        checks.in_place_or_apart(y, "out", x, "x")
+        statistics_in = {name_mean: moving_mean, name_variance: moving_variance}
+        checks.apart(y, "out", gamma=weight, beta=bias, **statistics_in)
+
+    kept_gamma = None if keep == "nothing" or weight is None else weight.copy()
+    arguments = {"gamma": weight, "beta": bias, "epsilon": epsilon, "out": y}
+    if mode == "inference":
+        if x.size:
+            run(kernels.NORMALIZE, axes, x, mean=moving_mean, variance=moving_variance, **arguments)
+        if keep == "nothing":
+            return y, None
+        statistics = Statistics(moving_mean.astype(np.float64), moving_variance.astype(np.float64))
+    else:
+        count = layouts.values_per_channel(x.shape, axes)
+        statistics = batch_statistics(x, axes, count, kernels.TRAIN, **arguments)
+        if updates and count:
+            store_moving(moving_mean, moving_variance, statistics, count, momentum, ddof)
+    if keep == "nothing":
+        return y, None
+    kept = None if out is not None and checks.overlap(y, x) else x
+    return y, Cache(kept, axes, mode, statistics, kept_gamma, epsilon)
+
+
+def batch_statistics(x: Array, axes: tuple[int, ...], count: int, operation: int, **arguments: Any) -> Statistics:
+    """Carry out an operation that finds the moments of a batch, and return them; zeros for an empty batch."""
+    channels = math.prod(layouts.channel_shape(x.shape, axes))
+    mean, m2 = np.zeros(channels), np.zeros(channels)
+    if x.size:
+        run(operation, axes, x, first=mean, second=m2, **arguments)
+    return Statistics(mean, _channels.variance(m2, max(count, 1)))
+
+
+def store_moving(
+    moving_mean: Array, moving_variance: Array, statistics: Statistics, count: int, momentum: float, ddof: int
+) -> None:
+    """Update checked moving arrays, of any shape, in place."""
+    mean, variance = moving_mean.reshape(-1), moving_variance.reshape(-1)
+    # ddof 1 turns the variance of m values, divided by m, into one divided by m - 1; of one value it stays 0.
+    divisor = max(count - ddof, 1) / count
+    _channels.update_moving(mean, variance, *statistics, divisor, momentum)
+    for target, flat in ((moving_mean, mean), (moving_variance, variance)):
+        if not np.may_share_memory(flat, target):  # several axes whose strides cannot be walked as one
+            target[...] = flat.reshape(target.shape)
