@@ -71,7 +71,7 @@ cdef Cut cut(const Job* job) noexcept nogil:
     k.rest = job.outer % k.positions * columns
     k.height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
     # Many long rows at once would be as many streams within a page, which prefetching does not follow.
-    k.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, CHUNK // k.columns))
+    k.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, 2 * CHUNK // k.columns))
     k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.chunks = (k.columns + CHUNK - 1) // CHUNK
     k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
