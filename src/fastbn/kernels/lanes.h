@@ -67,6 +67,12 @@ static inline void fastbn_fence(void) {
 #endif
 }
 
+#if defined(__GNUC__)
+#define fastbn_prefetch(x) __builtin_prefetch(x)
+#else
+#define fastbn_prefetch(x) ((void) 0)
+#endif
+
 static inline fastbn_vd fastbn_widen_d(const double *x) { return *(const fastbn_vd *) x; }
 
 #define FASTBN_ND (FASTBN_LANES / FASTBN_VD) /* packs of doubles in all lanes */

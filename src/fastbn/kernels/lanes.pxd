@@ -34,6 +34,7 @@ cdef extern from "lanes.h" nogil:
     void stream_d "fastbn_stream_d"(double* y, vd z)
     void stream_f "fastbn_stream_f"(float* y, vf z)
     void fence "fastbn_fence"()
+    void prefetch "fastbn_prefetch"(const void* x)
     const double[32] last_weights "fastbn_last"
 
 
@@ -110,6 +111,11 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
             ps[j] = (<vd*> (p + i))[j]
             qs[j] = (<vd*> (q + i))[j]
         for r in range(rows):
+            # The same place in the next rows: several rows within a page are more than the processor's own
+            # prefetching follows.
+            prefetch(u + (rows + r) * su + i)
+            if pair:
+                prefetch(v + (rows + r) * sv + i)
             for j in range(ND):
                 du = widen(u + r * su + i + j * VD) - ps[j]
                 s[j] = s[j] + du
