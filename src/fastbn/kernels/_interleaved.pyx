@@ -22,14 +22,17 @@ from libc.string cimport memset
 from ._plan cimport Plan
 from .job cimport Job, Operand, Operation, coefficients, load
 from .lanes cimport LANES, apply_rows, fence, reduce_rows
-from .moments cimport add, from_sums, merge
+from .moments cimport CANCELLED, add, from_sums, is_far, merge
 
 cdef enum:
     BLOCK = 131072     # values of a block of rows: what a block costs beside its values is then less than a tenth
-    MIN_ROWS = 64      # of a block, however wide
-    STEP = 8           # rows taken together at most
+    MIN_ROWS = 128     # of a block, however wide
+    STEP = 32          # rows taken together at most
+    FEW = 8            # rows; below, positions are not put together
     CHUNK = 512        # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time
+    AHEAD = 2048       # values: rows are taken together up to this many, and fetched so far ahead
+    SHARE = 256        # channels that one thread finishes at a time
     WAVE = 1 << 26     # values between two looks for signals
 
 
@@ -46,6 +49,8 @@ cdef struct Cut:
     Py_ssize_t rest        # columns of the last, partial row
     Py_ssize_t height      # rows of a block
     Py_ssize_t step        # rows summed while the sums of some columns are in registers
+    Py_ssize_t apply_step  # rows scaled while the coefficients of some columns are in registers
+    Py_ssize_t ahead       # rows that are fetched in advance
     Py_ssize_t blocks      # the partial row is one more
     Py_ssize_t chunks
     Py_ssize_t wave        # tasks between two looks for signals
@@ -58,7 +63,7 @@ cdef Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept
         k += 1
     if k * columns < PIECE:
         k *= (PIECE + k * columns - 1) // (k * columns)
-    return k if outer >= STEP * k else 1
+    return k if outer >= FEW * k else 1
 
 
 cdef Cut cut(const Job* job) noexcept nogil:
@@ -70,10 +75,13 @@ cdef Cut cut(const Job* job) noexcept nogil:
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
-    # Many long rows at once would be as many streams within a page, which prefetching does not follow.
-    k.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, 2 * CHUNK // k.columns))
-    k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.chunks = (k.columns + CHUNK - 1) // CHUNK
+    k.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, AHEAD // min(k.columns, <Py_ssize_t> CHUNK)))
+    # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would already
+    # drive one another out of a first level cache. None are fetched, and *apply*, which has no sums to keep, takes two.
+    k.ahead = AHEAD // k.columns
+    k.apply_step = k.step if k.chunks == 1 else 2
+    k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
     return k
 
@@ -153,38 +161,18 @@ cdef inline Py_ssize_t direct_columns(bint is_dense, Py_ssize_t columns) noexcep
     return columns // LANES * LANES if is_dense else 0
 
 
-cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, floating* typed) noexcept nogil:
-    """A task's columns to its parts, lying as [block][first, second][column]."""
-    cdef Tile t = tile_of(k, task)
+cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
+                   double* first, double* second, floating* typed) noexcept nogil:
+    """Both sums of every column of a tile."""
     cdef floating ub[STEP * PIECE]
     cdef floating vb[STEP * PIECE]
-    cdef double p[CHUNK]
-    cdef double q[CHUNK]
-    cdef double first[CHUNK]
-    cdef double second[CHUNK]
-    cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
-    cdef const floating* u0 = <const floating*> job.u.data + t.row * k.positions * job.u.outer
     cdef bint is_dense = dense(job, k, &job.u) and (not job.reads_pair or dense(job, k, &job.v))
     cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
-    cdef Py_ssize_t j, r, rows, n, step, c, s
+    cdef Py_ssize_t j, r, rows, n, m, step
     cdef bint direct
     cdef View u, v
-    memset(first, 0, sizeof(first))
-    memset(second, 0, sizeof(second))
-    memset(p, 0, sizeof(p))
-    memset(q, 0, sizeof(q))
-    if not job.reads_pair:
-        for j in range(t.columns):
-            p[j] = u0[t.column + j] if is_dense else u0[offset(job, &job.u, t.column + j)]
-    else:
-        c = t.column // job.inner % job.channels
-        s = t.column % job.inner
-        for j in range(t.columns):
-            q[j] = load(&job.mean, c, 0)
-            s += 1
-            if s == job.inner:
-                s = 0
-                c = c + 1 if c + 1 < job.channels else 0
+    memset(first, 0, CHUNK * sizeof(double))
+    memset(second, 0, CHUNK * sizeof(double))
     for step in range((t.rows + k.step - 1) // k.step):
         r = step * k.step
         rows = min(k.step, t.rows - r)
@@ -192,20 +180,83 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
         while j < t.columns:
             direct = j < width
             n = width if direct else min(t.columns - j, <Py_ssize_t> PIECE)
+            m = whole(n)
             u = view(job, k, &job.u, direct, t.row + r, rows, t.column + j, n, ub)
+            v = u
             if job.reads_pair:
                 v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
-                reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, whole(n), p + j, q + j,
-                            True, first + j, second + j)
-            else:
-                reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, whole(n), p + j, p + j,
-                            False, first + j, second + j)
+            if shifted:
+                if job.reads_pair:
+                    reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, k.ahead, m, p + j, q + j,
+                                True, True, first + j, second + j)
+                else:
+                    reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, k.ahead, m, p + j, p + j,
+                                False, True, first + j, second + j)
+            elif floating is float:
+                if job.reads_pair:
+                    reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, k.ahead, m, p + j, q + j,
+                                True, False, first + j, second + j)
+                else:
+                    reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, k.ahead, m, p + j, p + j,
+                                False, False, first + j, second + j)
             j += n
-    for j in range(t.columns):
-        part[j] = first[j]
-        part[k.columns + j] = second[j]
-        if not job.reads_pair:
-            from_sums(p[j], t.rows, part + j, part + k.columns + j)
+
+
+cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, floating* typed) noexcept nogil:
+    """A task's columns to its parts, lying as [block][first, second][column]."""
+    cdef Tile t = tile_of(k, task)
+    cdef double p[CHUNK]
+    cdef double q[CHUNK]
+    cdef double first[CHUNK]
+    cdef double second[CHUNK]
+    cdef bint far[CHUNK]
+    cdef bint again = False
+    cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
+    cdef double* squares = part + k.columns
+    cdef const floating* u0 = <const floating*> job.u.data + t.row * k.positions * job.u.outer
+    cdef Py_ssize_t j, c, s
+    memset(p, 0, sizeof(p))
+    memset(q, 0, sizeof(q))
+    if floating is double and not job.reads_pair:
+        for j in range(t.columns):
+            p[j] = u0[offset(job, &job.u, t.column + j)]
+    if job.reads_pair:
+        c = t.column // job.inner % job.channels
+        s = t.column % job.inner
+        for j in range(t.columns):
+            q[j] = load(&job.mean, c, 0)
+            if floating is float:
+                far[j] = is_far(q[j], load(&job.variance, c, 1))
+                again |= far[j]
+            s += 1
+            if s == job.inner:
+                s = 0
+                c = c + 1 if c + 1 < job.channels else 0
+    sum_rows(job, k, &t, p, q, floating is double, first, second, typed)
+    if not job.reads_pair:
+        for j in range(t.columns):
+            part[j] = first[j]
+            squares[j] = second[j]
+            from_sums(p[j], t.rows, part + j, squares + j)
+        if floating is float:
+            for j in range(t.columns):
+                far[j] = squares[j] * CANCELLED < second[j]
+                again |= far[j]
+                p[j] = <float> part[j]
+    else:
+        for j in range(t.columns):
+            part[j] = first[j]
+            squares[j] = second[j]
+            if floating is float:
+                squares[j] -= q[j] * part[j]
+    if again:
+        sum_rows(job, k, &t, p, q, True, first, second, typed)
+        for j in range(t.columns):
+            if far[j]:
+                part[j] = first[j]
+                squares[j] = second[j]
+                if not job.reads_pair:
+                    from_sums(p[j], t.rows, part + j, squares + j)
 
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table, floating* typed) noexcept nogil:
@@ -227,9 +278,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef floating* y
     cdef bint direct
     cdef View u, v
-    for step in range((t.rows + k.step - 1) // k.step):
-        r = step * k.step
-        rows = min(k.step, t.rows - r)
+    for step in range((t.rows + k.apply_step - 1) // k.apply_step):
+        r = step * k.apply_step
+        rows = min(k.apply_step, t.rows - r)
         j = 0
         while j < t.columns:
             direct = j < width
@@ -244,16 +295,16 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             if job.writes_pair:
                 v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
                 if streams and direct:
-                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, n, p + j,
+                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, k.ahead, n, p + j,
                                a + j, shift + j, q + j, b + j, True, True)
                 else:
-                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, whole(n),
+                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, k.ahead, whole(n),
                                p + j, a + j, shift + j, q + j, b + j, True, False)
             elif streams and direct:
-                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, n, p + j, a + j,
+                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, k.ahead, n, p + j, a + j,
                            shift + j, q + j, b + j, False, True)
             else:
-                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, whole(n), p + j,
+                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, k.ahead, whole(n), p + j,
                            a + j, shift + j, q + j, b + j, False, False)
             if not direct:
                 unstage(job, k, ub, t.row + r, rows, t.column + j, n)
@@ -262,22 +313,22 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
         fence()
 
 
-cdef void merge_blocks(const Job* job, const Cut* k, double* parts) noexcept nogil:
-    """The parts of all blocks, in order, into the first."""
+cdef void merge_blocks(const Job* job, const Cut* k, Py_ssize_t j0, Py_ssize_t j1, double* parts) noexcept nogil:
+    """Columns j0..j1 of the parts of all blocks, in order, into the first."""
     cdef double* part
     cdef Py_ssize_t block, width
     cdef double count, done = min(k.height, k.rows)
     for block in range(1, k.blocks):
         part = parts + block * 2 * k.columns
-        width = k.columns
+        width = j1 - j0
         count = min(k.height, k.rows - block * k.height)
         if k.rest and block == k.blocks - 1:
-            width = k.rest
+            width = min(width, k.rest - j0)
             count = 1
         if job.reads_pair:
-            add(parts, parts + k.columns, part, part + k.columns, width)
+            add(parts + j0, parts + k.columns + j0, part + j0, part + k.columns + j0, width)
         else:
-            merge(done, parts, parts + k.columns, count, part, part + k.columns, width)
+            merge(done, parts + j0, parts + k.columns + j0, count, part + j0, part + k.columns + j0, width)
         done += count
 
 
@@ -299,36 +350,52 @@ cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c, const double*
             done += count
 
 
-cdef void tabulate(const Job* job, const Cut* k, floating* table) noexcept nogil:
-    """Coefficients of every column: [p, a, shift, q, b][column]."""
+cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, double* parts,
+                          floating* table) noexcept nogil:
+    """From the parts of channels c0..c1 to their statistics and to the coefficients of their columns.
+
+    The table is [p, a, shift, q, b][column], and behind it the same of channels where a channel has several columns.
+    """
+    cdef bint spread = k.columns > job.channels
+    cdef Py_ssize_t stride = job.channels if spread else k.padded
+    cdef floating* channel = table + 5 * k.padded if spread else table
     cdef Py_ssize_t c, i, s, j
-    cdef floating p, a, shift, q, b
-    for c in range(job.channels):
-        coefficients(job, c, &p, &a, &shift, &q, &b)
+    if job.reduces:
         for i in range(k.positions):
-            for s in range(job.inner):
-                j = (i * job.channels + c) * job.inner + s
-                table[j] = p
-                table[k.padded + j] = a
-                table[2 * k.padded + j] = shift
-                table[3 * k.padded + j] = q
-                table[4 * k.padded + j] = b
-    for i in range(5):
-        for j in range(k.columns, k.padded):
-            table[i * k.padded + j] = 0
+            merge_blocks(job, k, (i * job.channels + c0) * job.inner, (i * job.channels + c1) * job.inner, parts)
+        for c in range(c0, c1):
+            fold_columns(job, k, c, parts)
+    if job.applies:
+        coefficients(job, c0, c1, stride, channel)
+        for j in range(5):
+            if spread:
+                for i in range(k.positions):
+                    for c in range(c0, c1):
+                        for s in range(job.inner):
+                            table[j * k.padded + (i * job.channels + c) * job.inner + s] = channel[j * stride + c]
+            if c1 == job.channels:
+                for i in range(k.columns, k.padded):
+                    table[j * k.padded + i] = 0
 
 
 cdef int do_blocks(const Job* job, const Cut* k, double* parts, floating* table) except -1:
-    """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between."""
-    cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, task
+    """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between.
+
+    Every thread takes blocks that are neighbours. It applies in the opposite order: what it summed last is still in a
+    cache.
+    """
+    cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, task, share, first, last
     cdef int threads = job.threads
     while begin < tasks:
         end = min(begin + k.wave, tasks)
-        for task in prange(begin, end, nogil=True, schedule="static", num_threads=threads):
-            if parts != NULL:
-                reduce_block(job, k, task, parts, table)
-            else:
-                apply_block(job, k, task, table, table)
+        for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
+            first = begin + (end - begin) * share // threads
+            last = begin + (end - begin) * (share + 1) // threads
+            for task in range(last - first):
+                if parts != NULL:
+                    reduce_block(job, k, first + task, parts, table)
+                else:
+                    apply_block(job, k, last - 1 - task, table, table)
         begin = end
         if begin < tasks:
             PyErr_CheckSignals()
@@ -337,21 +404,20 @@ cdef int do_blocks(const Job* job, const Cut* k, double* parts, floating* table)
 
 cdef int do_job(const Job* job, floating* typed) except -1:
     cdef Cut k = cut(job)
-    cdef Py_ssize_t c
+    cdef Py_ssize_t share, shares = (job.channels + SHARE - 1) // SHARE
+    cdef int threads = job.threads
     cdef double* parts = <double*> malloc(k.blocks * k.columns * 2 * sizeof(double)) if job.reduces else NULL
-    cdef floating* table = <floating*> malloc(5 * k.padded * sizeof(floating)) if job.applies else NULL
+    cdef floating* table = NULL
+    if job.applies:
+        table = <floating*> malloc(5 * (k.padded + job.channels) * sizeof(floating))
     try:
         if (job.reduces and parts == NULL) or (job.applies and table == NULL):
             raise MemoryError
         if job.reduces:
             do_blocks(job, &k, parts, typed)
-            with nogil:
-                merge_blocks(job, &k, parts)
-                for c in range(job.channels):
-                    fold_columns(job, &k, c, parts)
+        for share in prange(shares, nogil=True, schedule="static", num_threads=threads if shares > 1 else 1):
+            finish_channels(job, &k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
         if job.applies:
-            with nogil:
-                tabulate(job, &k, table)
             do_blocks(job, &k, NULL, table)
         return 0
     finally:

@@ -4,11 +4,26 @@ T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algori
 COMPSTAT 1982. A part is (count, mean, m2), m2 being the sum of squared deviations from its own mean: every addition to
 m2 is of something that is not negative, so a variance never is.
 
-A part is summed relative to a shift p that is one of its own values. With d the mean of x - p, p's own deviation is d,
-so m2 >= d * d, and the cancellation in m2 = sum((x - p)^2) - n * d * d costs at most a factor n of a part (some
-thousand) in float64 whatever the data are: neither an outlier nor an order of the values can spoil it.
+A part of float32 data is first summed as it is: the sums of x, of x * x and of dy * x are of exact terms, and nothing is
+faster. With d the part's mean, m2 = sum(x * x) - n * d * d loses at most a factor CANCELLED; where it would lose more
+(the mean is large beside the deviation), the part is summed again relative to d itself, so that next to nothing cancels.
+Which of the two a channel gets depends on its own values alone.
+
+Squares of float64 data are not exact. A part is summed relative to a shift p that is one of its own values. With d the
+mean of x - p, p's own deviation is d, so m2 >= d * d, and the cancellation in m2 = sum((x - p)^2) - n * d * d costs at
+most a factor n of a part (some thousand) whatever the data are: neither an outlier nor an order of the values can spoil
+it.
 """
 from .lanes cimport LANES
+
+
+cdef enum:
+    CANCELLED = 64  # the mean is 8 times the deviation: m2 keeps 47 of the 53 bits
+
+
+cdef inline bint is_far(double mean, double variance) noexcept nogil:
+    """Whether sums of values as they are would cancel too much in what is relative to this mean."""
+    return variance * CANCELLED < mean * mean
 
 
 cdef inline double fold(const double* lanes) noexcept nogil:
