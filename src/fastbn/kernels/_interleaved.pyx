@@ -29,6 +29,7 @@ cdef enum:
     MIN_ROWS = 128     # of a block, however wide
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together
+    IN_ORDER = 256     # values of rows whose results are stored past the caches together
     CHUNK = 512        # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time
     AHEAD = 2048       # values: rows are taken together up to this many, and fetched so far ahead
@@ -81,6 +82,8 @@ cdef Cut cut(const Job* job) noexcept nogil:
     # drive one another out of a first level cache. None are fetched, and *apply*, which has no sums to keep, takes two.
     k.ahead = AHEAD // k.columns
     k.apply_step = k.step if k.chunks == 1 else 2
+    if job.streams:  # memory takes stores best in order
+        k.apply_step = max(<Py_ssize_t> 1, min(<Py_ssize_t> STEP, IN_ORDER // k.columns))
     k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
     return k
