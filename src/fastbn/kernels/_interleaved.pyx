@@ -29,7 +29,8 @@ cdef enum:
     MIN_ROWS = 128     # of a block, however wide
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together
-    IN_ORDER = 256     # values of rows whose results are stored past the caches together
+    LARGE = 1 << 20    # values: what is larger is not in a second level cache
+    IN_ORDER = 256     # values of rows that are scaled together then
     CHUNK = 512        # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time
     AHEAD = 2048       # values: rows are taken together up to this many, and fetched so far ahead
@@ -82,7 +83,7 @@ cdef Cut cut(const Job* job) noexcept nogil:
     # drive one another out of a first level cache. None are fetched, and *apply*, which has no sums to keep, takes two.
     k.ahead = AHEAD // k.columns
     k.apply_step = k.step if k.chunks == 1 else 2
-    if job.streams:  # memory takes stores best in order
+    if job.outer * columns >= LARGE:  # memory takes stores best in order
         k.apply_step = max(<Py_ssize_t> 1, min(<Py_ssize_t> STEP, IN_ORDER // k.columns))
     k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
@@ -298,16 +299,16 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             if job.writes_pair:
                 v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
                 if streams and direct:
-                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, k.ahead, n, p + j,
+                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, n, p + j,
                                a + j, shift + j, q + j, b + j, True, True)
                 else:
-                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, k.ahead, whole(n),
+                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, whole(n),
                                p + j, a + j, shift + j, q + j, b + j, True, False)
             elif streams and direct:
-                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, k.ahead, n, p + j, a + j,
+                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, n, p + j, a + j,
                            shift + j, q + j, b + j, False, True)
             else:
-                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, k.ahead, whole(n), p + j,
+                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, whole(n), p + j,
                            a + j, shift + j, q + j, b + j, False, False)
             if not direct:
                 unstage(job, k, ub, t.row + r, rows, t.column + j, n)

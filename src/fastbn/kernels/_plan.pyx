@@ -10,8 +10,8 @@ cdef enum:
     # walked as interleaved, every (channel, inner) pair being a column.
     SHORT_RUN = 16
     # Bytes of a result from which it is stored past the caches: a plain store would read every line before it writes it.
-    # Where a pass reads x once and nothing else, caches are still worth more up to the larger size. Both are measured,
-    # not asked of the system: a virtual machine reported 320 MB of last level cache.
+    # Where a planar pass reads x once and nothing else, caches are still worth more up to the larger size. Both are
+    # measured, not asked of the system: a virtual machine reported 320 MB of last level cache.
     STREAM = 1 << 24
     STREAM_INFERENCE = 1 << 26
 
@@ -62,7 +62,7 @@ cdef class Plan:
         # In place the lines of y are in a cache already.
         job.streams = (job.applies and job.y.data != job.u.data and job.y.data != job.v.data
                        and self.outer * self.channels * self.inner * (8 if self.wide else 4)
-                       >= (STREAM_INFERENCE if operation == NORMALIZE else STREAM))
+                       >= (STREAM_INFERENCE if operation == NORMALIZE and self.pattern == PLANAR else STREAM))
         job.epsilon = epsilon
         job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first) if first is not None else NULL
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL

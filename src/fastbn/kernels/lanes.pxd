@@ -212,8 +212,7 @@ cdef inline void apply_run(const floating* u, const floating* v, floating* y, Py
 
 
 cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, floating* y,
-                               Py_ssize_t sy, Py_ssize_t rows, const floating* next_u, Py_ssize_t pu,
-                               const floating* next_v, Py_ssize_t pv, const floating* p, const floating* a,
+                               Py_ssize_t sy, Py_ssize_t rows, const floating* p, const floating* a,
                                const floating* c, const floating* q, const floating* b, bint pair, bint stream,
                                Py_ssize_t width, pack* ps) noexcept nogil:
     """LANES columns of some rows, in packs of that width; ps is room for one coefficient."""
@@ -229,9 +228,6 @@ cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating*
         qs[j] = (<const pack*> (q + j * width))[0]
         bs[j] = (<const pack*> (b + j * width))[0]
     for r in range(rows):
-        prefetch(next_u + r * pu)
-        if pair:
-            prefetch(next_v + r * pv)
         for j in range(LANES // width):
             i = j * width
             put(y + r * sy + i, scaled(<const pack*> (u + r * su + i), <const pack*> (v + r * sv + i), ps[j], as_[j],
@@ -239,25 +235,21 @@ cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating*
 
 
 cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, floating* y,
-                            Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const floating* p,
+                            Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, const floating* p,
                             const floating* a, const floating* c, const floating* q, const floating* b, bint pair,
                             bint stream) noexcept nogil:
     """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES.
 
     With ``stream``, every row of y is aligned to LANES values, and shares no memory with u and v.
     """
-    cdef Py_ssize_t i, k, pu = pitch(su, width), pv = pitch(sv, width)
-    cdef const floating* next_u
-    cdef const floating* next_v
+    cdef Py_ssize_t i, k
     cdef vf[LANES] pf
     cdef vd[LANES] pd
     for k in range(width // LANES):
         i = k * LANES
-        next_u = later(u, su, rows, ahead, width, k)
-        next_v = later(v, sv, rows, ahead, width, k)
         if floating is float:
-            apply_columns(u + i, su, v + i, sv, y + i, sy, rows, next_u, pu, next_v, pv, p + i, a + i, c + i, q + i,
-                          b + i, pair, stream, VF, pf)
+            apply_columns(u + i, su, v + i, sv, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, pair, stream,
+                          VF, pf)
         else:
-            apply_columns(u + i, su, v + i, sv, y + i, sy, rows, next_u, pu, next_v, pv, p + i, a + i, c + i, q + i,
-                          b + i, pair, stream, VD, pd)
+            apply_columns(u + i, su, v + i, sv, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, pair, stream,
+                          VD, pd)
