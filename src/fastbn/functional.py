@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks, kernels
 from . import layout as layouts
 from .errors import must
-from .kernels import _channels
-from .passes import Cache, Statistics, forward, run, store_moving
+from .kernels import _calls, _channels
+from .passes import SERIAL, Cache, Statistics, forward, run, store_moving, team
 
 Array = NDArray[Any]
 
@@ -106,6 +106,13 @@ def batch_norm(
     >>> mean, variance
     (array([ 0.5, 10. ]), array([ 1. , 50.5]))
     """
+    if layout is None:
+        plain = _calls.forward(
+            x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
+            False, True, team, SERIAL,
+        )  # fmt: skip
+        if plain is not None:
+            return plain  # type: ignore[no-any-return]
     y, _ = forward(
         x,
         gamma=gamma,
@@ -180,6 +187,13 @@ def batch_norm_forward(
     >>> dbeta
     array([3.])
     """
+    if layout is None:
+        plain = _calls.forward(
+            x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
+            True, False, team, SERIAL,
+        )  # fmt: skip
+        if plain is not None:
+            return plain[0], Cache(*plain[1])
     y, cache = forward(
         x,
         gamma=gamma,
@@ -253,6 +267,14 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     x = cache.x
     if x is None:
         raise ValueError(must("out", "not be x in a forward call whose gradient is taken", "x, overwritten"))
+    mean, variance = cache.statistics
+    frozen = cache.mode == "inference"
+    if len(cache.axes) == 1:
+        plain = _calls.backward(
+            dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL
+        )
+        if plain is not None:
+            return plain
     gradient = checks.data(dy, "dy")
     if gradient.dtype != x.dtype:
         raise TypeError(must("dy", f"have dtype {x.dtype}", gradient.dtype))
@@ -267,10 +289,9 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
 
     shape = layouts.channel_shape(x.shape, cache.axes)
     first, second = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
-    mean, variance = cache.statistics
     if x.size:
         run(
-            kernels.FROZEN if cache.mode == "inference" else kernels.GRADIENT,
+            kernels.FROZEN if frozen else kernels.GRADIENT,
             cache.axes,
             x,
             dy=gradient,

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import checks, functional, modes, passes, state
 from . import layout as layouts
 from .errors import StateError, UntrainedWarning, must
+from .kernels import _calls
 
 Array = NDArray[Any]
 
@@ -282,9 +283,13 @@ class BatchNorm:
         UntrainedWarning
             If inference uses statistics that no batch ever reached.
         """
+        arrays = self._arrays
+        if arrays is not None and self.layout is None and type(x) is np.ndarray and x.size <= passes.SERIAL:
+            y = self._call_small(x, training, arrays, out)
+            if y is not None:
+                return y
         mode = self.mode(training)
         data = checks.data(x, "x")
-        arrays = self._arrays
         if arrays is None:
             axes = layouts.channel_axes(self.axis, self.layout, data.ndim)
             arrays = self._created(layouts.channel_shape(data.shape, axes), data.dtype)
@@ -322,6 +327,29 @@ class BatchNorm:
         self._last.cache = cache
         return y
 
+    def _call_small(self, x: Array, training: Any, arrays: _Arrays, out: Any) -> Array | None:
+        """Call, where everything plainly fits; otherwise return None, and nothing has happened.
+
+        A small batch holds the lock all the time: two more copies of the statistics would cost more than that.
+        """
+        train = training is True and self._trainable
+        if not (training is None or type(training) is bool) or (not train and self._may_warn and not self.batches):
+            return None
+        gamma, beta, mean, variance = arrays
+        with self._lock:
+            if self._arrays is not arrays:
+                return None
+            result = _calls.forward(
+                x, gamma, beta, mean, variance, train, self.momentum, self.epsilon, self.axis, self.ddof, True, out,
+                True, True, passes.team, passes.SERIAL,
+            )  # fmt: skip
+            if result is None:
+                return None
+            self.batches += train
+        y: Array
+        y, self._last.cache = result
+        return y
+
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of this thread's last call, and set `grads`.
 
@@ -345,6 +373,8 @@ class BatchNorm:
         cache = getattr(self._last, "cache", None)
         if cache is None:
             raise ValueError("backward must follow a call of the layer in the same thread, got none")
+        if type(cache) is tuple:  # of a small call, which does not wait for it to be built
+            cache = passes.Cache(*cache)
         dx, dgamma, dbeta = functional.batch_norm_backward(dy, cache, out=out)
         grads = {"gamma": dgamma if self.scale else None, "beta": dbeta if self.center else None}
         self.grads = {name: g for name, g in grads.items() if g is not None}

@@ -18,6 +18,7 @@ Array = NDArray[Any]
 # Values per thread below which another thread costs more than it brings: starting a team takes some microseconds,
 # in which one core normalizes about this many values that are in cache.
 VALUES_PER_THREAD: Final = 16384
+SERIAL: Final = 2 * VALUES_PER_THREAD - 1
 
 
 class Statistics(NamedTuple):
@@ -45,14 +46,14 @@ class Cache:
         x: Array | None,
         axes: tuple[int, ...],
         mode: modes.Mode,
-        statistics: Statistics,
+        statistics: tuple[Array, Array],
         gamma: Array | None,
         epsilon: float,
     ) -> None:
         self.x = x
         self.axes = axes
         self.mode = mode
-        self.statistics = statistics
+        self.statistics = Statistics(*statistics)
         self.gamma = gamma
         self.epsilon = epsilon
 
@@ -62,9 +63,9 @@ class Cache:
         return f"<fastbn cache of {batch}, mode {self.mode!r}>"
 
 
-def _team(size: int) -> int:
+def team(size: int) -> int:
     """Return how many threads a call on so many values uses."""
-    return 1 if size < 2 * VALUES_PER_THREAD else min(get_num_threads(), size // VALUES_PER_THREAD)
+    return 1 if size <= SERIAL else min(get_num_threads(), size // VALUES_PER_THREAD)
 
 
 def run(
@@ -122,7 +123,7 @@ def run(
             out[...] = out2
         return
     u, v = (x, None) if dy is None else (dy, x)
-    kernels.run(plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, _team(x.size))
+    kernels.run(plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size))
 
 
 def forward(

@@ -4,7 +4,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from . import dispatch
+from . import _calls, dispatch
 from ._plan import OPERATIONS, Plan
 
 Array = NDArray[Any]
@@ -17,7 +17,9 @@ TRAIN = OPERATIONS["train"]
 GRADIENT = OPERATIONS["gradient"]
 FROZEN = OPERATIONS["frozen"]
 
-_run = tuple(driver.run for driver in dispatch.drivers(dispatch.level))
+_drivers = dispatch.drivers(dispatch.level)
+_run = tuple(driver.run for driver in _drivers)
+_calls.connect(*(driver.ENTRY for driver in _drivers))
 
 
 def run(

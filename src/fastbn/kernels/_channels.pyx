@@ -4,7 +4,7 @@ cimport numpy as cnp
 import numpy as np
 
 from ._plan cimport bind_parameter
-from .job cimport Parameter, load, reciprocal_deviation, store
+from .job cimport Job, Parameter, blend, load, store, to_parameter_gradients
 from .moments cimport merge
 
 cnp.import_array()
@@ -16,34 +16,25 @@ def update_moving(moving_mean, moving_variance, mean, variance, double divisor, 
     The batch variance is ``variance / divisor``.
     """
     cdef Parameter old_mean, old_variance, new_mean, new_variance
-    cdef Py_ssize_t c
-    cdef double m, s
     bind_parameter(&old_mean, moving_mean)
     bind_parameter(&old_variance, moving_variance)
     bind_parameter(&new_mean, mean)
     bind_parameter(&new_variance, variance)
-    for c in range(moving_mean.shape[0]):
-        m = (1 - momentum) * load(&new_mean, c, 0)
-        s = (1 - momentum) * (load(&new_variance, c, 0) / divisor)
-        if momentum != 0:  # else a NaN of the past would stay
-            m += momentum * load(&old_mean, c, 0)
-            s += momentum * load(&old_variance, c, 0)
-        store(&old_mean, c, m)
-        store(&old_variance, c, s)
+    blend(&old_mean, &old_variance, &new_mean, &new_variance, moving_mean.shape[0], divisor, momentum)
 
 
 def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):
-    """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon)."""
-    cdef Parameter s1, s2, var, dg, db
-    cdef Py_ssize_t c
-    bind_parameter(&s1, first)
-    bind_parameter(&s2, second)
-    bind_parameter(&var, variance)
-    bind_parameter(&dg, dgamma)
-    bind_parameter(&db, dbeta)
-    for c in range(dgamma.shape[0]):
-        store(&db, c, load(&s1, c, 0))
-        store(&dg, c, load(&s2, c, 0) * reciprocal_deviation(load(&var, c, 1), epsilon))
+    """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon). first and second are contiguous."""
+    cdef Job job
+    cdef Parameter scale, shift
+    job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first)
+    job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second)
+    job.channels = dgamma.shape[0]
+    job.epsilon = epsilon
+    bind_parameter(&job.variance, variance)
+    bind_parameter(&scale, dgamma)
+    bind_parameter(&shift, dbeta)
+    to_parameter_gradients(&job, &scale, &shift)
 
 
 def variance(m2, double count):

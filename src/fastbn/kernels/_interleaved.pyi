@@ -19,3 +19,5 @@ def run(
     second: NDArray[Any] | None,
     threads: int,
 ) -> None: ...
+
+ENTRY: Any

@@ -16,11 +16,12 @@ Parallel     over (block of rows, chunk of columns), once to sum and once to app
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan
-from .job cimport Job, Operand, Operation, coefficients, load
+from .job cimport DRIVER, Job, Operand, Operation, coefficients, load
 from .lanes cimport LANES, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 
@@ -382,24 +383,30 @@ cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_
                     table[j * k.padded + i] = 0
 
 
-cdef int do_blocks(const Job* job, const Cut* k, double* parts, floating* table) except -1:
-    """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between.
+cdef void do_tasks(const Job* job, const Cut* k, Py_ssize_t begin, Py_ssize_t end, double* parts,
+                   floating* table) noexcept nogil:
+    """Neighbouring tasks, one after the other; after sums in the opposite order: what came last is still in a cache."""
+    cdef Py_ssize_t i
+    for i in range(end - begin):
+        if parts != NULL:
+            reduce_block(job, k, begin + i, parts, table)
+        else:
+            apply_block(job, k, end - 1 - i, table, table)
 
-    Every thread takes blocks that are neighbours. It applies in the opposite order: what it summed last is still in a
-    cache.
-    """
-    cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, task, share, first, last
+
+cdef int do_blocks(const Job* job, const Cut* k, double* parts, floating* table) except -1:
+    """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between."""
+    cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, share
     cdef int threads = job.threads
     while begin < tasks:
         end = min(begin + k.wave, tasks)
-        for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
-            first = begin + (end - begin) * share // threads
-            last = begin + (end - begin) * (share + 1) // threads
-            for task in range(last - first):
-                if parts != NULL:
-                    reduce_block(job, k, first + task, parts, table)
-                else:
-                    apply_block(job, k, last - 1 - task, table, table)
+        if threads == 1:  # a team of one would cost more than a small call
+            with nogil:
+                do_tasks(job, k, begin, end, parts, table)
+        else:
+            for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
+                do_tasks(job, k, begin + (end - begin) * share // threads,
+                         begin + (end - begin) * (share + 1) // threads, parts, table)
         begin = end
         if begin < tasks:
             PyErr_CheckSignals()
@@ -419,8 +426,12 @@ cdef int do_job(const Job* job, floating* typed) except -1:
             raise MemoryError
         if job.reduces:
             do_blocks(job, &k, parts, typed)
-        for share in prange(shares, nogil=True, schedule="static", num_threads=threads if shares > 1 else 1):
-            finish_channels(job, &k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
+        if threads == 1 or shares == 1:
+            with nogil:
+                finish_channels(job, &k, 0, job.channels, parts, table)
+        else:
+            for share in prange(shares, nogil=True, schedule="static", num_threads=threads):
+                finish_channels(job, &k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
         if job.applies:
             do_blocks(job, &k, NULL, table)
         return 0
@@ -429,11 +440,17 @@ cdef int do_job(const Job* job, floating* typed) except -1:
         free(table)
 
 
+cdef int do_any(const Job* job, bint wide) except -1:
+    if wide:
+        return do_job(job, <double*> NULL)
+    return do_job(job, <float*> NULL)
+
+
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads)
-    if plan.wide:
-        do_job(&job, <double*> NULL)
-    else:
-        do_job(&job, <float*> NULL)
+    do_any(&job, plan.wide)
+
+
+ENTRY = PyCapsule_New(<void*> do_any, DRIVER, NULL)

@@ -5,16 +5,6 @@ from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Ope
 
 cnp.import_array()
 
-cdef enum:
-    # Runs of up to this many values would leave the lanes of the planar primitives half empty: such an array is
-    # walked as interleaved, every (channel, inner) pair being a column.
-    SHORT_RUN = 16
-    # Bytes of a result from which it is stored past the caches: a plain store would read every line before it writes it.
-    # Where a planar pass reads x once and nothing else, caches are still worth more up to the larger size. Both are
-    # measured, not asked of the system: a virtual machine reported 320 MB of last level cache.
-    STREAM = 1 << 24
-    STREAM_INFERENCE = 1 << 26
-
 OPERATIONS = {"moments": <int> MOMENTS, "normalize": <int> NORMALIZE, "train": <int> TRAIN,
               "gradient": <int> GRADIENT, "frozen": <int> FROZEN}
 
@@ -36,8 +26,7 @@ cdef class Plan:
     def __cinit__(self, shape, bint wide, u, v=None, y=None):
         self.outer, self.channels, self.inner = shape
         self.wide = wide
-        # By shape alone, so that strides never decide the order of additions.
-        self.pattern = PLANAR if self.inner > SHORT_RUN else INTERLEAVED
+        self.pattern = pattern_of(self.inner)
         for i in range(3):
             self.u_strides[i] = u[i]
             self.v_strides[i] = v[i] if v is not None else 0
@@ -59,10 +48,7 @@ cdef class Plan:
         bind_parameter(&job.beta, beta)
         bind_parameter(&job.mean, mean)
         bind_parameter(&job.variance, variance)
-        # In place the lines of y are in a cache already.
-        job.streams = (job.applies and job.y.data != job.u.data and job.y.data != job.v.data
-                       and self.outer * self.channels * self.inner * (8 if self.wide else 4)
-                       >= (STREAM_INFERENCE if operation == NORMALIZE and self.pattern == PLANAR else STREAM))
+        job.streams = job.applies and streams(job, self.pattern, self.wide)
         job.epsilon = epsilon
         job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first) if first is not None else NULL
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL

@@ -13,11 +13,12 @@ Parallel     over groups of neighbouring channels; where channels are few or lar
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan
-from .job cimport Job, Operand, Operation, coefficients, load
+from .job cimport DRIVER, Job, Operand, Operation, coefficients, load
 from .lanes cimport LANES, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 
@@ -307,21 +308,27 @@ cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, doub
             fence()
 
 
-cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* table) except -1:
-    """All tasks of a step, in waves, looking for signals in between.
+cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py_ssize_t end, double* parts,
+                   floating* table) noexcept nogil:
+    """Neighbouring tasks, one after the other; after sums in the opposite order: what came last is still in a cache."""
+    cdef Py_ssize_t i
+    for i in range(end - begin):
+        do_task(job, k, step, end - 1 - i if step == APPLY and job.reduces else begin + i, parts, table)
 
-    Every thread takes tasks that are neighbours. It applies in the opposite order: what it summed last is still in a
-    cache.
-    """
-    cdef Py_ssize_t tasks = k.spans * k.stretches, begin = 0, end, task, share, first, last
+
+cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* table) except -1:
+    """All tasks of a step, in waves, looking for signals in between."""
+    cdef Py_ssize_t tasks = k.spans * k.stretches, begin = 0, end, share
     cdef int threads = job.threads
     while begin < tasks:
         end = min(begin + k.wave, tasks)
-        for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
-            first = begin + (end - begin) * share // threads
-            last = begin + (end - begin) * (share + 1) // threads
-            for task in range(last - first):
-                do_task(job, k, step, last - 1 - task if step == APPLY and job.reduces else first + task, parts, table)
+        if threads == 1:  # a team of one would cost more than a small call
+            with nogil:
+                do_tasks(job, k, step, begin, end, parts, table)
+        else:
+            for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
+                do_tasks(job, k, step, begin + (end - begin) * share // threads,
+                         begin + (end - begin) * (share + 1) // threads, parts, table)
         begin = end
         if begin < tasks:
             PyErr_CheckSignals()
@@ -342,8 +349,12 @@ cdef int do_job(const Job* job, floating* typed) except -1:
             return 0
         if job.reduces:
             do_step(job, &k, REDUCE, parts, table)
-            for c in prange(job.channels, nogil=True, schedule="static", num_threads=threads):
-                merge_channel(job, &k, c, parts)
+            if threads == 1:
+                for c in range(job.channels):
+                    merge_channel(job, &k, c, parts)
+            else:
+                for c in prange(job.channels, nogil=True, schedule="static", num_threads=threads):
+                    merge_channel(job, &k, c, parts)
         if job.applies:
             with nogil:
                 coefficients(job, 0, job.channels, job.channels, table)
@@ -354,11 +365,17 @@ cdef int do_job(const Job* job, floating* typed) except -1:
         free(table)
 
 
+cdef int do_any(const Job* job, bint wide) except -1:
+    if wide:
+        return do_job(job, <double*> NULL)
+    return do_job(job, <float*> NULL)
+
+
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads)
-    if plan.wide:
-        do_job(&job, <double*> NULL)
-    else:
-        do_job(&job, <float*> NULL)
+    do_any(&job, plan.wide)
+
+
+ENTRY = PyCapsule_New(<void*> do_any, DRIVER, NULL)

@@ -39,6 +39,16 @@ cdef struct Job:
     int threads
 
 
+# What a driver module exports, in a capsule of this name, to calls that need no Python on the way.
+ctypedef int (*Driver)(const Job* job, bint wide) except -1
+
+cdef extern from *:
+    """
+    #define FASTBN_DRIVER "fastbn.kernels.driver"
+    """
+    const char* DRIVER "FASTBN_DRIVER"
+
+
 cdef inline double load(const Parameter* p, Py_ssize_t c, double default) noexcept nogil:
     if p.data == NULL:
         return default
@@ -58,6 +68,29 @@ cdef inline double reciprocal_deviation(double variance, double epsilon) noexcep
     """1 / sqrt(variance + epsilon); 0 where both are 0, so that a constant channel gives beta with any epsilon."""
     cdef double s = variance + epsilon
     return 0.0 if s == 0 else 1 / sqrt(s)
+
+
+cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
+                       const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
+    """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
+    cdef Py_ssize_t c
+    cdef double m, s
+    for c in range(channels):
+        m = (1 - momentum) * load(mean, c, 0)
+        s = (1 - momentum) * (load(variance, c, 0) / divisor)
+        if momentum != 0:  # else a NaN of the past would stay
+            m += momentum * load(old_mean, c, 0)
+            s += momentum * load(old_variance, c, 0)
+        store(old_mean, c, m)
+        store(old_variance, c, s)
+
+
+cdef inline void to_parameter_gradients(const Job* job, const Parameter* dgamma, const Parameter* dbeta) noexcept nogil:
+    """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon)."""
+    cdef Py_ssize_t c
+    for c in range(job.channels):
+        store(dbeta, c, job.first[c])
+        store(dgamma, c, job.second[c] * reciprocal_deviation(load(&job.variance, c, 1), job.epsilon))
 
 
 cdef enum:

@@ -1,0 +1,37 @@
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+def connect(planar: Any, interleaved: Any) -> None: ...
+def forward(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    training: Any,
+    momentum: Any,
+    epsilon: Any,
+    axis: Any,
+    ddof: Any,
+    update: Any,
+    out: Any,
+    keep: bool,
+    in_place: bool,
+    threads: Callable[[int], int],
+    serial: int,
+) -> Any: ...
+def backward(
+    dy: Any,
+    x: NDArray[Any],
+    axis: int,
+    gamma: NDArray[Any] | None,
+    mean: NDArray[Any],
+    variance: NDArray[Any],
+    epsilon: float,
+    frozen: bool,
+    out: Any,
+    threads: Callable[[int], int],
+    serial: int,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None: ...

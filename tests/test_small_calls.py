@@ -1,0 +1,168 @@
+"""Calls that go straight to a driver give what the full way gives: bits, statistics, gradients, and errors."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+from cases import normal, parameters
+
+import fastbn
+from fastbn import functional, layer
+from fastbn.kernels import _calls
+
+SHAPES = [
+    ((32, 16), -1),
+    ((1, 1), 0),
+    ((7,), 0),
+    ((5, 3, 7, 7), 1),
+    ((2, 3, 1, 4), -4),
+    ((2, 130, 5), 1),
+    ((300, 200), 1),
+]
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Count calls carried out directly; `direct.off()` sends all of them the full way."""
+    state = types.SimpleNamespace(taken=0, enabled=True)
+
+    def counting(function):
+        def call(*args):
+            result = function(*args) if state.enabled else None
+            state.taken += result is not None
+            return result
+
+        return call
+
+    def off():
+        state.enabled = False
+
+    state.off = off
+    stand_in = types.SimpleNamespace(forward=counting(_calls.forward), backward=counting(_calls.backward))
+    monkeypatch.setattr(functional, "_calls", stand_in)
+    monkeypatch.setattr(layer, "_calls", stand_in)
+    return state
+
+
+def everything(shape, axis, dtype, training, moving, ddof):
+    x, dy = normal(shape, dtype, mean=3, seed=1), normal(shape, dtype, seed=2)
+    gamma, beta = parameters(shape[axis], dtype)
+    mean, variance = np.full(shape[axis], 0.5, moving), np.full(shape[axis], 2.0, moving)
+    kw = {"gamma": gamma, "beta": beta, "moving_mean": mean, "moving_variance": variance, "training": training}
+    kw |= {"axis": axis, "momentum": 0.9, "ddof": ddof}
+    y = fastbn.batch_norm(x, **kw)
+    y2, cache = fastbn.batch_norm_forward(x, **kw)
+    out = fastbn.batch_norm(x.copy(), out=np.empty_like(x), **kw)
+    z = x.copy()
+    fastbn.batch_norm(z, out=z, **kw)
+    gradients = fastbn.batch_norm_backward(dy, cache)
+    frozen = fastbn.batch_norm_backward(dy, cache, out=np.empty_like(x))
+    assert repr(cache).endswith(f"mode {'train' if training else 'inference'!r}>")
+    return [y, y2, out, z, mean, variance, *gradients, *frozen]
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "moving"), [(np.float32, np.float32), (np.float64, np.float32), (np.float32, np.float64)]
+)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_bits_are_those_of_the_full_way(direct, shape, axis, dtype, moving, training, ddof):
+    fast = everything(shape, axis, dtype, training, moving, ddof)
+    assert direct.taken >= 4
+    direct.off()
+    direct.taken = 0
+    full = everything(shape, axis, dtype, training, moving, ddof)
+    assert direct.taken == 0
+    for a, b in zip(fast, full, strict=True):
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes()
+
+
+def test_layer_takes_the_direct_way_and_agrees(direct):
+    def run():
+        x, dy = normal((32, 16), np.float32, seed=1), normal((32, 16), np.float32, seed=2)
+        bn = fastbn.BatchNorm(16, momentum=0.9)
+        results = [bn(x, training=True), bn.backward(dy), bn.grads["gamma"], bn.grads["beta"], bn(x), bn.backward(dy)]
+        assert bn.batches == 1
+        bn.trainable = False
+        results.append(bn(x, training=True))
+        assert bn.batches == 1
+        return [*results, bn.moving_mean, bn.moving_variance]
+
+    fast = run()
+    assert direct.taken >= 5
+    direct.off()
+    for a, b in zip(fast, run(), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_layer_in_place_has_no_gradient(direct):
+    bn = fastbn.BatchNorm(4)
+    x = normal((8, 4), np.float32)
+    assert bn(x, training=True, out=x) is x
+    assert direct.taken == 1
+    with pytest.raises(ValueError, match="out must not be x in a forward call whose gradient is taken"):
+        bn.backward(np.ones_like(x))
+
+
+X = np.arange(64, dtype=np.float32).reshape(16, 4)
+LONG = np.zeros(100, np.float32)
+UNFIT = {
+    "strided x": lambda: {"x": X[::2]},
+    "list": lambda: {"x": X.tolist(), "axis": -1, "training": True, "moving_mean": None, "moving_variance": None},
+    "masked": lambda: {"x": np.ma.masked_array(X)},
+    "half": lambda: {"x": X.astype(">f4")},
+    "empty": lambda: {"x": X[:0]},
+    "short gamma": lambda: {"gamma": np.ones(3, np.float32)},
+    "integer gamma": lambda: {"gamma": np.ones(4, int)},
+    "one moving array": lambda: {"moving_mean": None},
+    "moving arrays overlap": lambda: {"moving_mean": LONG[:4], "moving_variance": LONG[2:6]},
+    "read-only moving array": lambda: {"moving_mean": np.broadcast_to(np.float32(0), 4)},
+    "partial overlap": lambda: {"x": LONG[:64].reshape(16, 4), "out": LONG[2:66].reshape(16, 4)},
+    "out is gamma": lambda: {"gamma": LONG[:4], "out": LONG[:64].reshape(16, 4)},
+    "out of another shape": lambda: {"out": np.empty((4, 16), np.float32)},
+    "out of another type": lambda: {"out": np.empty((16, 4))},
+    "momentum": lambda: {"momentum": 1.5},
+    "integer momentum": lambda: {"momentum": 1},
+    "nan epsilon": lambda: {"epsilon": float("nan")},
+    "negative epsilon": lambda: {"epsilon": -1.0},
+    "axis out of range": lambda: {"axis": 2},
+    "huge axis": lambda: {"axis": 2**80},
+    "ddof": lambda: {"ddof": 2},
+    "huge ddof": lambda: {"ddof": 2**80},
+    "training is a number": lambda: {"training": 1},
+    "training is a word": lambda: {"training": "yes"},
+    "update off": lambda: {"update": False},
+}
+
+
+@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
+def test_what_does_not_plainly_fit_is_left_to_the_checks(direct, change):
+    def run():
+        LONG[:] = np.arange(100)
+        kw = {"x": X.copy(), "training": True, "axis": 1, "momentum": 0.9}
+        kw |= {"moving_mean": np.zeros(4, np.float32), "moving_variance": np.ones(4, np.float32), **change()}
+        try:
+            return np.asarray(fastbn.batch_norm(kw.pop("x"), **kw)).tobytes()
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+
+    outcome = run()
+    assert direct.taken == 0
+    direct.off()
+    assert outcome == run()
+
+
+def test_a_layer_of_a_batch_that_is_its_own_statistics_is_left_to_the_checks(direct):
+    bn = fastbn.BatchNorm(4)
+    with pytest.raises(ValueError, match="moving_mean must not share memory with x"):
+        fastbn.batch_norm_forward(
+            bn.moving_mean.reshape(1, 4),
+            moving_mean=bn.moving_mean,
+            moving_variance=bn.moving_variance,
+            training=True,
+        )
+    assert direct.taken == 0
