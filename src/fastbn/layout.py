@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import must
-from .kernels import Plan
+from .kernels import Plan, _memory
 
 # name -> (channel axis, number of dimensions or None for any)
 LAYOUTS: Final[dict[str, tuple[int, int | None]]] = {
@@ -226,7 +226,7 @@ def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
 
 def like(x: NDArray[Any]) -> NDArray[Any]:
     """Return an uninitialized array of x's shape, type and order of axes in memory."""
-    return np.empty_like(x, order="K", subok=False)
+    return _memory.empty_like(x)
 
 
 def channel_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:

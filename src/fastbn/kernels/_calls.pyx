@@ -16,6 +16,7 @@ from libc.string cimport memset
 
 cimport numpy as cnp
 
+from ._memory cimport empty_like
 from ._plan cimport Pattern, pattern_of, streams
 from .job cimport (
     DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Operand, Parameter, blend, load_all, to_parameter_gradients,
@@ -119,10 +120,6 @@ cdef inline bint same_or_apart(const char* a, const char* b, Py_ssize_t bytes) n
     return a == b or apart(a, bytes, b, bytes)
 
 
-cdef inline cnp.ndarray empty_like(cnp.ndarray x):
-    return <cnp.ndarray> cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
-
-
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     """Hand a job whose operands and parameters are set to the driver of its pattern."""
     cdef Pattern pattern = pattern_of(job.inner)
@@ -194,7 +191,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
                      and apart_from(job.u.data, bytes, &job.variance, job.channels)):
         return None  # what is kept refers to x
     if out is None:
-        target = empty_like(source)
+        target = <cnp.ndarray> empty_like(source)
         in_order(&job, &job.y, target)
     else:
         if not is_like(out, source):
@@ -287,7 +284,7 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     in_order(&job, &job.u, <cnp.ndarray> dy)
     in_order(&job, &job.v, source)
     if out is None:
-        target = empty_like(source)
+        target = <cnp.ndarray> empty_like(source)
         in_order(&job, &job.y, target)
     else:
         if not is_like(out, source):

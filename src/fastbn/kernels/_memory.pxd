@@ -1,0 +1,3 @@
+cimport numpy as cnp
+
+cpdef empty_like(cnp.ndarray x)

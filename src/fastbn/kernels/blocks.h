@@ -1,0 +1,101 @@
+/* Memory of large results, kept for the next one of about the same size.
+ *
+ * A fresh allocation above what malloc keeps (32 MB with glibc) is mapped anew for every call, and its pages are cleared
+ * one fault after the other while the kernel writes: up to half the time of a call. Blocks given back are kept here
+ * instead, marked with MADV_FREE: the system takes their pages when it needs them, and only then.
+ */
+#ifndef FASTBN_BLOCKS_H
+#define FASTBN_BLOCKS_H
+
+#include <stddef.h>
+
+#if defined(__linux__) && defined(__GNUC__)
+#include <sys/mman.h>
+#endif
+
+#if defined(__linux__) && defined(__GNUC__) && defined(MADV_FREE)
+#define FASTBN_HAS_BLOCKS 1
+#define FASTBN_KEPT 2                       /* blocks: a loop holds the last result while it makes the next */
+#define FASTBN_ROUND ((size_t) 1 << 21)     /* a huge page */
+#define FASTBN_PAGE ((size_t) 1 << 16)      /* a page of any size that systems use */
+
+typedef struct {
+    void *data;
+    size_t size;
+} fastbn_block;
+
+static fastbn_block fastbn_kept[FASTBN_KEPT];
+static char fastbn_kept_lock;
+
+static inline size_t fastbn_rounded(size_t size) { return (size + FASTBN_ROUND - 1) / FASTBN_ROUND * FASTBN_ROUND; }
+
+static inline void fastbn_lock_kept(void) {
+    while (__atomic_test_and_set(&fastbn_kept_lock, __ATOMIC_ACQUIRE)) {
+    }
+}
+
+static inline void fastbn_unlock_kept(void) { __atomic_clear(&fastbn_kept_lock, __ATOMIC_RELEASE); }
+
+static void *fastbn_block_take(size_t size) {
+    void *data = NULL;
+    int i;
+    size = fastbn_rounded(size);
+    fastbn_lock_kept();
+    for (i = 0; i < FASTBN_KEPT && data == NULL; i++)
+        if (fastbn_kept[i].size == size) {
+            data = fastbn_kept[i].data;
+            fastbn_kept[i].size = 0;
+        }
+    fastbn_unlock_kept();
+    if (data != NULL)
+        return data;
+    /* Mapped with room to start at a huge page, behind a page that knows the size. */
+    char *start = mmap(NULL, size + 2 * FASTBN_ROUND, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED)
+        return NULL;
+    char *end = start + size + 2 * FASTBN_ROUND;
+    char *block = start + 2 * FASTBN_ROUND - (size_t) start % FASTBN_ROUND;
+    if (block - FASTBN_PAGE > start)
+        munmap(start, (size_t) (block - FASTBN_PAGE - start));
+    if (block + size < end)
+        munmap(block + size, (size_t) (end - block - size));
+    *(size_t *) (block - FASTBN_PAGE) = size;
+#ifdef MADV_HUGEPAGE
+    madvise(block, size, MADV_HUGEPAGE);
+#endif
+    return block;
+}
+
+static inline size_t fastbn_block_size(const void *data) { return *(const size_t *) ((const char *) data - FASTBN_PAGE); }
+
+static inline void fastbn_block_unmap(void *data) {
+    munmap((char *) data - FASTBN_PAGE, fastbn_block_size(data) + FASTBN_PAGE);
+}
+
+static void fastbn_block_give(void *data) {
+    fastbn_block out;
+    size_t size = fastbn_block_size(data);
+    int i;
+    if (madvise(data, size, MADV_FREE) != 0) {
+        fastbn_block_unmap(data);
+        return;
+    }
+    fastbn_lock_kept();
+    out = fastbn_kept[FASTBN_KEPT - 1]; /* the oldest goes */
+    for (i = FASTBN_KEPT - 1; i > 0; i--)
+        fastbn_kept[i] = fastbn_kept[i - 1];
+    fastbn_kept[0].data = data;
+    fastbn_kept[0].size = size;
+    fastbn_unlock_kept();
+    if (out.size)
+        fastbn_block_unmap(out.data);
+}
+
+#else
+#define FASTBN_HAS_BLOCKS 0
+static void *fastbn_block_take(size_t size) { return NULL; }
+static void fastbn_block_give(void *data) {}
+static size_t fastbn_block_size(const void *data) { return 0; }
+#endif
+
+#endif

@@ -1,0 +1,92 @@
+"""Large results live in blocks that are kept for the next call; they are arrays like any other."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import numpy as np
+import pytest
+
+import fastbn
+
+LARGE = (70_000, 64)  # 18 MB of float32
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="blocks are kept on Linux only")
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).standard_normal(LARGE, dtype=np.float32)
+
+
+def address(a):
+    return a.__array_interface__["data"][0]
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+@linux
+def test_a_freed_result_is_the_place_of_the_next(x):
+    y = fastbn.batch_norm(x, training=True)
+    before = address(y)
+    del y
+    gc.collect()
+    assert address(fastbn.batch_norm(x, training=True)) == before
+
+
+@linux
+def test_large_results_start_at_whole_lines(x):
+    assert address(fastbn.batch_norm(x, training=True)) % 64 == 0
+
+
+def test_living_results_do_not_share_memory(x):
+    results = [fastbn.batch_norm(x, training=True) for _ in range(5)]
+    assert len({address(y) for y in results}) == 5
+    for y in results:
+        assert y.tobytes() == results[0].tobytes()
+
+
+def test_a_view_keeps_the_memory_alive(x):
+    view = fastbn.batch_norm(x, training=True)[::1000]
+    copy = view.copy()
+    for _ in range(4):
+        fastbn.batch_norm(x + 1, training=True, gamma=np.full(64, 7.0))
+    np.testing.assert_array_equal(view, copy)
+
+
+def test_results_can_be_resized(x):
+    y = fastbn.batch_norm(x, training=True)
+    copy = y.copy()
+    y.resize((2 * LARGE[0], 64), refcheck=False)
+    np.testing.assert_array_equal(y[: LARGE[0]], copy)
+    assert not y[LARGE[0] :].any()
+    y.resize((10, 64), refcheck=False)
+    np.testing.assert_array_equal(y, copy[:10])
+
+
+def test_order_of_axes_is_kept():
+    x = np.ones((8, 3, 512, 400), np.float32).transpose(0, 2, 3, 1)
+    assert fastbn.batch_norm(x, training=True).strides == x.strides
+
+
+@linux
+def test_what_is_kept_is_bounded(x):
+    fastbn.batch_norm(x, training=True)
+    before = resident_bytes()
+    for extra in range(12):  # sizes that never fit what is kept
+        shape = (LARGE[0] + 40_000 * extra, 64)
+        fastbn.normalize(np.zeros(shape, np.float32), np.zeros(64), np.ones(64))
+    largest = (LARGE[0] + 40_000 * 11) * 64 * 4
+    assert resident_bytes() - before < 3 * largest
+
+
+@linux
+def test_other_arrays_come_from_numpy():
+    from numpy._core.multiarray import get_handler_name
+
+    assert get_handler_name() == "default_allocator"
+    assert get_handler_name(fastbn.batch_norm(np.ones((4, 4)), training=True)) == "default_allocator"
