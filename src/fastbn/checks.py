@@ -179,6 +179,21 @@ def ddof(value: Any) -> int:
     return number
 
 
+def not_zero(array: Array, name: str, where: str) -> None:
+    """Refuse a parameter that something is divided by."""
+    if not array.all():
+        raise ValueError(must(name, f"have no zeros {where}", f"one in channel {int(np.argmin(array != 0))}"))
+
+
+def one_of(value: Any, name: str, words: tuple[str, ...]) -> str:
+    """Return one of some words."""
+    if not isinstance(value, str):
+        raise TypeError(must(name, "be a string", repr(value)))
+    if value not in words:
+        raise ValueError(must(name, "be one of " + ", ".join(words), repr(value)))
+    return value
+
+
 def flag(value: Any, name: str) -> bool:
     """Return a truth value."""
     if isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1)):

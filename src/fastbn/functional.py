@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -147,6 +147,7 @@ def batch_norm_forward(
     ddof: int = 0,
     update: bool = True,
     out: Array | None = None,
+    save: Literal["input", "output"] = "input",
 ) -> tuple[Array, Cache]:
     """Normalize a batch per channel, and keep what the gradient needs.
 
@@ -163,7 +164,12 @@ def batch_norm_forward(
     momentum, epsilon, axis, layout, ddof, update
         As in `batch_norm`.
     out : array, optional
-        As in `batch_norm`, but it must not share memory with x.
+        As in `batch_norm`, but with ``save="input"`` it must not share memory with x.
+    save : {"input", "output"}, default: "input"
+        What the cache refers to, and the gradient is taken from. With "output" that is y: x may be overwritten
+        (``out=x``) or freed, so that a training step holds one array less. y must then be left unchanged, and no
+        gamma may be 0.
+        The gradient is as exact as ``(y - beta) / gamma`` is: a beta far larger than gamma costs digits.
 
     Returns
     -------
@@ -187,7 +193,7 @@ def batch_norm_forward(
     >>> dbeta
     array([3.])
     """
-    if layout is None:
+    if checks.one_of(save, "save", ("input", "output")) == "input" and layout is None:
         plain = _calls.forward(
             x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
             True, False, team, SERIAL,
@@ -208,7 +214,7 @@ def batch_norm_forward(
         ddof=ddof,
         update=update,
         out=out,
-        keep="always",
+        keep="output" if save == "output" else "always",
     )
     assert cache is not None
     return y, cache
@@ -274,6 +280,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
             dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL
         )
         if plain is not None:
+            if cache.sign is not None:
+                plain[1][...] *= cache.sign.astype(x.dtype)
             return plain
     gradient = checks.data(dy, "dy")
     if gradient.dtype != x.dtype:
@@ -305,6 +313,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         )
     dgamma, dbeta = np.empty(first.shape, x.dtype), np.empty(first.shape, x.dtype)
     _channels.parameter_gradients(first, second, variance, cache.epsilon, dgamma, dbeta)
+    if cache.sign is not None:
+        dgamma *= cache.sign.astype(dgamma.dtype)
     return dx, dgamma.reshape(shape), dbeta.reshape(shape)
 
 

@@ -31,7 +31,8 @@ class Statistics(NamedTuple):
 class Cache:
     """What `batch_norm_backward` needs of the forward call.
 
-    It refers to x itself, not to a copy: x must not be changed before the gradient was taken.
+    It refers to x itself (with save="output" to y), not to a copy: that must not be changed before the gradient was
+    taken.
 
     Attributes
     ----------
@@ -39,7 +40,7 @@ class Cache:
         How the call normalized.
     """
 
-    __slots__ = ("axes", "epsilon", "gamma", "mode", "statistics", "x")
+    __slots__ = ("axes", "epsilon", "gamma", "mode", "sign", "statistics", "x")
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Cache:
         statistics: tuple[Array, Array],
         gamma: Array | None,
         epsilon: float,
+        sign: Array | None = None,
     ) -> None:
         self.x = x
         self.axes = axes
@@ -56,6 +58,7 @@ class Cache:
         self.statistics = Statistics(*statistics)
         self.gamma = gamma
         self.epsilon = epsilon
+        self.sign = sign  # of every gamma, where x is the output: see `_channels.output_parameters`
 
     def __repr__(self) -> str:
         """Describe the call."""
@@ -141,12 +144,13 @@ def forward(
     ddof: Any,
     update: Any,
     out: Any,
-    keep: Literal["nothing", "always", "unless in place"],
+    keep: Literal["nothing", "always", "unless in place", "output"],
     names: tuple[str, str] = ("moving_mean", "moving_variance"),
 ) -> tuple[Array, Cache | None]:
     """Check, normalize, update, and keep a cache. The body of all forward functions.
 
-    A cache refers to x, so "always" refuses to overwrite it; "unless in place" gives a cache without x then.
+    A cache refers to x, so "always" refuses to overwrite it; "unless in place" gives a cache without x then. With
+    "output" it refers to y.
     """
     x = checks.data(x, "x")
     axes = layouts.channel_axes(axis, layout, x.ndim)
@@ -159,6 +163,8 @@ def forward(
     ddof = checks.ddof(ddof)
     weight = checks.parameter(gamma, "gamma", shape)
     bias = checks.parameter(beta, "beta", shape)
+    if keep == "output" and weight is not None:
+        checks.not_zero(weight, "gamma", 'with save="output"')
     if (moving_mean is None) != (moving_variance is None):
         raise ValueError("moving_mean and moving_variance must be given together, got only one of them")
     name_mean, name_variance = names
@@ -167,7 +173,7 @@ def forward(
         moving_mean = checks.moving(moving_mean, "moving_mean", shape)
         moving_variance = checks.moving(moving_variance, "moving_variance", shape)
         checks.apart(moving_mean, "moving_mean", moving_variance=moving_variance)
-        if keep != "nothing":  # the cache refers to x, which the update must not change
+        if keep in ("always", "unless in place"):  # the cache refers to x, which the update must not change
             checks.apart(moving_mean, "moving_mean", x=x)
             checks.apart(moving_variance, "moving_variance", x=x)
     elif mode == "inference":
@@ -201,6 +207,9 @@ def forward(
             store_moving(moving_mean, moving_variance, statistics, count, momentum, ddof)
     if keep == "nothing":
         return y, None
+    if keep == "output":
+        mean, variance, scale, sign = _channels.output_parameters(weight, bias, statistics.variance, epsilon)
+        return y, Cache(y, axes, mode, (mean, variance), scale, 0.0, sign)
     kept = None if out is not None and checks.overlap(y, x) else x
     return y, Cache(kept, axes, mode, statistics, kept_gamma, epsilon)
 

@@ -18,6 +18,9 @@ def parameter_gradients(
     dgamma: NDArray[Any],
     dbeta: NDArray[Any],
 ) -> None: ...
+def output_parameters(
+    gamma: NDArray[Any] | None, beta: NDArray[Any] | None, variance: NDArray[Any], epsilon: float
+) -> NDArray[Any]: ...
 def variance(m2: NDArray[Any], count: float) -> NDArray[Any]: ...
 def merge_moments(
     count: float,

@@ -4,7 +4,7 @@ cimport numpy as cnp
 import numpy as np
 
 from ._plan cimport bind_parameter
-from .job cimport Job, Parameter, blend, load, store, to_parameter_gradients
+from .job cimport Job, Parameter, blend, load, reciprocal_deviation, store, to_parameter_gradients
 from .moments cimport merge
 
 cnp.import_array()
@@ -35,6 +35,34 @@ def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):
     bind_parameter(&scale, dgamma)
     bind_parameter(&shift, dbeta)
     to_parameter_gradients(&job, &scale, &shift)
+
+
+def output_parameters(gamma, beta, variance, double epsilon):
+    """What makes the gradient of a batch norm that of one whose input was y.
+
+    With g = abs(gamma), s = sign(gamma) and y = beta + gamma * x_hat, the formula for dx and dgamma with y for x, beta
+    for the mean, g^2 for the variance, epsilon 0 and gamma * r * g for gamma gives dx, and dgamma * s.
+
+    Returns
+    -------
+    mean, variance, gamma, sign : ndarray of float64
+        Those to put in, and the sign of every gamma.
+    """
+    cdef Parameter scale, shift, var
+    cdef Py_ssize_t c
+    cdef double g
+    result = np.empty((4, variance.shape[0]))
+    cdef double[:, ::1] rows = result
+    bind_parameter(&scale, gamma)
+    bind_parameter(&shift, beta)
+    bind_parameter(&var, variance)
+    for c in range(rows.shape[1]):
+        g = load(&scale, c, 1)
+        rows[0, c] = load(&shift, c, 0)
+        rows[1, c] = g * g
+        rows[2, c] = g * reciprocal_deviation(load(&var, c, 1), epsilon) * abs(g)
+        rows[3, c] = -1 if g < 0 else 1
+    return result
 
 
 def variance(m2, double count):
