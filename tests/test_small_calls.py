@@ -156,6 +156,19 @@ def test_what_does_not_plainly_fit_is_left_to_the_checks(direct, change):
     assert outcome == run()
 
 
+@pytest.mark.parametrize(("layout", "shape", "taken"), [("NCHW", (2, 3, 4, 5), 2), ("channels_first", (4, 3), 2)])
+def test_named_layouts_go_the_direct_way(direct, layout, shape, taken):
+    x = normal(shape, np.float32)
+    bn = fastbn.BatchNorm(3, layout=layout)
+    y = bn(x, training=True)
+    assert fastbn.batch_norm(x, training=True, layout=layout).tobytes() == y.tobytes()
+    assert direct.taken == taken
+    with pytest.raises(ValueError, match="axis must agree with layout"):
+        fastbn.batch_norm(x, training=True, layout=layout, axis=0)
+    with pytest.raises(ValueError, match="layout must be one of"):
+        fastbn.batch_norm(x, training=True, layout="HWCN")
+
+
 def test_a_layer_of_a_batch_that_is_its_own_statistics_is_left_to_the_checks(direct):
     bn = fastbn.BatchNorm(4)
     with pytest.raises(ValueError, match="moving_mean must not share memory with x"):

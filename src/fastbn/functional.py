@@ -106,13 +106,13 @@ def batch_norm(
     >>> mean, variance
     (array([ 0.5, 10. ]), array([ 1. , 50.5]))
     """
-    if layout is None:
-        plain = _calls.forward(
-            x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
-            False, True, team, SERIAL,
-        )  # fmt: skip
-        if plain is not None:
-            return plain  # type: ignore[no-any-return]
+    channel = layouts.plain_axis(axis, layout, x)
+    plain = _calls.forward(
+        x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
+        False, True, team, SERIAL,
+    )  # fmt: skip
+    if plain is not None:
+        return plain  # type: ignore[no-any-return]
     y, _ = forward(
         x,
         gamma=gamma,
@@ -193,9 +193,10 @@ def batch_norm_forward(
     >>> dbeta
     array([3.])
     """
-    if checks.one_of(save, "save", ("input", "output")) == "input" and layout is None:
+    if checks.one_of(save, "save", ("input", "output")) == "input":
+        channel = layouts.plain_axis(axis, layout, x)
         plain = _calls.forward(
-            x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
+            x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
             True, False, team, SERIAL,
         )  # fmt: skip
         if plain is not None:

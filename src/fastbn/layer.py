@@ -284,7 +284,7 @@ class BatchNorm:
             If inference uses statistics that no batch ever reached.
         """
         arrays = self._arrays
-        if arrays is not None and self.layout is None and type(x) is np.ndarray and x.size <= passes.SERIAL:
+        if arrays is not None and type(x) is np.ndarray and x.size <= passes.SERIAL:
             y = self._call_small(x, training, arrays, out)
             if y is not None:
                 return y
@@ -336,11 +336,12 @@ class BatchNorm:
         if not (training is None or type(training) is bool) or (not train and self._may_warn and not self.batches):
             return None
         gamma, beta, mean, variance = arrays
+        axis = layouts.plain_axis(self.axis, self.layout, x)
         with self._lock:
             if self._arrays is not arrays:
                 return None
             result = _calls.forward(
-                x, gamma, beta, mean, variance, train, self.momentum, self.epsilon, self.axis, self.ddof, True, out,
+                x, gamma, beta, mean, variance, train, self.momentum, self.epsilon, axis, self.ddof, True, out,
                 True, True, passes.team, passes.SERIAL,
             )  # fmt: skip
             if result is None:

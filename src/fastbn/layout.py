@@ -82,6 +82,19 @@ def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
     return channels
 
 
+def plain_axis(axis: Any, layout: Any, x: Any) -> Any:
+    """Return the axis that a layout's name plainly stands for, the axis itself without a layout, and otherwise None.
+
+    Nothing is checked: None, or whatever else is not an axis of x, is for `channel_axes` to look at.
+    """
+    if layout is None:
+        return axis
+    named = LAYOUTS.get(layout) if type(layout) is str else None
+    if named is None or type(axis) is not int or axis != -1 or named[1] not in (None, getattr(x, "ndim", None)):
+        return None
+    return named[0]
+
+
 def checked_axis(axis: Any, layout: str | None) -> int | tuple[int, ...]:
     """Return an axis as plain ints, checked as far as that goes without an array."""
     plain = _plain(axis)
