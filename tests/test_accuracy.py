@@ -16,6 +16,8 @@ from cases import BOTH, DTYPES
 
 from fastbn import batch_norm, batch_norm_backward, batch_norm_forward, moments
 
+pytestmark = pytest.mark.kernels
+
 MEANS = (0.0, 1.0, 1e2, 1e3, 1e5, 1e7)
 
 
@@ -83,6 +85,7 @@ def test_hard_data(case, kind):
     np.testing.assert_allclose(s.variance(), variance, rtol=1e-12)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", BOTH[::2], ids=cases.name)
 def test_outputs_and_gradients_within_the_derived_tolerance(case, dtype):

@@ -16,6 +16,8 @@ from cases import BOTH, DTYPES, THREADS
 
 import fastbn
 
+pytestmark = pytest.mark.kernels
+
 # Large enough for several blocks and for a parallel region, in both patterns; and small remainders.
 BIG = (((24, 6, 40, 41), 1), ((2, 2, 300, 301), 1), ((400, 33, 7, 7), 1), ((90_001, 3), -1), ((9001, 70), -1))
 
@@ -200,6 +202,7 @@ def test_run_after_run():
         assert len({digest(everything(x, dy, gamma, beta, axis)) for _ in range(5)}) == 1
 
 
+@pytest.mark.levels
 def test_training_equals_moments_then_normalize():
     """The fused training pass computes what its parts compute."""
     for shape, axis in BIG + BOTH:

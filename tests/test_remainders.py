@@ -14,6 +14,8 @@ import reference as ref
 
 from fastbn import batch_norm, batch_norm_backward, batch_norm_forward, moments, normalize
 
+pytestmark = pytest.mark.kernels
+
 TO_70 = range(1, 71)
 DTYPE = pytest.mark.parametrize("dtype", cases.DTYPES)
 
@@ -85,6 +87,7 @@ def check_gradients(gradients, dy, x, mean, variance, gamma, axis, through_batch
         ref.assert_within(got, value, tolerance, f"{x.shape} {through_batch=} {name}")
 
 
+@pytest.mark.levels
 @DTYPE
 @pytest.mark.parametrize("rows", [1, 2, 37])
 def test_every_channel_count_interleaved(rows, dtype):
@@ -99,6 +102,7 @@ def test_every_row_count_interleaved(channels, dtype):
         check((rows, channels), -1, dtype)
 
 
+@pytest.mark.levels
 @DTYPE
 @pytest.mark.parametrize(("outer", "channels"), [(1, 3), (3, 2), (2, 9)])
 def test_every_inner_size_planar(outer, channels, dtype):
@@ -113,6 +117,7 @@ def test_every_channel_count_planar(outer, inner, dtype):
         check((outer, channels, inner), 1, dtype)
 
 
+@pytest.mark.levels
 @DTYPE
 def test_around_powers_of_two(dtype):
     for n in (127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025, 4095, 4097):
