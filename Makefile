@@ -33,7 +33,7 @@ EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproj
 # asv keeps its machine file in HOME: give it one inside the clone.
 ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
 
-.PHONY: help demo test test-all test-versions lint types bench asv-check numbers install-dev clean
+.PHONY: help demo test test-all test-clang test-versions lint types bench asv-check numbers install-dev clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -46,6 +46,11 @@ test: $(WHEEL)-test ## build, install and test (without the slow tests)
 
 test-all: $(WHEEL)-test ## all tests, the slow ones too
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+# Clang needs its OpenMP runtime beside it (libomp-dev on Debian).
+test-clang: $(WHEEL)-test $(VENV)/.clang ## a build by Clang: its instructions, and the same bits as the other build's
+	FASTBN_OTHER_BUILD=$(abspath $(VENV))/clang/installed \
+	    $(VENV)/bin/pytest tests/test_levels.py -m "not slow" $(PYTEST_ARGS)
 
 test-versions: ## build and test with every Python of $(VERSIONS) that is at hand
 	@tested=(); missing=(); \
@@ -113,6 +118,14 @@ $(WHEEL): $(SOURCES) | $(PY)
 
 $(WHEEL)-demo $(WHEEL)-test $(WHEEL)-bench: $(WHEEL)-%: $(WHEEL)
 	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); $(PIP) install "$$wheel[$*]"
+	@touch $@
+
+# Installed beside the build that is tested, not over it.
+$(VENV)/.clang: $(SOURCES) | $(PY)
+	@rm -rf $(VENV)/clang
+	@echo "building fastbn with $$(clang --version | head -n 1)"
+	CC=clang $(PIP) wheel --no-deps --config-settings=setup-args=-Dopenmp=enabled --wheel-dir $(VENV)/clang/wheels .
+	$(PIP) install --no-deps --target $(VENV)/clang/installed $(VENV)/clang/wheels/fastbn-*.whl
 	@touch $@
 
 $(VENV)/.lint $(VENV)/.types: $(VENV)/.%: pyproject.toml | $(PY)
