@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 # Without PyTorch its rows are left out, instead of reported one by one as skipped.
 BENCH_ARGS ?= $(shell $(PY) -c 'import torch' 2>/dev/null || echo "-b '^(?!.*torch)'")
 NUMBERS_ARGS ?=
+COMPARE_ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -33,7 +34,7 @@ EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproj
 # asv keeps its machine file in HOME: give it one inside the clone.
 ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
 
-.PHONY: help demo test test-all test-clang test-versions lint types bench asv-check numbers install-dev clean
+.PHONY: help demo test test-all test-clang test-versions lint types bench asv-check numbers compare install-dev clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -87,6 +88,9 @@ bench: $(WHEEL)-bench asv-check ## every benchmark once, on the working tree (BE
 
 numbers: $(WHEEL)-bench ## the table of the README (NUMBERS_ARGS=--torch with PyTorch, where it is installed)
 	$(PY) -m benchmarks.table $(NUMBERS_ARGS)
+
+compare: $(WHEEL)-bench ## beside the bandwidth limit and every peer that is installed (COMPARE_ARGS="--ops train")
+	$(PY) -m benchmarks.compare $(COMPARE_ARGS)
 
 asv-check: $(WHEEL)-bench .asv/.asv-machine.json ## the benchmark suite is well formed
 	cd benchmarks && $(ASV) check --python=same

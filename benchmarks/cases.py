@@ -22,21 +22,30 @@ LAYOUTS = ["planar", "interleaved"]
 DTYPES = ["float32", "float64"]
 
 
+def _type(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
 class Case:
     """Input, parameters and preallocated outputs of one benchmark, the same for every library.
 
     Parameters
     ----------
-    shape : str
-        A name in SHAPES.
+    shape : str or tuple of int
+        A name in SHAPES, or (batch, channels, *spatial) itself.
     layout : {"planar", "interleaved"}
         Where the channels are in memory.
-    dtype : {"float32", "float64"}
-        Of every array.
+    dtype : str
+        Of x, dy and out: a floating type, or an integer type for x whose results are float32. Parameters are
+        float32, or float64 where x is.
     """
 
-    def __init__(self, shape: str, layout: str, dtype: str) -> None:
-        batch, channels, *spatial = SHAPES[shape]
+    def __init__(self, shape: str | tuple[int, ...], layout: str, dtype: str) -> None:
+        batch, channels, *spatial = SHAPES[shape] if isinstance(shape, str) else shape
         if layout == "interleaved":
             stored = (batch, *spatial, channels)
             self.axis = len(stored) - 1
@@ -47,10 +56,16 @@ class Case:
             stored = (channels, batch)
             self.axis = 0
         rng = np.random.default_rng(0)
+        result, dtype = _type(dtype), "float64" if dtype == "float64" else "float32"
         self.x = rng.standard_normal(stored, dtype=dtype)
         self.x += 1
         self.dy = rng.standard_normal(stored, dtype=dtype)
-        self.out = np.zeros_like(self.x)
+        if result.kind == "u":
+            self.x = np.clip(self.x * 50 + 50, 0, 255)
+        self.x = self.x.astype(result, copy=False)
+        if result.kind != "u":
+            self.dy = self.dy.astype(result, copy=False)
+        self.out = np.zeros_like(self.dy)
         self.gamma = np.linspace(0.5, 1.5, channels, dtype=dtype)
         self.beta = np.linspace(-1, 1, channels, dtype=dtype)
         self.moving_mean = np.full(channels, 0.25, dtype)

@@ -15,21 +15,28 @@ import numpy as np
 from .cases import EPSILON, MOMENTUM, Case
 
 LIBRARIES = ["fastbn", "numpy", "torch"]
+# Also for `make compare`: they have some of the operations, and NotImplementedError for the rest.
+PEERS = ["torch", "jax", "onnxruntime", "sklearn", "numpy"]
 OPERATIONS = ["train", "inference", "backward", "moments"]
 
 
-def prepare(operation: str, library: str, case: Case) -> Callable[[], Any]:
-    """Return the call to be timed; without the library NotImplementedError, which asv reports as skipped."""
+def prepare(operation: str, library: str, case: Case, **options: Any) -> Callable[[], Any]:
+    """Return the call to be timed; without the library NotImplementedError, which asv reports as skipped.
+
+    Options are for fastbn's forward functions.
+    """
+    if options and library != "fastbn":
+        raise NotImplementedError(f"{library} has no {', '.join(options)} in the same call")
     if library != "fastbn" and find_spec(library) is None:
         raise NotImplementedError(f"{library} is not installed")
-    call: Callable[[], Any] = globals()[f"_{library}"](operation, case)
+    call: Callable[[], Any] = globals()[f"_{library}"](operation, case, **options)
     return call
 
 
-def _fastbn(operation: str, c: Case) -> Callable[[], Any]:
+def _fastbn(operation: str, c: Case, **options: Any) -> Callable[[], Any]:
     import fastbn
 
-    affine = {"gamma": c.gamma, "beta": c.beta, "epsilon": EPSILON, "axis": c.axis}
+    affine = {"gamma": c.gamma, "beta": c.beta, "epsilon": EPSILON, "axis": c.axis, **options}
     moving = {"moving_mean": c.moving_mean, "moving_variance": c.moving_variance}
 
     def train() -> Any:
@@ -117,3 +124,85 @@ def _torch(operation: str, c: Case) -> Callable[[], Any]:
 
         return backward
     return {"train": train, "inference": inference, "moments": moments}[operation]
+
+
+def _jax(operation: str, c: Case) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    x, dy, gamma, beta, mean, variance = map(
+        jnp.asarray, (c.x, c.dy, c.gamma, c.beta, c.moving_mean, c.moving_variance)
+    )
+
+    def scaled(x: Any, gamma: Any, beta: Any, mean: Any, variance: Any) -> Any:
+        scale = gamma / jnp.sqrt(variance + EPSILON)
+        return (x - mean.reshape(c.broadcast)) * scale.reshape(c.broadcast) + beta.reshape(c.broadcast)
+
+    def moments(x: Any) -> Any:
+        mean = jnp.mean(x, axis=c.reduced)
+        return mean, jnp.mean(jnp.square(x - mean.reshape(c.broadcast)), axis=c.reduced)
+
+    def train(x: Any, gamma: Any, beta: Any, mean: Any, variance: Any) -> Any:
+        mu, var = moments(x)
+        keep = MOMENTUM
+        return scaled(x, gamma, beta, mu, var), keep * mean + (1 - keep) * mu, keep * variance + (1 - keep) * var
+
+    def backward(dy: Any, x: Any, gamma: Any, beta: Any) -> Any:
+        return jax.vjp(lambda x, g, b: scaled(x, g, b, *moments(x)), x, gamma, beta)[1](dy)
+
+    function, args = {
+        "train": (train, (x, gamma, beta, mean, variance)),
+        "inference": (scaled, (x, gamma, beta, mean, variance)),
+        "moments": (moments, (x,)),
+        "backward": (backward, (dy, x, gamma, beta)),
+    }[operation]
+    compiled = jax.jit(function)
+    return lambda: jax.block_until_ready(compiled(*args))
+
+
+def _onnxruntime(operation: str, c: Case) -> Callable[[], Any]:
+    if operation != "inference" or find_spec("onnx") is None or (c.axis != 1 and c.x.ndim > 1):
+        raise NotImplementedError("ONNX Runtime has inference with the channels second")
+    import onnx.helper as helper
+    import onnxruntime
+
+    vectors = {"gamma": c.gamma, "beta": c.beta, "mean": c.moving_mean, "variance": c.moving_variance}
+    node = helper.make_node("BatchNormalization", ["x", *vectors], ["y"], epsilon=EPSILON)
+    graph = helper.make_graph(
+        [node],
+        "batch_norm",
+        [helper.make_tensor_value_info("x", 1, c.x.shape)],
+        [helper.make_tensor_value_info("y", 1, c.x.shape)],
+        initializer=[helper.make_tensor(name, 1, v.shape, v) for name, v in vectors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", c.x)
+    binding.bind_output("y", "cpu", 0, np.float32, c.x.shape, c.out.ctypes.data)
+
+    def inference() -> Any:
+        session.run_with_iobinding(binding)
+        return c.out
+
+    return inference
+
+
+def _sklearn(operation: str, c: Case) -> Callable[[], Any]:
+    if operation not in ("inference", "moments") or c.x.ndim != 2 or c.axis != 1:
+        raise NotImplementedError("scikit-learn scales tables by rows, and has no gradient")
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    if operation == "moments":
+
+        def moments() -> Any:
+            scaler.fit(c.x)
+            return scaler.mean_, scaler.var_
+
+        return moments
+    # Its formula has no gamma and beta: they go into its mean and scale.
+    scaler.fit(c.x[:2])
+    scale = np.sqrt(c.moving_variance + EPSILON, dtype=c.x.dtype) / c.gamma
+    scaler.mean_, scaler.scale_ = c.moving_mean - c.beta * scale, scale
+    return lambda: scaler.transform(c.x)
