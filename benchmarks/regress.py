@@ -1,0 +1,162 @@
+"""Compare two builds of fastbn in one run: `python -m benchmarks.regress FOLDER`.
+
+FOLDER is where another build was installed, by `pip install --target FOLDER ...`; it is compared with the fastbn
+that is installed here (or with `--new FOLDER`). Each build has a process of its own. They are told to work in
+turns, never at once, on arrays of the same sizes, in blocks whose order changes: a machine that is busy for a while
+slows both down alike. Where arrays happen to lie in memory makes a difference that stays as long as a process lives
+(measured: up to 12 % between two copies of one build), so there are several pairs of processes, each of which counts
+once. What is printed is how long the new build takes, in times of what the other takes: the median over pairs, with a
+95 % confidence interval. The exit code is 1 where the whole interval of a row lies above the threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import builds
+from .cases import Case
+from .compare import CASES, ENTRIES, available, names
+from .operations import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Build:
+    """A process that has imported one build, and works when it is asked to."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.regress", "--serve", folder]
+        # A team that waits for work in a loop would take the processor from the other build.
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.location = self.ask({"do": "locate"})
+
+    def ask(self, message: dict[str, Any]) -> Any:
+        """Send a message and wait for the answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the process of a build ended with code {self.process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate(timeout=60)
+
+
+def serve(folder: str) -> None:
+    """Answer messages on standard input, one JSON line each."""
+    builds.use(folder)
+    import fastbn
+
+    call = lambda: None  # noqa: E731
+    for line in sys.stdin:
+        message = json.loads(line)
+        answer: Any = None
+        if message["do"] == "locate":
+            answer = str(Path(fastbn.__file__).parent)
+        elif message["do"] == "prepare":
+            entry = ENTRIES[message["entry"]]
+            if available(entry):
+                case = Case(tuple(message["shape"]), message["layout"], entry.dtype)
+                call = prepare(entry.operation, "fastbn", case, **entry.options(case))
+                call()
+                answer = True
+        else:
+            call()
+            times, end = [], time.perf_counter() + message["seconds"]
+            while len(times) < 3 or time.perf_counter() < end:
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+            answer = statistics.quantiles(times, n=4)[0]
+        print(json.dumps(answer), flush=True)
+
+
+def compare(new: Build, old: Build, seconds: float, blocks: int = 4) -> tuple[float, float]:
+    """Return the new build's time in microseconds, and its ratio to the old one's, of one pair of processes."""
+    ratios, times = [], []
+    block = {"do": "measure", "seconds": seconds / blocks}
+    for i in range(blocks):
+        if i % 2:
+            b, a = old.ask(block), new.ask(block)
+        else:
+            a, b = new.ask(block), old.ask(block)
+        ratios.append(a / b)
+        times.append(a * 1e6)
+    return statistics.median(times), statistics.median(ratios)
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median, by resampling: such ratios have no distribution to rely on."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (4000, len(ratios))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", metavar="FOLDER", help="where the build to compare with is installed")
+    parser.add_argument("--new", default="", metavar="FOLDER", help="default: the fastbn that is installed here")
+    parser.add_argument("--ops", default="train,inference,backward", metavar="A,B", help=", ".join(ENTRIES))
+    parser.add_argument("--cases", default="conv2,conv5,rgb,mlp512,table10,tiny", metavar="A,B", help=", ".join(CASES))
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each build on each row")
+    parser.add_argument("--pairs", type=int, default=10, help="of processes")
+    parser.add_argument("--threshold", type=float, default=1.1, help="ratio above which a row has become slower")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args(arguments)
+    operations, cases = names(args.ops, ENTRIES, "operation"), names(args.cases, CASES, "case")
+    folders = [str(Path(f).resolve()) if f else "" for f in (args.new, args.old)]
+    found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for pair in range(args.pairs):
+        new, old = (Build(folder, args.threads) for folder in folders)
+        if pair == 0:
+            print(f"new: {new.location}\nold: {old.location}\n")
+        for name in operations:
+            for case in cases:
+                shape, layouts = CASES[case]
+                for layout in layouts:
+                    rows = found.setdefault((name, case, layout), [])
+                    wanted = {"do": "prepare", "entry": name, "shape": shape, "layout": layout}
+                    if new.ask(wanted) and old.ask(wanted):
+                        rows.append(compare(new, old, args.seconds / args.pairs))
+        new.close()
+        old.close()
+    print("| operation | case | layout | new, us | new / old | 95 % interval | |")
+    print("|---|---|---|---:|---:|---|---|")
+    slower = 0
+    for key, rows in found.items():
+        if not rows:
+            print("| " + " | ".join(key) + " | not in both | | | |")
+            continue
+        times, ratios = zip(*rows, strict=True)
+        low, high = interval(list(ratios))
+        verdict = "slower" if low > args.threshold else "faster" if high < 1 / args.threshold else ""
+        slower += verdict == "slower"
+        numbers = [f"{statistics.median(times):,.1f}", f"{statistics.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"]
+        print("| " + " | ".join([*key, *numbers, verdict]) + " |")
+    print(f"\n{slower} rows slower by more than {100 * (args.threshold - 1):.0f} %")
+    return int(slower > 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2])
+    else:
+        sys.exit(main())
