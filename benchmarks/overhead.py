@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .cases import EPSILON, MOMENTUM, Case
+import re
+from pathlib import Path
+
+from .cases import EPSILON, LAYOUTS, MOMENTUM, Case
 from .operations import LIBRARIES, OPERATIONS, prepare
 
 
@@ -57,3 +60,32 @@ class PeakMemory:
 
     def peakmem_call(self, *params: str) -> None:
         self.result = self.call()
+
+
+class ExtraMemory:
+    """What one call holds at its peak beside its arguments: temporary arrays, and results it has no output for."""
+
+    params = (LIBRARIES, OPERATIONS, LAYOUTS)
+    param_names = ("library", "operation", "layout")
+
+    def setup(self, library: str, operation: str, layout: str) -> None:
+        self.case = Case("conv2", layout, "float32")
+        self.call = prepare(operation, library, self.case)
+
+    @staticmethod
+    def resident(kind: str) -> float:
+        """Read the process's resident size (VmRSS) or its peak (VmHWM) in MB."""
+        found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found
+        return int(found[1]) / 1024
+
+    def track_extra_memory(self, library: str, operation: str, layout: str) -> float:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        except OSError:
+            raise NotImplementedError("the peak cannot be reset here") from None
+        before = self.resident("VmRSS")
+        self.result = self.call()
+        return max(0.0, self.resident("VmHWM") - before)
+
+    track_extra_memory.unit = "MB"  # type: ignore[attr-defined]

@@ -6,8 +6,10 @@ from time import perf_counter
 
 import numpy as np
 
+from . import limit
 from .cases import DTYPES, LAYOUTS, Case
 from .operations import LIBRARIES, OPERATIONS, prepare
+from .table import measure
 
 
 class _Operation:
@@ -81,3 +83,31 @@ class Bandwidth:
         return self.traffic[operation] * self.case.x.nbytes / min(times) / 1e9
 
     track_bandwidth.unit = "GB/s"  # type: ignore[attr-defined]
+
+
+class Limits:
+    """The time of an operation in times of what the machine needs merely to move its data. 1 is the best there is."""
+
+    params = (OPERATIONS, LAYOUTS, ["conv2", "conv5", "rgb", "table"])
+    param_names = ("operation", "layout", "shape")
+    seconds = 0.3
+
+    def setup(self, operation: str, layout: str, shape: str) -> None:
+        import fastbn
+
+        self.case = Case(shape, layout, "float32")
+        self.call = prepare(operation, "fastbn", self.case)
+        pair, writes = operation == "backward", 0 if operation == "moments" else 1
+        threads = fastbn.get_num_threads()
+        self.limits = limit.calls(self.case.x.nbytes, pair=pair, writes=writes, threads=threads)
+        if not self.limits:
+            raise NotImplementedError("no C compiler with OpenMP is installed")
+
+    def track_limits(self, operation: str, layout: str, shape: str) -> float:
+        def call() -> None:
+            self.result = self.call()
+
+        times = measure({"fastbn": call, **self.limits}, self.seconds)
+        return times["fastbn"] / limit.least(times)
+
+    track_limits.unit = "limits"  # type: ignore[attr-defined]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +19,13 @@ import numpy as np
 import pytest
 import reference
 
+import fastbn
+
 ROOT = Path(__file__).resolve().parent.parent
 PREFIXES = ("time_", "timeraw_", "peakmem_", "mem_", "track_")
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import cases, operations, overhead, speed  # noqa: E402
+from benchmarks import builds, cases, compare, limit, operations, overhead, regress, speed, sweep  # noqa: E402
 
 SUITE = [
     (suite, name)
@@ -75,14 +80,29 @@ def check(result, wanted):
         np.testing.assert_allclose(np.asarray(g, np.float64), w.astype(np.float64), rtol=2e-5, atol=2e-5)
 
 
+UNITS = {"track_bandwidth": "GB/s", "track_limits": "limits", "track_extra_memory": "MB"}
+
+
+def once(calls, seconds):
+    """In place of `measure`: a second training step would start from other moving statistics."""
+    times = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        times[name] = time.perf_counter() - start
+    return times
+
+
 def test_the_suite_has_the_promised_themes():
     names = {suite.__name__ for suite, _ in SUITE}
     themes = {"TrainForward", "Inference", "Backward", "Moments", "CallOverhead", "ImportTime", "PeakMemory"}
+    themes |= {"Bandwidth", "Limits", "ExtraMemory"}
     assert themes <= names
 
 
 @pytest.mark.parametrize(("suite", "name", "params"), INSTANCES)
-def test_benchmark_computes_what_it_says(suite, name, params):
+def test_benchmark_computes_what_it_says(suite, name, params, monkeypatch):
+    monkeypatch.setattr(speed, "measure", once)
     described = dict(zip(suite.param_names, params, strict=True))
     operation = described.get("operation") or suite.operation
     library = described.get("library", "fastbn")
@@ -91,12 +111,17 @@ def test_benchmark_computes_what_it_says(suite, name, params):
         with pytest.raises(NotImplementedError):
             bench.setup(*params)
         return
-    bench.setup(*params)
+    try:
+        bench.setup(*params)
+    except NotImplementedError as error:
+        assert suite is speed.Limits
+        pytest.skip(str(error))
     wanted = None if operation == "copy" else expected(operation, bench.case, library)
     if name.startswith("track_"):
         bench.repeats = 1  # a second training step would start from other moving statistics
-        assert getattr(bench, name)(*params) > 0
-        assert bench.track_bandwidth.unit == "GB/s"
+        value = getattr(bench, name)(*params)
+        assert getattr(bench, name).unit == UNITS[name]
+        assert value > 0 or name == "track_extra_memory"
     else:
         getattr(bench, name)(*params)
     if wanted is None:
@@ -141,6 +166,131 @@ def test_a_library_that_is_missing_is_skipped_not_failed():
     case = cases.Case("tiny", "planar", "float32")
     with pytest.raises(NotImplementedError, match="not installed"):
         operations.prepare("train", "no_such_library", case)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
+@pytest.mark.parametrize("library", operations.PEERS)
+def test_peers_compute_the_same(library, operation, layout):
+    """Contenders of `make compare` differ in speed only."""
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    for shape in ("conv2", "table"):
+        case = cases.Case(shape, layout, "float32")
+        wanted = expected(operation, case, library)
+        try:
+            call = operations.prepare(operation, library, case)
+        except NotImplementedError:
+            assert library in ("onnxruntime", "sklearn")
+            continue
+        check(call(), wanted)
+
+
+needs_compiler = pytest.mark.skipif(limit.library() is None, reason="no C compiler with OpenMP is installed")
+
+
+@needs_compiler
+@pytest.mark.parametrize("writes", [0, 0.5, 1, 2, 4])
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("nbytes", [1, 64, 200_000, 3_000_000])
+def test_the_limit_moves_everything(nbytes, pair, writes):
+    """Every cache line is written, with twice what was read: reads and stores are not optimized away."""
+    calls = limit.calls(nbytes, pair=pair, writes=writes, threads=2)
+    assert ("limit past the caches" in calls) == (nbytes > limit.SMALL and writes > 0)
+    for call in calls.values():
+        u, v, y = call.__defaults__[0]
+        assert (v is not None) == pair
+        assert u.nbytes >= nbytes
+        for data in (u, v) if pair else (u,):
+            data.view(np.float32)[:] = 3
+        total = call()
+        if writes:
+            assert y.nbytes >= u.nbytes * writes
+            written = y.view(np.float32)[: int(u.size // 64 * writes) * 16]
+            assert (written == (12 if pair else 6)).all()
+        else:
+            assert total > 0
+
+
+def test_limit_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(limit, "library", lambda: None)
+    assert limit.calls(1000) == {}
+    assert limit.least({"fastbn": 3.0}) == float("inf")
+
+
+def test_least():
+    times = {"limit": 3.0, "limit past the caches": 2.0, "fastbn": 4.0}
+    assert limit.least(times) == 2
+    assert times == {"fastbn": 4.0}
+
+
+def test_compare_prints_a_row_for_each_case(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "set_threads", lambda threads: None)
+    arguments = ["--ops", "train,moments", "--cases", "tiny,single", "--peers", "numpy", "--seconds", "0.001"]
+    compare.main([*arguments, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["operation"], r["case"]) for r in rows] == [
+        (name, case) for name in ("train", "moments") for case in ("tiny", "single", "single")
+    ]
+    assert all(r["fastbn"] > 0 and r["peers"]["numpy"] > 0 and r["best"] == "numpy" for r in rows)
+    printed = capsys.readouterr().out
+    assert printed.count("| train | ") == 3
+    assert "geometric means" in printed
+    with pytest.raises(SystemExit, match="unknown case nothing"):
+        compare.main(["--cases", "nothing"])
+
+
+def test_what_fastbn_does_not_have_is_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(compare.ENTRIES, "nothing", compare.Entry("train", options=lambda case: {"no_such": 1}))
+    assert compare.available(compare.ENTRIES["train"])
+    assert compare.table(["nothing"], ["tiny"], 0.001, 1, []) == []
+    assert "not in this version" in capsys.readouterr().out
+
+
+def test_sweep_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sweep, "set_threads", lambda threads: None)
+    monkeypatch.setattr(sweep, "MAP_VALUES", 1 << 10)
+    monkeypatch.setattr(sweep, "measure", once)
+    results = sweep.run(list(sweep.PARTS), 0.001, 2, 1e-5, ["numpy"])
+    assert {r["operation"] for r in results["sizes"]} == set(sweep.OPERATIONS)
+    files = sweep.draw(results, tmp_path)
+    assert len(files) == 4
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_sizes_of_the_sweep():
+    found = list(sweep.sizes(2))
+    assert found[0] == 1024
+    assert all(math.prod(sweep.shape_of(n)) * 4 <= n for n in found)
+    assert all(math.prod(sweep.shape_of(n)) * 4 > 0.9 * n for n in found)
+
+
+def installed(folder):
+    """A link to the fastbn that is tested, as another build; the modules of an editable install lie apart."""
+    root, modules = Path(fastbn.__file__).parent, Path(find_spec("fastbn.kernels._planar_base").origin).parent
+    if not list((root / "kernels").glob("_planar_base.*so")):
+        shutil.copytree(root, folder / "fastbn")
+        for built in modules.glob("*.so"):
+            shutil.copy(built, folder / "fastbn" / "kernels")
+    else:
+        (folder / "fastbn").symlink_to(root)
+
+
+def test_regress_compares_two_builds(tmp_path, capfd):
+    installed(tmp_path)
+    arguments = ["--ops", "train", "--cases", "tiny", "--seconds", "0.02", "--pairs", "3", "--threads", "1"]
+    assert regress.main([str(tmp_path), "--threshold", "1000", *arguments]) == 0
+    printed = capfd.readouterr().out
+    assert f"old: {tmp_path.resolve()}" in printed
+    assert "| train | tiny | interleaved |" in printed
+    assert regress.main([str(tmp_path), "--threshold", "0.001", *arguments]) == 1
+    assert "slower" in capfd.readouterr().out
+
+
+def test_regress_wants_a_build(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no installed fastbn"):
+        builds.use(tmp_path)
 
 
 def test_configuration():
