@@ -75,3 +75,9 @@ def test_hooks_have_the_pins_of_make_lint():
 def test_links_to_files_exist(name):
     for target in re.findall(r"\]\(([^)#:]+)\)", DOCUMENTS[name]):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_links_between_documents_exist(path):
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
