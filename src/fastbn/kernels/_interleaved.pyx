@@ -32,7 +32,7 @@ cdef enum:
     FEW = 8            # rows; below, positions are not put together
     LARGE = 1 << 20    # values: what is larger is not in a second level cache
     IN_ORDER = 256     # values of rows that are scaled together then
-    CHUNK = 512        # columns of a task at most: their sums fit a first level cache
+    CHUNK = 1024       # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time
     AHEAD = 2048       # values: rows are taken together up to this many, and fetched so far ahead
     SHARE = 256        # channels that one thread finishes at a time
@@ -47,7 +47,7 @@ cdef inline Py_ssize_t whole(Py_ssize_t n) noexcept nogil:
 cdef struct Cut:
     Py_ssize_t positions   # per row: k
     Py_ssize_t columns     # of a row
-    Py_ssize_t padded      # the same in whole lanes
+    Py_ssize_t padded      # from one table of coefficients to the next
     Py_ssize_t rows        # full rows
     Py_ssize_t rest        # columns of the last, partial row
     Py_ssize_t height      # rows of a block
@@ -74,7 +74,8 @@ cdef Cut cut(const Job* job) noexcept nogil:
     cdef Py_ssize_t columns = job.channels * job.inner
     k.positions = positions_per_row(job.outer, columns)
     k.columns = k.positions * columns
-    k.padded = whole(k.columns)
+    # Never a power of two: five tables at the same place of a page would drive one another, and data, out of a cache.
+    k.padded = whole(k.columns) + 5 * LANES
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
