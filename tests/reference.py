@@ -136,6 +136,51 @@ def moving(old, batch, momentum: float) -> np.ndarray:
     return LD(momentum) * np.asarray(old).astype(LD) + LD(1.0 - momentum) * np.asarray(batch).astype(LD)
 
 
+# -- activations -------------------------------------------------------------------------------------------
+
+GELU = 2 * np.sqrt(LD(2) / np.pi)
+SMOOTH = {"silu": (LD(1), LD(0)), "gelu_tanh": (GELU, LD(0.044715) * GELU)}
+
+
+def slope_of(activation) -> float:
+    return activation[1] if isinstance(activation, tuple) else 0.01
+
+
+def sigmoid(z, activation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The t of z * sigmoid(t), that sigmoid, and its derivative in z."""
+    k1, k3 = SMOOTH[activation]
+    z = np.clip(np.asarray(z, LD), -1000, 1000)
+    t = k1 * z + k3 * z**3
+    e = np.exp(-np.abs(t))
+    return t, np.where(t > 0, 1, e) / (1 + e), e / (1 + e) ** 2 * (k1 + 3 * k3 * z**2)
+
+
+def activate(z, activation) -> np.ndarray:
+    z = np.asarray(z, LD)
+    if activation is None:
+        return z
+    if activation in SMOOTH:
+        return np.where(z == -np.inf, 0, z) * sigmoid(z, activation)[1]
+    if activation == "relu":
+        return np.where(z <= 0, 0, z)
+    if activation == "relu6":
+        return np.where(z <= 0, 0, np.where(z >= 6, 6, z))
+    return np.where(z <= 0, LD(slope_of(activation)) * z, z)
+
+
+def activation_derivative(z, activation) -> np.ndarray:
+    z = np.asarray(z, LD)
+    if activation is None:
+        return np.ones_like(z)
+    if activation in SMOOTH:
+        _, s, ds = sigmoid(z, activation)
+        return s + np.clip(z, -1000, 1000) * ds
+    if activation in ("relu", "relu6"):
+        flat = (z <= 0) | ((z >= 6) & (activation == "relu6"))
+        return np.where(flat, LD(0), LD(1))
+    return np.where(z <= 0, LD(slope_of(activation)), LD(1))
+
+
 # -- tolerances --------------------------------------------------------------------------------------------
 
 
@@ -201,6 +246,35 @@ def apply_tolerance(x, mean, variance, gamma=None, beta=None, epsilon=1e-3, axis
     spare = 3 * u * u * center if x.dtype.itemsize == 4 else u * center
     tolerance = u * (5 * away * scale + 3 * np.abs(column(beta, 0))) + (spare + 2 * tiny) * scale + 2 * tiny
     return unrows(np.broadcast_to(tolerance, away.shape), x.shape, axis)
+
+
+def activation_tolerance(z, z_tolerance, activation, dtype) -> np.ndarray:
+    """Absolute, for act(z) where z is off by its tolerance.
+
+    No slope of these functions is above 1.13, but that of leaky_relu. The relu family rounds at most a slope and a
+    product. The smooth ones: t is rounded three times, and its coefficients once each, 5 u of |t| that sigmoid'(t)
+    passes on; exp is within 4 u, the sum, the reciprocal and two products take one each: 8 u of |y|. Below the
+    normal numbers exp and y are off by the smallest number, which z multiplies.
+    """
+    u, tiny = unit(dtype), float(np.finfo(dtype).smallest_subnormal)
+    z = np.asarray(z, LD)
+    if activation is None:
+        return z_tolerance + 0 * z
+    y = np.abs(activate(z, activation))
+    if activation not in SMOOTH:
+        return max(1.0, abs(slope_of(activation))) * z_tolerance + 2 * u * y + tiny
+    t, s, _ = sigmoid(z, activation)
+    return 1.13 * z_tolerance + u * (8 * y + 5 * np.abs(z * t) * s * (1 - s)) + tiny * (1 + np.abs(z))
+
+
+def derivative_tolerance(z, z_tolerance, activation, dtype) -> np.ndarray:
+    """Absolute, for act'(z) of a smooth activation: a second derivative is at most 1.2, and the terms s and
+    z s' are rounded like the value, with t' four times more; sigmoid'' / sigmoid' is at most 1."""
+    u, tiny = unit(dtype), float(np.finfo(dtype).smallest_subnormal)
+    z = np.clip(np.asarray(z, LD), -1000, 1000)
+    t, s, ds = sigmoid(z, activation)
+    passed_on = 5 * np.abs(t) * (s * (1 - s) + np.abs(z * ds))
+    return 1.2 * z_tolerance + u * (8 * s + 14 * np.abs(z * ds) + passed_on) + tiny * (1 + np.abs(z) ** 3)
 
 
 def train_tolerance(x, gamma=None, beta=None, epsilon=1e-3, axis=-1) -> np.ndarray:

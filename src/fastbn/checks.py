@@ -54,6 +54,16 @@ def data(value: Any, name: str) -> Array:
     return array
 
 
+def like(value: Any, name: str, x: Array) -> Array:
+    """Return data of the shape and dtype that x has."""
+    array = data(value, name)
+    if array.dtype != x.dtype:
+        raise TypeError(must(name, f"have dtype {x.dtype}", array.dtype))
+    if array.shape != x.shape:
+        raise ValueError(must(name, f"have shape {x.shape}", array.shape))
+    return array
+
+
 def parameter(value: Any, name: str, shape: tuple[int, ...]) -> Array | None:
     """Return a parameter as one-dimensional float32 or float64, converted from another real type; None stays."""
     if value is None:

@@ -23,6 +23,8 @@ def fold(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm, *, axis: int)
 
         weight' = weight * s,   bias' = (bias - moving_mean) * s + beta
 
+    An activation of the layer is not part of it: apply that to the result.
+
     Parameters
     ----------
     weight : array_like of float32 or float64

@@ -31,6 +31,8 @@ def batch_norm(
     layout: str | None = None,
     ddof: int = 0,
     update: bool = True,
+    activation: str | tuple[str, float] | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize a batch per channel.
@@ -65,8 +67,13 @@ def batch_norm(
         batch itself is always normalized with ddof 0. For m = 1 the variance is 0 for either.
     update : bool, default: True
         Whether training updates the moving arrays.
+    activation : str or tuple, optional
+        Applied in the same pass: relu, relu6, silu, gelu_tanh, leaky_relu (slope 0.01) or ("leaky_relu", slope).
+    residual : array_like of x's shape and dtype, optional
+        Added before the activation: ``y = activation(batch_norm(x) + residual)``.
     out : array, optional
-        Where to write the result: of x's shape and dtype. May be x itself, but not overlap it in part.
+        Where to write the result: of x's shape and dtype. May be x itself or the residual itself, but not overlap
+        one of them in part.
 
     Returns
     -------
@@ -106,13 +113,14 @@ def batch_norm(
     >>> mean, variance
     (array([ 0.5, 10. ]), array([ 1. , 50.5]))
     """
-    channel = layouts.plain_axis(axis, layout, x)
-    plain = _calls.forward(
-        x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
-        False, True, team, SERIAL,
-    )  # fmt: skip
-    if plain is not None:
-        return plain  # type: ignore[no-any-return]
+    if activation is None and residual is None:
+        channel = layouts.plain_axis(axis, layout, x)
+        plain = _calls.forward(
+            x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
+            False, True, team, SERIAL,
+        )  # fmt: skip
+        if plain is not None:
+            return plain  # type: ignore[no-any-return]
     y, _ = forward(
         x,
         gamma=gamma,
@@ -126,6 +134,8 @@ def batch_norm(
         layout=layout,
         ddof=ddof,
         update=update,
+        activation=activation,
+        residual=residual,
         out=out,
         keep="nothing",
     )
@@ -146,6 +156,8 @@ def batch_norm_forward(
     layout: str | None = None,
     ddof: int = 0,
     update: bool = True,
+    activation: str | tuple[str, float] | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
     save: Literal["input", "output"] = "input",
 ) -> tuple[Array, Cache]:
@@ -161,14 +173,15 @@ def batch_norm_forward(
         As in `batch_norm`.
     training : bool, default: False
         As in `batch_norm`. Without training the gradient is that of a frozen layer.
-    momentum, epsilon, axis, layout, ddof, update
+    momentum, epsilon, axis, layout, ddof, update, activation, residual
         As in `batch_norm`.
     out : array, optional
-        As in `batch_norm`, but with ``save="input"`` it must not share memory with x.
+        As in `batch_norm`, but with ``save="input"`` it must not share memory with x, nor with a
+        residual before silu, gelu_tanh or a leaky_relu of negative slope.
     save : {"input", "output"}, default: "input"
         What the cache refers to, and the gradient is taken from. With "output" that is y: x may be overwritten
         (``out=x``) or freed, so that a training step holds one array less. y must then be left unchanged, and no
-        gamma may be 0.
+        gamma may be 0. Not with an activation or a residual.
         The gradient is as exact as ``(y - beta) / gamma`` is: a beta far larger than gamma costs digits.
 
     Returns
@@ -176,7 +189,8 @@ def batch_norm_forward(
     y : ndarray
         As in `batch_norm`.
     cache : Cache
-        For `batch_norm_backward`; it may be used more than once.
+        For `batch_norm_backward`; it may be used more than once. With relu, relu6 and leaky_relu it refers to y, with
+        the other activations to the residual: leave those unchanged as well.
 
     Raises
     ------
@@ -193,7 +207,11 @@ def batch_norm_forward(
     >>> dbeta
     array([3.])
     """
-    if checks.one_of(save, "save", ("input", "output")) == "input":
+    fused = activation is not None or residual is not None
+    if checks.one_of(save, "save", ("input", "output")) == "output":
+        if fused:
+            raise ValueError(must("save", 'be "input" with an activation or a residual', repr(save)))
+    elif not fused:
         channel = layouts.plain_axis(axis, layout, x)
         plain = _calls.forward(
             x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
@@ -214,6 +232,8 @@ def batch_norm_forward(
         layout=layout,
         ddof=ddof,
         update=update,
+        activation=activation,
+        residual=residual,
         out=out,
         keep="output" if save == "output" else "always",
     )
@@ -221,7 +241,7 @@ def batch_norm_forward(
     return y, cache
 
 
-def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None) -> tuple[Array, Array, Array]:
+def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None) -> tuple[Array, ...]:
     """Return the gradient of a batch norm.
 
     With r = 1 / sqrt(variance + epsilon) and m values per channel, through the statistics of the batch::
@@ -230,7 +250,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         dgamma = sum(dy * (x - mean)) * r
         dx = gamma * r * (dy - dbeta / m - (x - mean) * r * dgamma / m)
 
-    and ``dx = gamma * r * dy`` where the call normalized with moving statistics.
+    and ``dx = gamma * r * dy`` where the call normalized with moving statistics. After an activation, dy stands for dy
+    times its derivative, which at 0 is 0 for relu and relu6 and the slope for leaky_relu.
 
     Parameters
     ----------
@@ -239,7 +260,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     cache : Cache
         Second result of `batch_norm_forward`.
     out : array, optional
-        Where to write dx: of x's shape and dtype. May be dy itself, or x itself if the cache is not used again.
+        Where to write dx: of x's shape and dtype. May be dy itself, or, if the cache is not used again, what that
+        refers to: x, y or the residual.
 
     Returns
     -------
@@ -247,6 +269,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         Of x's shape and dtype, in the order of axes in memory that x has.
     dgamma, dbeta : ndarray of shape (channels,)
         float32, or float64 where x is. They come also where gamma or beta was None.
+    dresidual : ndarray, only if the call had a residual
+        Of x's shape and dtype, always a new array.
 
     Raises
     ------
@@ -274,9 +298,14 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     x = cache.x
     if x is None:
         raise ValueError(must("out", "not be x in a forward call whose gradient is taken", "x, overwritten"))
+    if cache.lost_residual:
+        raise ValueError(
+            must("out", "not be residual in a forward call whose gradient is taken", "residual, overwritten")
+        )
     mean, variance = cache.statistics
     frozen = cache.mode == "inference"
-    if len(cache.axes) == 1:
+    fused = cache.has_residual or cache.activation is not None
+    if len(cache.axes) == 1 and not fused:
         plain = _calls.backward(
             dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL
         )
@@ -284,20 +313,24 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
             if cache.sign is not None:
                 plain[1][...] *= cache.sign.astype(x.dtype)
             return plain
-    gradient = checks.data(dy, "dy")
-    if gradient.dtype != x.dtype:
-        raise TypeError(must("dy", f"have dtype {x.dtype}", gradient.dtype))
-    if gradient.shape != x.shape:
-        raise ValueError(must("dy", f"have shape {x.shape}", gradient.shape))
+    gradient = checks.like(dy, "dy", x)
     if out is None:
         dx = layouts.like(x)
     else:
         dx = checks.output(out, x.shape, x.dtype)
         checks.in_place_or_apart(dx, "out", gradient, "dy")
         checks.in_place_or_apart(dx, "out", x, "x")
+        for source, name in ((cache.y, "y"), (cache.residual, "residual")):
+            if source is not None:
+                checks.in_place_or_apart(dx, "out", source, name)
 
     shape = layouts.channel_shape(x.shape, cache.axes)
     first, second = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
+    if fused:
+        # Before the activation. It goes through dx where nobody else wants it and dx is not x, which is read after it.
+        before = layouts.like(x) if cache.has_residual or checks.overlap(dx, x) else dx
+        _gate(gradient, cache, x, before)
+        gradient = before
     if x.size:
         run(
             kernels.FROZEN if frozen else kernels.GRADIENT,
@@ -316,7 +349,36 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     _channels.parameter_gradients(first, second, variance, cache.epsilon, dgamma, dbeta)
     if cache.sign is not None:
         dgamma *= cache.sign.astype(dgamma.dtype)
-    return dx, dgamma.reshape(shape), dbeta.reshape(shape)
+    gradients = dx, dgamma.reshape(shape), dbeta.reshape(shape)
+    return (*gradients, gradient) if cache.has_residual else gradients
+
+
+def _gate(dy: Array, cache: Cache, x: Array, out: Array) -> None:
+    """Write the gradient before the activation."""
+    activation = cache.activation
+    if activation is None:
+        out[...] = dy
+    elif not x.size:
+        return
+    elif activation.from_output:
+        assert cache.y is not None
+        run(kernels.GATE, cache.axes, cache.y, dy=dy, out=out, bend=activation.bend)
+    else:
+        mean, variance = cache.statistics
+        run(
+            kernels.GATE,
+            cache.axes,
+            x,
+            dy=dy,
+            out=out,
+            gamma=cache.gamma,
+            beta=cache.beta,
+            mean=mean,
+            variance=variance,
+            epsilon=cache.epsilon,
+            residual=cache.residual,
+            bend=activation.bend,
+        )
 
 
 def normalize(
@@ -329,6 +391,8 @@ def normalize(
     epsilon: float = 1e-3,
     axis: int | tuple[int, ...] = -1,
     layout: str | None = None,
+    activation: str | tuple[str, float] | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize with given statistics: ``gamma * (x - mean) / sqrt(variance + epsilon) + beta``.
@@ -345,8 +409,10 @@ def normalize(
         Added to the variance.
     axis, layout
         The channel axis, as in `batch_norm`.
+    activation, residual
+        As in `batch_norm`.
     out : array, optional
-        Where to write the result; may be x itself.
+        Where to write the result; may be x itself, or the residual itself.
 
     Returns
     -------
@@ -382,6 +448,8 @@ def normalize(
         layout=layout,
         ddof=0,
         update=False,
+        activation=activation,
+        residual=residual,
         out=out,
         keep="nothing",
         names=("mean", "variance"),

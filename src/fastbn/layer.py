@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from . import activation as activations
 from . import checks, functional, modes, passes, state
 from . import layout as layouts
 from .errors import StateError, UntrainedWarning, must
@@ -69,6 +70,8 @@ class BatchNorm:
         Whether there is a beta, a gamma.
     ddof : {0, 1}, default: 0
         The variance that goes into ``moving_variance`` is divided by m - ddof.
+    activation : str or tuple, optional
+        Applied to the result in the same pass, as in `batch_norm`.
     dtype : {"float32", "float64"}, optional
         Of parameters and statistics. By default float32, or float64 if the layer is built by a float64 batch.
     trainable : bool, default: True
@@ -79,7 +82,7 @@ class BatchNorm:
     Attributes
     ----------
     grads : dict
-        "gamma" and "beta" after `backward`, as far as the layer has them.
+        "gamma" and "beta" after `backward`, as far as the layer has them, and "residual" if the call had one.
     batches : int
         Batches that reached the moving statistics.
 
@@ -111,6 +114,7 @@ class BatchNorm:
         center: bool = True,
         scale: bool = True,
         ddof: int = 0,
+        activation: str | tuple[str, float] | None = None,
         dtype: DTypeLike | None = None,
         trainable: bool = True,
         name: str | None = None,
@@ -122,6 +126,7 @@ class BatchNorm:
         self.center = checks.flag(center, "center")
         self.scale = checks.flag(scale, "scale")
         self.ddof = checks.ddof(ddof)
+        self.activation = activations.named(activation)
         self.dtype = None if dtype is None else _parameter_dtype(dtype)
         self._trainable = checks.flag(trainable, "trainable")
         if name is not None and not isinstance(name, str):
@@ -256,7 +261,14 @@ class BatchNorm:
         """
         return modes.KERAS[training is not None and checks.flag(training, "training"), self.trainable]
 
-    def __call__(self, x: ArrayLike, training: bool | None = None, *, out: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        training: bool | None = None,
+        *,
+        residual: ArrayLike | None = None,
+        out: Array | None = None,
+    ) -> Array:
         """Normalize a batch.
 
         Parameters
@@ -265,8 +277,11 @@ class BatchNorm:
             The batch.
         training : bool, optional
             Whether to normalize with, and learn from, the statistics of this batch. None means False.
+        residual : array_like of x's shape and dtype, optional
+            Added before the activation.
         out : array, optional
-            Where to write the result. If that is x itself there is no gradient of this call.
+            Where to write the result. If that is x itself there is no gradient of this call, nor if it is a residual
+            that the gradient of the activation needs, as in `batch_norm_forward`.
 
         Returns
         -------
@@ -284,7 +299,8 @@ class BatchNorm:
             If inference uses statistics that no batch ever reached.
         """
         arrays = self._arrays
-        if arrays is not None and type(x) is np.ndarray and x.size <= passes.SERIAL:
+        plain = self.activation is None and residual is None
+        if plain and arrays is not None and type(x) is np.ndarray and x.size <= passes.SERIAL:
             y = self._call_small(x, training, arrays, out)
             if y is not None:
                 return y
@@ -308,6 +324,8 @@ class BatchNorm:
             layout=self.layout,
             ddof=self.ddof,
             update=False,
+            activation=self.activation,
+            residual=residual,
             out=out,
             keep="unless in place",
         )
@@ -369,16 +387,18 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            If there was no call before, or it overwrote its x.
+            If there was no call before, or it overwrote what its gradient needs.
         """
         cache = getattr(self._last, "cache", None)
         if cache is None:
             raise ValueError("backward must follow a call of the layer in the same thread, got none")
         if type(cache) is tuple:  # of a small call, which does not wait for it to be built
             cache = passes.Cache(*cache)
-        dx, dgamma, dbeta = functional.batch_norm_backward(dy, cache, out=out)
+        dx, dgamma, dbeta, *others = functional.batch_norm_backward(dy, cache, out=out)
         grads = {"gamma": dgamma if self.scale else None, "beta": dbeta if self.center else None}
         self.grads = {name: g for name, g in grads.items() if g is not None}
+        if others:
+            self.grads["residual"] = others[0]
         return dx
 
     def _warn_if_untrained(self, mean: Array, variance: Array) -> None:
@@ -403,6 +423,7 @@ class BatchNorm:
             "center": self.center,
             "scale": self.scale,
             "ddof": self.ddof,
+            "activation": self.activation,
             "dtype": None if self.dtype is None else self.dtype.name,
             "trainable": self.trainable,
             "name": self.name,
@@ -499,10 +520,12 @@ class BatchNorm:
         fields, arrays = state.read_state(path, "batch_norm", fields=("config", "batches"))
         config = fields["config"]
         try:
-            if not isinstance(config, dict) or set(config) != set(_DEFAULTS):
+            # Files of version 0.1.0 have no activation.
+            if not isinstance(config, dict) or {"activation", *config} != set(_DEFAULTS):
                 raise ValueError("config must have exactly the arguments of a layer, got others")
-            if isinstance(config.get("axis"), list):
-                config["axis"] = tuple(config["axis"])
+            for field in ("axis", "activation"):
+                if isinstance(config.get(field), list):
+                    config[field] = tuple(config[field])
             layer = cls(**config)
             layer.load_state_dict(arrays | {"batches": fields["batches"]})
         except (TypeError, ValueError, OverflowError) as error:

@@ -194,6 +194,7 @@ def plan(
     x: Strides,
     dy: Strides | None,
     y: Strides | None,
+    residual: Strides | None = None,
 ) -> Plan | None:
     """Return the plan of a call on arrays of one shape, or None where the strides of one of them need a copy.
 
@@ -205,8 +206,9 @@ def plan(
         Channel axes.
     wide : bool
         Whether the data are float64.
-    x, dy, y : tuple of ints or None
-        Strides in bytes of x, of the gradient that comes in, and of the result. The order of x decides.
+    x, dy, y, residual : tuple of ints or None
+        Strides in bytes of x, of the gradient that comes in, of the result and of what is added to it. The order of x
+        decides.
 
     Returns
     -------
@@ -215,15 +217,16 @@ def plan(
     """
     itemsize = 8 if wide else 4
     order = _memory_order(shape, x, axes)
-    forms = [None if s is None else _canonical(shape, s, order, axes, itemsize) for s in (x, dy, y)]
-    if any(s is not None and f is None for s, f in zip((x, dy, y), forms)):
+    forms = [None if s is None else _canonical(shape, s, order, axes, itemsize) for s in (x, dy, y, residual)]
+    if any(s is not None and f is None for s, f in zip((x, dy, y, residual), forms)):
         return None
-    form_x, form_dy, form_y = forms
+    form_x, form_dy, form_y, form_residual = forms
     assert form_x is not None
     strides_y = None if form_y is None else form_y[1]
+    strides_residual = None if form_residual is None else form_residual[1]
     if form_dy is None:
-        return Plan(form_x[0], wide, form_x[1], None, strides_y)
-    return Plan(form_x[0], wide, form_dy[1], form_x[1], strides_y)
+        return Plan(form_x[0], wide, form_x[1], None, strides_y, strides_residual)
+    return Plan(form_x[0], wide, form_dy[1], form_x[1], strides_y, strides_residual)
 
 
 def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import activation as activations
 from . import checks, kernels, modes
 from . import layout as layouts
 from .kernels import _channels
@@ -32,7 +33,8 @@ class Cache:
     """What `batch_norm_backward` needs of the forward call.
 
     It refers to x itself (with save="output" to y), not to a copy: that must not be changed before the gradient was
-    taken.
+    taken. With an activation that goes for y too (relu, relu6 and leaky_relu) or for the residual (silu, gelu_tanh,
+    leaky_relu of a negative slope).
 
     Attributes
     ----------
@@ -40,7 +42,10 @@ class Cache:
         How the call normalized.
     """
 
-    __slots__ = ("axes", "epsilon", "gamma", "mode", "sign", "statistics", "x")
+    __slots__ = (
+        "activation", "axes", "beta", "epsilon", "gamma", "has_residual", "mode", "residual", "sign", "statistics", "x",
+        "y",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -51,6 +56,12 @@ class Cache:
         gamma: Array | None,
         epsilon: float,
         sign: Array | None = None,
+        *,
+        activation: activations.Activation | None = None,
+        has_residual: bool = False,
+        beta: Array | None = None,
+        residual: Array | None = None,
+        y: Array | None = None,
     ) -> None:
         self.x = x
         self.axes = axes
@@ -59,6 +70,18 @@ class Cache:
         self.gamma = gamma
         self.epsilon = epsilon
         self.sign = sign  # of every gamma, where x is the output: see `_channels.output_parameters`
+        self.activation = activation
+        self.has_residual = has_residual
+        # What the derivative of the activation is found from, beside x: y alone, or beta and the residual.
+        self.beta = beta
+        self.residual = residual
+        self.y = y
+
+    @property
+    def lost_residual(self) -> bool:
+        """Whether the call overwrote a residual that the gradient needs."""
+        needed = self.has_residual and self.activation is not None and not self.activation.from_output
+        return needed and self.residual is None
 
     def __repr__(self) -> str:
         """Describe the call."""
@@ -85,6 +108,8 @@ def run(
     epsilon: float = 0.0,
     first: Array | None = None,
     second: Array | None = None,
+    residual: Array | None = None,
+    bend: activations.Bend | None = None,
 ) -> None:
     """Carry out an operation on checked arrays that are not empty.
 
@@ -98,13 +123,17 @@ def run(
         x.strides,
         None if dy is None else dy.strides,
         None if out is None else out.strides,
+        None if residual is None else residual.strides,
     )
     if plan is None:
         x2 = layouts.packed(x, axes)
-        dy2 = out2 = None
+        dy2 = out2 = residual2 = None
         if dy is not None:
             dy2 = layouts.like(x2)
             dy2[...] = dy
+        if residual is not None:
+            residual2 = layouts.like(x2)
+            residual2[...] = residual
         if out is not None:
             out2 = layouts.like(x2)
         run(
@@ -120,13 +149,17 @@ def run(
             epsilon=epsilon,
             first=first,
             second=second,
+            residual=residual2,
+            bend=bend,
         )
         if out is not None:
             assert out2 is not None
             out[...] = out2
         return
     u, v = (x, None) if dy is None else (dy, x)
-    kernels.run(plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size))
+    kernels.run(
+        plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size), residual, bend
+    )
 
 
 def forward(
@@ -146,11 +179,14 @@ def forward(
     out: Any,
     keep: Literal["nothing", "always", "unless in place", "output"],
     names: tuple[str, str] = ("moving_mean", "moving_variance"),
+    activation: Any = None,
+    residual: Any = None,
 ) -> tuple[Array, Cache | None]:
     """Check, normalize, update, and keep a cache. The body of all forward functions.
 
-    A cache refers to x, so "always" refuses to overwrite it; "unless in place" gives a cache without x then. With
-    "output" it refers to y.
+    A cache refers to x, so "always" refuses to overwrite it; "unless in place" gives a cache without x then. The same
+    goes for a residual from which an activation's derivative will be found. With "output" it refers to y, and there is
+    neither activation nor residual.
     """
     x = checks.data(x, "x")
     axes = layouts.channel_axes(axis, layout, x.ndim)
@@ -167,6 +203,9 @@ def forward(
         checks.not_zero(weight, "gamma", 'with save="output"')
     if (moving_mean is None) != (moving_variance is None):
         raise ValueError("moving_mean and moving_variance must be given together, got only one of them")
+    bend = activations.resolved(activation)
+    added = None if residual is None else checks.like(residual, "residual", x)
+    kept_residual = None if keep == "nothing" or bend is None or bend.from_output else added
     name_mean, name_variance = names
     updates = mode == "train" and moving_mean is not None
     if updates:
@@ -174,8 +213,8 @@ def forward(
         moving_variance = checks.moving(moving_variance, "moving_variance", shape)
         checks.apart(moving_mean, "moving_mean", moving_variance=moving_variance)
         if keep in ("always", "unless in place"):  # the cache refers to x, which the update must not change
-            checks.apart(moving_mean, "moving_mean", x=x)
-            checks.apart(moving_variance, "moving_variance", x=x)
+            checks.apart(moving_mean, "moving_mean", x=x, residual=kept_residual)
+            checks.apart(moving_variance, "moving_variance", x=x, residual=kept_residual)
     elif mode == "inference":
         moving_mean = checks.required(moving_mean, name_mean, shape)
         moving_variance = checks.required(moving_variance, name_variance, shape)
@@ -187,13 +226,20 @@ def forward(
     else:
         y = checks.output(out, x.shape, x.dtype)
         if keep == "always":
-            checks.apart(y, "out", x=x)  # the cache refers to x
+            checks.apart(y, "out", x=x, residual=kept_residual)  # the cache refers to them
         checks.in_place_or_apart(y, "out", x, "x")
+        if added is not None:
+            checks.in_place_or_apart(y, "out", added, "residual")
         statistics_in = {name_mean: moving_mean, name_variance: moving_variance}
         checks.apart(y, "out", gamma=weight, beta=bias, **statistics_in)
 
+    # Copied before anything is written: an update in place must not change a gradient that is still due.
+    kept_beta = None if bias is None or keep == "nothing" or bend is None or bend.from_output else bias.copy()
     kept_gamma = None if keep == "nothing" or weight is None else weight.copy()
-    arguments = {"gamma": weight, "beta": bias, "epsilon": epsilon, "out": y}
+    arguments = {
+        "gamma": weight, "beta": bias, "epsilon": epsilon, "out": y,
+        "residual": added, "bend": None if bend is None else bend.bend,
+    }  # fmt: skip
     if mode == "inference":
         if x.size:
             run(kernels.NORMALIZE, axes, x, mean=moving_mean, variance=moving_variance, **arguments)
@@ -211,7 +257,21 @@ def forward(
         mean, variance, scale, sign = _channels.output_parameters(weight, bias, statistics.variance, epsilon)
         return y, Cache(y, axes, mode, (mean, variance), scale, 0.0, sign)
     kept = None if out is not None and checks.overlap(y, x) else x
-    return y, Cache(kept, axes, mode, statistics, kept_gamma, epsilon)
+    if out is not None and checks.overlap(y, kept_residual):
+        kept_residual = None
+    return y, Cache(
+        kept,
+        axes,
+        mode,
+        statistics,
+        kept_gamma,
+        epsilon,
+        activation=bend,
+        has_residual=added is not None,
+        beta=kept_beta,
+        residual=kept_residual,
+        y=y if bend is not None and bend.from_output else None,
+    )
 
 
 def batch_statistics(x: Array, axes: tuple[int, ...], count: int, operation: int, **arguments: Any) -> Statistics:

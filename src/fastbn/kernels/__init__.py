@@ -5,17 +5,18 @@ from typing import Any
 from numpy.typing import NDArray
 
 from . import _calls, dispatch
-from ._plan import OPERATIONS, Plan
+from ._plan import BENDS, OPERATIONS, Plan
 
 Array = NDArray[Any]
 
-__all__ = ["FROZEN", "GRADIENT", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
+__all__ = ["BENDS", "FROZEN", "GATE", "GRADIENT", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
 
 MOMENTS = OPERATIONS["moments"]
 NORMALIZE = OPERATIONS["normalize"]
 TRAIN = OPERATIONS["train"]
 GRADIENT = OPERATIONS["gradient"]
 FROZEN = OPERATIONS["frozen"]
+GATE = OPERATIONS["gate"]
 
 _drivers = dispatch.drivers(dispatch.level)
 _run = tuple(driver.run for driver in _drivers)
@@ -36,6 +37,8 @@ def run(
     first: Array | None,
     second: Array | None,
     threads: int,
+    w: Array | None = None,
+    bend: tuple[int, tuple[float, float, float]] | None = None,
 ) -> None:
     """Carry out a plan with the driver of its pattern.
 
@@ -44,9 +47,9 @@ def run(
     plan : Plan
         What to do; see `fastbn.layout.plan`.
     operation : int
-        `MOMENTS`, `NORMALIZE`, `TRAIN`, `GRADIENT` or `FROZEN`.
+        `MOMENTS`, `NORMALIZE`, `TRAIN`, `GRADIENT`, `FROZEN` or `GATE`.
     u, v, y : ndarray or None
-        x, None and the result; in a gradient dy, x and dx.
+        x, None and the result; in a gradient dy, x and dx; in a gate dy, x and the gradient before the activation.
     gamma, beta, mean, variance : one-dimensional ndarray or None
         Parameters, float32 or float64 of any stride.
     epsilon : float
@@ -55,5 +58,9 @@ def run(
         Results per channel: mean and sum of squared deviations; in a gradient sum(dy) and sum(dy * (x - mean)).
     threads : int
         Size of the team.
+    w : ndarray or None
+        The residual.
+    bend : tuple or None
+        The activation: one of `BENDS`, and its three numbers; see lanes.pxd.
     """
-    _run[plan.pattern](plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads)
+    _run[plan.pattern](plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w, bend)

@@ -127,7 +127,7 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     job.reduces = job.operation != NORMALIZE
     job.applies = True
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
-    job.writes_pair = job.operation == GRADIENT
+    job.writes_pair = job.form.pair = job.operation == GRADIENT
     job.streams = streams(job, pattern, wide)
     job.threads = 1 if size <= serial else threads(size)
     return drivers[<int> pattern](job, wide)

@@ -269,13 +269,15 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef Tile t = tile_of(k, task)
     cdef floating ub[STEP * PIECE]
     cdef floating vb[STEP * PIECE]
+    cdef floating wb[STEP * PIECE]
     cdef const floating* p = table + t.column
     cdef const floating* a = p + k.padded
     cdef const floating* shift = a + k.padded
     cdef const floating* q = shift + k.padded
     cdef const floating* b = q + k.padded
     cdef bint is_dense = (dense(job, k, &job.u) and dense(job, k, &job.y)
-                          and (not job.writes_pair or dense(job, k, &job.v)))
+                          and (not job.writes_pair or dense(job, k, &job.v))
+                          and (not job.form.third or dense(job, k, &job.w)))
     cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
     cdef Py_ssize_t j, r, rows, n, sy, step
     # Rows of y that start at whole lanes can be stored past the caches.
@@ -283,7 +285,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                          and k.positions * job.y.outer % LANES == 0)
     cdef floating* y
     cdef bint direct
-    cdef View u, v
+    cdef View u, v, w
     for step in range((t.rows + k.apply_step - 1) // k.apply_step):
         r = step * k.apply_step
         rows = min(k.apply_step, t.rows - r)
@@ -298,20 +300,13 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             else:
                 sy = PIECE
                 y = ub
+            v = w = u
             if job.writes_pair:
                 v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
-                if streams and direct:
-                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, n, p + j,
-                               a + j, shift + j, q + j, b + j, True, True)
-                else:
-                    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, y, sy, rows, whole(n),
-                               p + j, a + j, shift + j, q + j, b + j, True, False)
-            elif streams and direct:
-                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, n, p + j, a + j,
-                           shift + j, q + j, b + j, False, True)
-            else:
-                apply_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, y, sy, rows, whole(n), p + j,
-                           a + j, shift + j, q + j, b + j, False, False)
+            if job.form.third:
+                w = view(job, k, &job.w, direct, t.row + r, rows, t.column + j, n, wb)
+            apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride, y, sy, rows,
+                       whole(n), p + j, a + j, shift + j, q + j, b + j, &job.form, streams and direct)
             if not direct:
                 unstage(job, k, ub, t.row + r, rows, t.column + j, n)
             j += n
@@ -447,10 +442,12 @@ cdef int do_any(const Job* job, bint wide) except -1:
     return do_job(job, <float*> NULL)
 
 
-def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads):
+def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
+        w=None, bend=None):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
-    plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads)
+    plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
+              bend)
     do_any(&job, plan.wide)
 
 

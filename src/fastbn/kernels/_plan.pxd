@@ -24,7 +24,7 @@ cdef inline Pattern pattern_of(Py_ssize_t inner) noexcept nogil:
 
 cdef inline bint streams(const Job* job, Pattern pattern, bint wide) noexcept nogil:
     # In place the lines of y are in a cache already.
-    return (job.y.data != job.u.data and job.y.data != job.v.data
+    return (job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
             and job.outer * job.channels * job.inner * (8 if wide else 4)
             >= (STREAM_INFERENCE if job.operation == NORMALIZE and pattern == PLANAR else STREAM))
 
@@ -35,10 +35,11 @@ cdef class Plan:
     cdef readonly Pattern pattern
     cdef Py_ssize_t[3] u_strides
     cdef Py_ssize_t[3] v_strides
+    cdef Py_ssize_t[3] w_strides
     cdef Py_ssize_t[3] y_strides
 
     cdef int bind(self, Job* job, Operation operation, u, v, y, gamma, beta, mean, variance, double epsilon,
-                  first, second, int threads) except -1
+                  first, second, int threads, w, bend) except -1
 
 
 cdef int bind_parameter(Parameter* parameter, array) except -1

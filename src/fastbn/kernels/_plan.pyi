@@ -1,4 +1,5 @@
 OPERATIONS: dict[str, int]
+BENDS: dict[str, int]
 
 class Plan:
     outer: int
@@ -13,4 +14,5 @@ class Plan:
         u: tuple[int, int, int],
         v: tuple[int, int, int] | None = None,
         y: tuple[int, int, int] | None = None,
+        w: tuple[int, int, int] | None = None,
     ) -> Plan: ...

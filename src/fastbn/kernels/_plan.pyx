@@ -1,12 +1,15 @@
 """A plan: what a call of one shape, one type and one set of strides will do. Made once, kept, run often."""
 cimport numpy as cnp
 
-from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Operation, Parameter
+from .job cimport FROZEN, GATE, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Operation, Parameter
+from .lanes cimport BENT, SMOOTH, STRAIGHT
 
 cnp.import_array()
 
 OPERATIONS = {"moments": <int> MOMENTS, "normalize": <int> NORMALIZE, "train": <int> TRAIN,
-              "gradient": <int> GRADIENT, "frozen": <int> FROZEN}
+              "gradient": <int> GRADIENT, "frozen": <int> FROZEN, "gate": <int> GATE}
+# What an activation is made of: see `Bend` in lanes.pxd.
+BENDS = {"bent": <int> BENT, "smooth": <int> SMOOTH}
 
 
 cdef class Plan:
@@ -21,28 +24,42 @@ cdef class Plan:
     u, v, y : tuple of 3 ints or None
         Strides, in values, of the first operand (x, or dy in the gradient), the second (x in the gradient) and the
         result.
+    w : tuple of 3 ints or None
+        Those of the residual.
     """
 
-    def __cinit__(self, shape, bint wide, u, v=None, y=None):
+    def __cinit__(self, shape, bint wide, u, v=None, y=None, w=None):
         self.outer, self.channels, self.inner = shape
         self.wide = wide
         self.pattern = pattern_of(self.inner)
         for i in range(3):
             self.u_strides[i] = u[i]
             self.v_strides[i] = v[i] if v is not None else 0
+            self.w_strides[i] = w[i] if w is not None else 0
             self.y_strides[i] = y[i] if y is not None else 0
 
     cdef int bind(self, Job* job, Operation operation, u, v, y, gamma, beta, mean, variance, double epsilon,
-                  first, second, int threads) except -1:
-        """Fill in a job. The arrays were checked by the caller and must outlive it."""
+                  first, second, int threads, w, bend) except -1:
+        """Fill in a job. The arrays were checked by the caller and must outlive it.
+
+        bend is None or (a number of BENDS, three numbers).
+        """
         job.operation = operation
-        job.reduces = operation != NORMALIZE
+        job.reduces = operation != NORMALIZE and operation != GATE
         job.applies = y is not None
         job.reads_pair = operation == GRADIENT or operation == FROZEN
-        job.writes_pair = operation == GRADIENT
+        job.writes_pair = operation == GRADIENT or operation == GATE
+        job.form.pair = job.writes_pair
+        job.form.third = w is not None
+        job.form.bend = STRAIGHT
+        if bend is not None:
+            job.form.bend = bend[0]
+            for i in range(3):
+                job.form.numbers[i] = bend[1][i]
         job.outer, job.channels, job.inner = self.outer, self.channels, self.inner
         bind_operand(&job.u, u, self.u_strides)
         bind_operand(&job.v, v, self.v_strides)
+        bind_operand(&job.w, w, self.w_strides)
         bind_operand(&job.y, y, self.y_strides)
         bind_parameter(&job.gamma, gamma)
         bind_parameter(&job.beta, beta)

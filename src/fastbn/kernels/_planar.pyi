@@ -18,6 +18,8 @@ def run(
     first: NDArray[Any] | None,
     second: NDArray[Any] | None,
     threads: int,
+    w: NDArray[Any] | None = None,
+    bend: tuple[int, tuple[float, float, float]] | None = None,
 ) -> None: ...
 
 ENTRY: Any

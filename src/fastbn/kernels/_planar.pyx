@@ -117,8 +117,8 @@ cdef inline void reduce_any(const Job* job, bint direct, const floating* u, cons
             reduce_run(u, u, n, 0, 0, False, False, next_u, next_v, first, second)
 
 
-cdef inline void apply_any(const Job* job, bint direct, const floating* u, const floating* v, floating* y,
-                           Py_ssize_t n, floating p, floating a, floating c, floating q, floating b,
+cdef inline void apply_any(const Job* job, bint direct, const floating* u, const floating* v, const floating* w,
+                           floating* y, Py_ssize_t n, floating p, floating a, floating c, floating q, floating b,
                            floating* tile) noexcept nogil:
     cdef floating* z = y
     cdef Py_ssize_t m = n, i
@@ -127,19 +127,13 @@ cdef inline void apply_any(const Job* job, bint direct, const floating* u, const
         u = stage(u, job.u.inner, n, 0, tile)
         if job.writes_pair:
             v = stage(v, job.v.inner, n, 0, tile + TILE)
+        if job.form.third:
+            w = stage(w, job.w.inner, n, 0, tile + 2 * TILE)
         unstaged = job.y.inner == 1 and n >= LANES
         if not unstaged:
             z = tile + 2 * TILE
             m = max(n, <Py_ssize_t> LANES)
-    if job.writes_pair:
-        if job.streams and unstaged:
-            apply_run(u, v, z, m, p, a, c, q, b, True, True)
-        else:
-            apply_run(u, v, z, m, p, a, c, q, b, True, False)
-    elif job.streams and unstaged:
-        apply_run(u, u, z, m, p, a, c, q, b, False, True)
-    else:
-        apply_run(u, u, z, m, p, a, c, q, b, False, False)
+    apply_run(u, v, w, z, m, p, a, c, q, b, &job.form, job.streams and unstaged)
     if not unstaged:
         for i in range(n):
             y[i * job.y.inner] = z[i]
@@ -246,20 +240,24 @@ cdef void apply_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef Py_ssize_t length = min(k.length, job.inner - s0)
     cdef bint direct = (length >= LANES and job.u.inner == 1 and job.y.inner == 1
-                        and (job.v.inner == 1 or not job.writes_pair))
+                        and (job.v.inner == 1 or not job.writes_pair)
+                        and (job.w.inner == 1 or not job.form.third))
     cdef const floating* u
     cdef const floating* v
+    cdef const floating* w
     cdef floating* y
     cdef Py_ssize_t c, n
     for n in range(n0, min(n0 + k.images, job.outer)):
         u = at(&job.u, n, c0, s0, table)
         v = at(&job.v, n, c0, s0, table)
+        w = at(&job.w, n, c0, s0, table)
         y = at(&job.y, n, c0, s0, table)
         for c in range(c0, c1):
-            apply_any(job, direct, u, v, y, length, table[c], table[job.channels + c], table[2 * job.channels + c],
-                      table[3 * job.channels + c], table[4 * job.channels + c], buffer)
+            apply_any(job, direct, u, v, w, y, length, table[c], table[job.channels + c],
+                      table[2 * job.channels + c], table[3 * job.channels + c], table[4 * job.channels + c], buffer)
             u += job.u.channel
             v += job.v.channel
+            w += job.w.channel
             y += job.y.channel
 
 
@@ -290,7 +288,7 @@ cdef void do_tiles(const Job* job, const Cut* k, Step step, Py_ssize_t t0, Py_ss
 
 cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* table) noexcept nogil:
     """One span of channels along one stretch of tiles."""
-    cdef floating buffer[3 * TILE]
+    cdef floating buffer[3 * TILE]  # u, v, and y over w
     cdef Py_ssize_t c0 = task % k.spans * k.span
     cdef Py_ssize_t c1 = min(c0 + k.span, job.channels)
     cdef Py_ssize_t t0 = task // k.spans * k.stretch
@@ -371,10 +369,12 @@ cdef int do_any(const Job* job, bint wide) except -1:
     return do_job(job, <float*> NULL)
 
 
-def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads):
+def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
+        w=None, bend=None):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
-    plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads)
+    plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
+              bend)
     do_any(&job, plan.wide)
 
 

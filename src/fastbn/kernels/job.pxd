@@ -2,12 +2,15 @@
 from cython cimport floating
 from libc.math cimport sqrt
 
+from .lanes cimport Form
+
 cdef enum Operation:
     MOMENTS    # x -> (mean, m2)
     NORMALIZE  # x, mean, variance -> y
     TRAIN      # x -> (mean, m2) -> y
     GRADIENT   # dy, x, mean, variance -> (sum dy, sum dy * (x - mean)) -> dx through the batch statistics
     FROZEN     # the same sums, but dx is dy scaled: the statistics were constants
+    GATE       # dy, x, mean, variance (and a residual) -> dy times the derivative of the activation
 
 
 cdef struct Operand:
@@ -29,9 +32,10 @@ cdef struct Job:
     bint reduces, applies
     bint reads_pair   # reduce reads both operands
     bint writes_pair  # apply reads both operands
+    Form form         # the formula of apply
     bint streams      # y is stored past the caches
     Py_ssize_t outer, channels, inner
-    Operand u, v, y
+    Operand u, v, w, y  # w is the residual
     Parameter gamma, beta, mean, variance
     double epsilon
     double* first   # per channel: mean, or sum(dy)

@@ -5,6 +5,7 @@
 #define FASTBN_LANES_H
 
 #include <stdint.h>
+#include <string.h>
 
 #define FASTBN_LANES 16
 
@@ -29,6 +30,8 @@ typedef double fastbn_vd __attribute__((vector_size(FASTBN_BYTES_D), aligned(8),
 typedef int64_t fastbn_vm __attribute__((vector_size(FASTBN_BYTES_D), aligned(8), may_alias));
 typedef float fastbn_vf __attribute__((vector_size(FASTBN_BYTES), aligned(4), may_alias));
 typedef float fastbn_vh __attribute__((vector_size(FASTBN_BYTES_D / 2), aligned(4), may_alias));
+typedef uint64_t fastbn_vq __attribute__((vector_size(FASTBN_BYTES_D), aligned(8), may_alias));
+typedef uint32_t fastbn_vu __attribute__((vector_size(FASTBN_BYTES), aligned(4), may_alias));
 #define FASTBN_VD (FASTBN_BYTES_D / 8)
 #define FASTBN_VF (FASTBN_BYTES / 4)
 static inline fastbn_vd fastbn_splat_d(double x) { return x - (fastbn_vd){0}; }
@@ -47,6 +50,18 @@ static inline fastbn_vd fastbn_widen_f(const float *x) {
 static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) {
     return (fastbn_vd) ((fastbn_vm) x & *(const fastbn_vm *) mask);
 }
+/* x <= y ? yes : no, and so "no" where x or y is NaN. Masks and bits: C has no conditional operator for vectors. */
+static inline fastbn_vd fastbn_select_d(fastbn_vd x, fastbn_vd y, fastbn_vd yes, fastbn_vd no) {
+    fastbn_vq mask = (fastbn_vq) (x <= y);
+    return (fastbn_vd) ((mask & (fastbn_vq) yes) | (~mask & (fastbn_vq) no));
+}
+static inline fastbn_vf fastbn_select_f(fastbn_vf x, fastbn_vf y, fastbn_vf yes, fastbn_vf no) {
+    fastbn_vu mask = (fastbn_vu) (x <= y);
+    return (fastbn_vf) ((mask & (fastbn_vu) yes) | (~mask & (fastbn_vu) no));
+}
+/* 2^n from n + 1.5 * 2^52 (or 2^23), whose last bits are n. */
+static inline fastbn_vd fastbn_power_d(fastbn_vd n) { return (fastbn_vd) (((fastbn_vq) n + 1023) << 52); }
+static inline fastbn_vf fastbn_power_f(fastbn_vf n) { return (fastbn_vf) (((fastbn_vu) n + 127) << 23); }
 /* t + x * y where the product is exact: there, and only there, fused and separate rounding are the same. */
 static inline fastbn_vd fastbn_add_exact_product(fastbn_vd t, fastbn_vd x, fastbn_vd y) {
 #if defined(__FMA__)
@@ -64,6 +79,22 @@ typedef float fastbn_vf;
 #define fastbn_splat_f(x) (x)
 static inline fastbn_vd fastbn_widen_f(const float *x) { return *x; }
 static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) { return *mask ? x : 0; }
+#define fastbn_select_d(x, y, yes, no) ((x) <= (y) ? (yes) : (no))
+#define fastbn_select_f(x, y, yes, no) ((x) <= (y) ? (yes) : (no))
+static inline fastbn_vd fastbn_power_d(fastbn_vd n) {
+    uint64_t bits;
+    memcpy(&bits, &n, sizeof(bits));
+    bits = (bits + 1023) << 52;
+    memcpy(&n, &bits, sizeof(bits));
+    return n;
+}
+static inline fastbn_vf fastbn_power_f(fastbn_vf n) {
+    uint32_t bits;
+    memcpy(&bits, &n, sizeof(bits));
+    bits = (bits + 127) << 23;
+    memcpy(&n, &bits, sizeof(bits));
+    return n;
+}
 static inline fastbn_vd fastbn_add_exact_product(fastbn_vd t, fastbn_vd x, fastbn_vd y) { return t + x * y; }
 #endif
 /* Stores past the caches, to addresses that are multiples of a pack's size. */
@@ -101,5 +132,10 @@ static inline fastbn_vd fastbn_widen_d(const double *x) { return *(const fastbn_
 /* Masks of the last, overlapping chunk of a run: from entry n on, LANES - n zeros and n times all bits. */
 static const int64_t fastbn_last[2 * FASTBN_LANES] = {
     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
+/* 1 / 13! to 1 / 2!, of the series of exp; float needs the last six. */
+static const double fastbn_series[12] = {
+    1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320,
+    1. / 5040, 1. / 720, 1. / 120, 1. / 24, 1. / 6, 1. / 2};
 
 #endif

@@ -2,6 +2,8 @@
 
     reduce    first += u - p,   second += (u - p) * (v - q)
     apply     y = (u - p) * a + c          or, with a second operand,   ((u - p) + ((v - q) * b + c)) * a
+              y = act((u - p) * a + c + w)          with w, the residual, or without
+              y = u * act'((v - p) * a + c + w)     the *gate* through which a gradient u comes before all else
 
 each once along a run of one channel (``*_run``: p, q, a, b, c are scalars) and once along rows in which the channels
 are neighbours (``*_rows``: they are arrays). With u = v = x and p a shift, *reduce* gives the moments; with u = dy,
@@ -13,7 +15,10 @@ that of the source at every instruction set level. Lanes are handled in packs (l
 lanes were tried first: GCC 12 vectorized the sums, but walked across rows with gathers in *apply_rows* and left the sums
 over two operands scalar (4 to 8 times slower).
 
-*apply* loads a pack before it stores it, so that y may be u or v itself and no alias check is needed.
+*apply* loads a pack before it stores it, so that y may be u, v or w itself and no alias check is needed.
+
+Activations are adds, multiplies, comparisons and bits, never a function of the C library: so they too give the same
+bits at every level.
 """
 from cython cimport floating
 from libc.stdint cimport int64_t
@@ -37,6 +42,11 @@ cdef extern from "lanes.h" nogil:
     void stream_f "fastbn_stream_f"(float* y, vf z)
     void fence "fastbn_fence"()
     void prefetch "fastbn_prefetch"(const void* x)
+    vd select_d "fastbn_select_d"(vd x, vd y, vd yes, vd no)
+    vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
+    vd power_d "fastbn_power_d"(vd n)
+    vf power_f "fastbn_power_f"(vf n)
+    const double[12] series "fastbn_series"
     vd masked "fastbn_masked"(vd x, const int64_t* mask)
     const int64_t[32] last_masks "fastbn_last"
 
@@ -44,6 +54,20 @@ cdef extern from "lanes.h" nogil:
 ctypedef fused pack:
     vf
     vd
+
+
+cdef enum Bend:
+    STRAIGHT  # no activation
+    BENT      # between lo and hi unless those are NaN, then times a slope where not positive; numbers: lo, hi, slope
+    SMOOTH    # z * sigmoid(k1 z + k3 z^3); numbers: k1, k3
+
+
+cdef struct Form:
+    # What *apply* computes; see `scaled`.
+    bint pair     # reads v
+    bint third    # reads w
+    int bend
+    double[3] numbers
 
 
 cdef inline vd widen(const floating* x) noexcept nogil:
@@ -161,11 +185,97 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
             (<vd*> (second + i))[j] = t[j]
 
 
-cdef inline pack scaled(const pack* u, const pack* v, pack p, pack a, pack c, pack q, pack b, bint pair) noexcept nogil:
+cdef inline pack splat(double x, pack like) noexcept nogil:
+    if pack is vf:
+        return splat_f(<float> x)
+    else:
+        return splat_d(x)
+
+
+cdef inline pack select(pack x, pack y, pack yes, pack no) noexcept nogil:
+    """x <= y ? yes : no"""
+    if pack is vf:
+        return select_f(x, y, yes, no)
+    else:
+        return select_d(x, y, yes, no)
+
+
+cdef inline pack power(pack n) noexcept nogil:
+    if pack is vf:
+        return power_f(n)
+    else:
+        return power_d(n)
+
+
+cdef inline pack exponential(pack x) noexcept nogil:
+    """exp(x) of x <= 0, within 2 units in the last place; NaN stays.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2, and ln 2 in two parts, of which n times the first is exact. 2^n comes as two
+    factors, so that results below the normal numbers are rounded once. Below the limit the result is 0 in any case.
+    """
+    cdef Py_ssize_t i
+    cdef Py_ssize_t begin = 6 if pack is vf else 0
+    cdef pack rounder = splat(12582912.0 if pack is vf else 6755399441055744.0, x)
+    cdef pack limit = splat(-104.0 if pack is vf else -746.0, x)
+    cdef pack n, r, half
+    cdef pack s = splat(series[begin], x)
+    x = select(x, limit, limit, x)
+    n = (x * splat(1.4426950408889634, x) + rounder) - rounder
+    r = x - n * splat(0.693359375 if pack is vf else 0.69314718036912382, x)
+    r = r - n * splat(-2.1219444005469058e-4 if pack is vf else 1.9082149292705877e-10, x)
+    for i in range(begin + 1, 12):
+        s = s * r + splat(series[i], x)
+    s = (s * (r * r) + r) + splat(1, x)
+    half = (n * splat(0.5, x) + rounder) - rounder
+    return (s * power(half + rounder)) * power((n - half) + rounder)
+
+
+cdef inline pack bent(pack z, pack lo, pack hi, pack slope, pack dy, bint gate) noexcept nogil:
+    """A value, or a gradient times the derivative there; z may then be the value itself. NaN stays."""
+    cdef pack zero = splat(0, z)
+    cdef pack flat
+    if gate:
+        flat = select(lo, zero, zero, dy * slope)  # not times 0: dy may be infinite
+        return select(hi, z, flat, select(z, zero, flat, dy))
+    z = select(z, lo, lo, z)
+    z = select(hi, z, hi, z)
+    return select(z, zero, z * slope, z)
+
+
+cdef inline pack smooth(pack z, pack k1, pack k3, pack dy, bint gate) noexcept nogil:
+    """The same. exp is never asked for more than 1, and what is beyond the edge is 0 or z in float64 too."""
+    cdef pack zero = splat(0, z)
+    cdef pack one = splat(1, z)
+    cdef pack edge = splat(1000, z)
+    cdef pack low = select(z, -edge, -edge, z)  # -inf times 0 would be NaN
+    cdef pack x = select(edge, low, edge, low)
+    cdef pack square = x * x
+    cdef pack t = x * (k1 + k3 * square)
+    cdef pack e = exponential(select(zero, t, -t, t))
+    cdef pack inverse = one / (one + e)
+    cdef pack sigmoid = select(t, zero, e, one) * inverse
+    if gate:
+        return dy * (sigmoid + (x * (k1 + (splat(3, z) * k3) * square)) * (e * (inverse * inverse)))
+    return low * sigmoid
+
+
+cdef inline pack scaled(const pack* u, const pack* v, const pack* w, pack p, pack a, pack c, pack q, pack b, pack k0,
+                        pack k1, pack k2, bint pair, bint third, int bend) noexcept nogil:
     """The formula of *apply*, the only place where it stands."""
-    if pair:
+    cdef pack z
+    if pair and bend == STRAIGHT:
         return ((u[0] - p) + ((v[0] - q) * b + c)) * a
-    return (u[0] - p) * a + c
+    if pair:
+        z = (v[0] - p) * a + c
+    else:
+        z = (u[0] - p) * a + c
+    if third:
+        z = z + w[0]
+    if bend == BENT:
+        return bent(z, k0, k1, k2, u[0], pair)
+    if bend == SMOOTH:
+        return smooth(z, k0, k1, u[0], pair)
+    return z
 
 
 cdef inline void put(floating* y, pack z, bint stream) noexcept nogil:
@@ -179,42 +289,101 @@ cdef inline void put(floating* y, pack z, bint stream) noexcept nogil:
         (<pack*> y)[0] = z
 
 
-cdef inline void apply_packs(const floating* u, const floating* v, floating* y, Py_ssize_t n, pack p, pack a, pack c,
-                             pack q, pack b, bint pair, bint stream, Py_ssize_t width) noexcept nogil:
+cdef inline void apply_packs(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n, pack p,
+                             pack a, pack c, pack q, pack b, const double* numbers, Py_ssize_t width, bint pair,
+                             bint third, int bend, bint stream) noexcept nogil:
     """n >= width values in packs of that width; the last pack overlaps, and is computed before anything is stored.
 
-    With ``stream``, y shares no memory with u and v, and a first pack overlaps as well, up to where y is aligned.
+    With ``stream``, y shares no memory with u, v and w, and a first pack overlaps as well, up to where y is aligned.
     """
     cdef Py_ssize_t _k
     cdef Py_ssize_t i = 0
     cdef Py_ssize_t end = n - width
-    cdef pack last = scaled(<const pack*> (u + end), <const pack*> (v + end), p, a, c, q, b, pair)
+    cdef pack k0 = splat(numbers[0], p)
+    cdef pack k1 = splat(numbers[1], p)
+    cdef pack k2 = splat(numbers[2], p)
+    cdef pack last = scaled(<const pack*> (u + end), <const pack*> (v + end), <const pack*> (w + end), p, a, c, q, b,
+                            k0, k1, k2, pair, third, bend)
     if stream:
         i = (width - <Py_ssize_t> (<size_t> y // sizeof(floating) % <size_t> width)) % width
         if i:
-            (<pack*> y)[0] = scaled(<const pack*> u, <const pack*> v, p, a, c, q, b, pair)
+            (<pack*> y)[0] = scaled(<const pack*> u, <const pack*> v, <const pack*> w, p, a, c, q, b, k0, k1, k2, pair,
+                                    third, bend)
     for _k in range((n - i) // width):
-        put(y + i, scaled(<const pack*> (u + i), <const pack*> (v + i), p, a, c, q, b, pair), stream)
+        put(y + i, scaled(<const pack*> (u + i), <const pack*> (v + i), <const pack*> (w + i), p, a, c, q, b, k0, k1,
+                          k2, pair, third, bend), stream)
         i = i + width
     if i < n:
         (<pack*> (y + end))[0] = last
 
 
-cdef inline void apply_run(const floating* u, const floating* v, floating* y, Py_ssize_t n, floating p, floating a,
-                           floating c, floating q, floating b, bint pair, bint stream) noexcept nogil:
-    """Scale and shift a run of n >= LANES values of one channel."""
+cdef inline void run_as(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n, floating p,
+                        floating a, floating c, floating q, floating b, const double* numbers, bint pair, bint third,
+                        int bend, bint stream) noexcept nogil:
     if floating is float:
-        apply_packs[float, vf](u, v, y, n, splat_f(p), splat_f(a), splat_f(c), splat_f(q), splat_f(b), pair, stream,
-                               VF)
+        apply_packs[float, vf](u, v, w, y, n, splat_f(p), splat_f(a), splat_f(c), splat_f(q), splat_f(b), numbers, VF,
+                               pair, third, bend, stream)
     else:
-        apply_packs[double, vd](u, v, y, n, splat_d(p), splat_d(a), splat_d(c), splat_d(q), splat_d(b), pair, stream,
-                                VD)
+        apply_packs[double, vd](u, v, w, y, n, splat_d(p), splat_d(a), splat_d(c), splat_d(q), splat_d(b), numbers, VD,
+                                pair, third, bend, stream)
 
 
-cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, floating* y,
-                               Py_ssize_t sy, Py_ssize_t rows, const floating* p, const floating* a,
-                               const floating* c, const floating* q, const floating* b, bint pair, bint stream,
-                               Py_ssize_t width, pack* ps) noexcept nogil:
+cdef inline void apply_run(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n,
+                           floating p, floating a, floating c, floating q, floating b, const Form* f,
+                           bint stream) noexcept nogil:
+    """Scale and shift a run of n >= LANES values of one channel. A gate never streams: its result is read next."""
+    cdef const double* k = f.numbers
+    if f.bend == STRAIGHT:
+        if f.pair:
+            if stream:
+                run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, STRAIGHT, True)
+            else:
+                run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, STRAIGHT, False)
+        elif f.third:
+            if stream:
+                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, STRAIGHT, True)
+            else:
+                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, STRAIGHT, False)
+        elif stream:
+            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, STRAIGHT, True)
+        else:
+            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, STRAIGHT, False)
+    elif f.bend == BENT:
+        if f.pair:
+            if f.third:
+                run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, BENT, False)
+            else:
+                run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, BENT, False)
+        elif f.third:
+            if stream:
+                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, BENT, True)
+            else:
+                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, BENT, False)
+        elif stream:
+            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, BENT, True)
+        else:
+            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, BENT, False)
+    elif f.pair:
+        if f.third:
+            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, SMOOTH, False)
+        else:
+            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, SMOOTH, False)
+    elif f.third:
+        if stream:
+            run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, SMOOTH, True)
+        else:
+            run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, SMOOTH, False)
+    elif stream:
+        run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, SMOOTH, True)
+    else:
+        run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, SMOOTH, False)
+
+
+cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                               Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p,
+                               const floating* a, const floating* c, const floating* q, const floating* b,
+                               const double* numbers, Py_ssize_t width, bint pair, bint third, int bend, bint stream,
+                               pack* ps) noexcept nogil:
     """LANES columns of some rows, in packs of that width; ps is room for one coefficient."""
     cdef pack[LANES] as_
     cdef pack[LANES] cs
@@ -227,29 +396,85 @@ cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating*
         cs[j] = (<const pack*> (c + j * width))[0]
         qs[j] = (<const pack*> (q + j * width))[0]
         bs[j] = (<const pack*> (b + j * width))[0]
+    cdef pack k0 = splat(numbers[0], ps[0])
+    cdef pack k1 = splat(numbers[1], ps[0])
+    cdef pack k2 = splat(numbers[2], ps[0])
     for r in range(rows):
         for j in range(LANES // width):
             i = j * width
-            put(y + r * sy + i, scaled(<const pack*> (u + r * su + i), <const pack*> (v + r * sv + i), ps[j], as_[j],
-                                       cs[j], qs[j], bs[j], pair), stream)
+            put(y + r * sy + i, scaled(<const pack*> (u + r * su + i), <const pack*> (v + r * sv + i),
+                                       <const pack*> (w + r * sw + i), ps[j], as_[j], cs[j], qs[j], bs[j], k0, k1, k2,
+                                       pair, third, bend), stream)
 
 
-cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, floating* y,
-                            Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, const floating* p,
-                            const floating* a, const floating* c, const floating* q, const floating* b, bint pair,
-                            bint stream) noexcept nogil:
-    """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES.
-
-    With ``stream``, every row of y is aligned to LANES values, and shares no memory with u and v.
-    """
+cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width,
+                         const floating* p, const floating* a, const floating* c, const floating* q,
+                         const floating* b, const double* numbers, bint pair, bint third, int bend,
+                         bint stream) noexcept nogil:
     cdef Py_ssize_t i, k
     cdef vf[LANES] pf
     cdef vd[LANES] pd
     for k in range(width // LANES):
         i = k * LANES
         if floating is float:
-            apply_columns(u + i, su, v + i, sv, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, pair, stream,
-                          VF, pf)
+            apply_columns(u + i, su, v + i, sv, w + i, sw, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, numbers,
+                          VF, pair, third, bend, stream, pf)
         else:
-            apply_columns(u + i, su, v + i, sv, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, pair, stream,
-                          VD, pd)
+            apply_columns(u + i, su, v + i, sv, w + i, sw, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, numbers,
+                          VD, pair, third, bend, stream, pd)
+
+
+cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width,
+                            const floating* p, const floating* a, const floating* c, const floating* q,
+                            const floating* b, const Form* f, bint stream) noexcept nogil:
+    """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES.
+
+    With ``stream``, every row of y is aligned to LANES values, and shares no memory with u, v and w.
+    """
+    cdef const double* k = f.numbers
+    if f.bend == STRAIGHT:
+        if f.pair:
+            if stream:
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, STRAIGHT, True)
+            else:
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, STRAIGHT, False)
+        elif f.third:
+            if stream:
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, STRAIGHT, True)
+            else:
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, STRAIGHT, False)
+        elif stream:
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, STRAIGHT, True)
+        else:
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, STRAIGHT, False)
+    elif f.bend == BENT:
+        if f.pair:
+            if f.third:
+                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, p, a, c, q, b, k, True, True, BENT, False)
+            else:
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, BENT, False)
+        elif f.third:
+            if stream:
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, BENT, True)
+            else:
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, BENT, False)
+        elif stream:
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, BENT, True)
+        else:
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, BENT, False)
+    elif f.pair:
+        if f.third:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, p, a, c, q, b, k, True, True, SMOOTH, False)
+        else:
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, SMOOTH, False)
+    elif f.third:
+        if stream:
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, SMOOTH, True)
+        else:
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, SMOOTH, False)
+    elif stream:
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, SMOOTH, True)
+    else:
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, SMOOTH, False)

@@ -1,0 +1,477 @@
+"""act(batch_norm(x) + residual) in one pass: values, gradients, bits, and the life of a layer with an activation."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import reference as ref
+from cases import BOTH, DTYPES, SMALL
+from test_bits import BIG, MEMORY
+from test_gradients import numeric_gradient
+
+import fastbn
+from fastbn import BatchNorm, batch_norm, batch_norm_backward, batch_norm_forward, normalize
+
+pytestmark = pytest.mark.kernels
+
+ACTIVATIONS = (None, "relu", "relu6", "silu", "gelu_tanh", "leaky_relu", ("leaky_relu", 0.3), ("leaky_relu", -0.5))
+ODD = [((2, 3, n), 1) for n in range(1, 41)] + [((3, n), -1) for n in range(1, 41)]
+EDGES = [0.0, -0.0, 1e-30, -1e-30, 1, -1, 5.5, 6, 7, -8, 12, -30, 88, -88, -95, -103, -110, 300, -300, -720, -745, -800]
+
+
+def arrays(shape, dtype, axis):
+    """Data, a residual, a gradient and parameters that reach all pieces of all activations."""
+    gamma, beta = cases.parameters(shape[axis], dtype)
+    x, residual = cases.normal(shape, dtype, mean=2, seed=1), cases.normal(shape, dtype, deviation=3, seed=2)
+    return x, residual, cases.normal(shape, dtype, seed=3), gamma, beta
+
+
+def oracle(x, residual, gamma, beta, axis, moving=None):
+    """The exact value before the activation, and by how much it may be off."""
+    if moving is None:
+        z, off = ref.train(x, gamma, beta, axis=axis), ref.train_tolerance(x, gamma, beta, axis=axis)
+    else:
+        z = ref.normalize(x, *moving, gamma, beta, axis=axis)
+        off = ref.apply_tolerance(x, *moving, gamma, beta, axis=axis)
+    if residual is not None:
+        z = z + residual
+        off = off + ref.unit(x.dtype) * np.abs(z)
+    return z, off
+
+
+def identity(values, dtype, activation, **options):
+    """The activation of values themselves, through a batch norm that does nothing to them."""
+    x = np.array(values, dtype).reshape(1, -1)
+    n = x.shape[1]
+    return normalize(x, np.zeros(n), np.ones(n), epsilon=0.0, activation=activation, **options)[0]
+
+
+# -- values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_values(activation, dtype):
+    for (shape, axis), with_residual in itertools.product(BOTH + SMALL + tuple(ODD), (True, False)):
+        x, residual, _, gamma, beta = arrays(shape, dtype, axis)
+        residual = residual if with_residual else None
+        options = {"gamma": gamma, "beta": beta, "axis": axis, "activation": activation, "residual": residual}
+        moving = cases.moving(shape[axis], dtype)
+        for m in (None, moving):
+            statistics = {} if m is None else dict(zip(("moving_mean", "moving_variance"), m))
+            y = batch_norm(x, training=m is None, **statistics, **options)
+            z, off = oracle(x, residual, gamma, beta, axis, m)
+            allowed = ref.activation_tolerance(z, off, activation, dtype)
+            ref.assert_within(y, ref.activate(z, activation), allowed, f"{shape} {axis}")
+            again, _ = batch_norm_forward(x, training=m is None, **statistics, **options)
+            ref.assert_same_bits(again, y)
+        ref.assert_same_bits(normalize(x, *moving, **options), y)
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_values_everywhere(activation, dtype):
+    """From far below to far above, what is below the normal numbers, and everything that is not finite."""
+    with np.errstate(under="ignore"):
+        z = np.concatenate([EDGES, np.linspace(-120, 120, 4001), np.geomspace(1e-30, 1e30), -np.geomspace(1e-30, 1e30)])
+    z = z.astype(dtype)
+    y = identity(z, dtype, activation)
+    ref.assert_within(y, ref.activate(z, activation), ref.activation_tolerance(z, 0, activation, dtype))
+    special = identity([np.nan, np.inf, -np.inf, np.finfo(dtype).max, -np.finfo(dtype).max], dtype, activation)
+    assert np.isnan(special[0])
+    high = 6 if activation == "relu6" else np.inf
+    assert special[1] == high
+    assert special[3] == min(high, np.finfo(dtype).max)
+    if activation is None or "leaky_relu" in str(activation):
+        slope = 1 if activation is None else ref.slope_of(activation)
+        assert special[2] == -np.inf * slope
+    else:
+        assert special[2] == special[4] == 0
+    assert (identity([0.0, -0.0], dtype, activation) == 0).all()
+
+
+@pytest.mark.levels
+def test_exp_is_close():
+    """silu(z) / z is the sigmoid: its relative error, far out too, is a few roundings, exp's two among them."""
+    for dtype, low in ((np.float32, -80), (np.float64, -700)):
+        z = np.linspace(low, 80, 20001).astype(dtype)
+        z = z[z != 0]
+        exact = ref.activate(z, "silu")
+        error = np.abs(identity(z, dtype, "silu") - exact) / np.abs(exact)
+        assert error.max() < 5 * 2 * ref.unit(dtype)
+
+
+def test_relu_is_a_maximum():
+    """To the bit: nothing but NaN and the sign of zero distinguishes the pass from NumPy after it."""
+    for shape, axis in BOTH:
+        x, residual, _, gamma, beta = arrays(shape, np.float32, axis)
+        options = {"gamma": gamma, "beta": beta, "training": True, "axis": axis}
+        plain = batch_norm(x, **options)
+        ref.assert_same_bits(batch_norm(x, **options, activation="relu"), np.maximum(plain, np.float32(0)))
+        ref.assert_same_bits(batch_norm(x, **options, residual=residual), plain + residual)
+        both = batch_norm(x, **options, residual=residual, activation="relu6")
+        ref.assert_same_bits(both, np.clip(plain + residual, np.float32(0), np.float32(6)))
+
+
+def test_slope_zero_is_relu():
+    values = [np.nan, -np.inf, -3, -0.0, 0, 2, np.inf]
+    ref.assert_same_bits(identity(values, np.float32, ("leaky_relu", 0)), identity(values, np.float32, "relu"))
+
+
+def test_an_empty_batch():
+    x = np.empty((0, 3), np.float32)
+    y, cache = batch_norm_forward(x, training=True, activation="silu", residual=x)
+    assert y.shape == (0, 3)
+    assert [g.shape for g in batch_norm_backward(x, cache)] == [(0, 3), (3,), (3,), (0, 3)]
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"], ids=str)
+@pytest.mark.parametrize("memory", MEMORY, ids=lambda f: f.__name__)
+def test_any_memory(memory, activation):
+    for shape, axis in BOTH[::2] + tuple(ODD[::7]):
+        x, residual, dy, gamma, beta = arrays(shape, np.float32, axis)
+        options = {"gamma": gamma, "beta": beta, "training": True, "axis": axis, "activation": activation}
+        y, cache = batch_norm_forward(x, residual=residual, **options)
+        expected = batch_norm_backward(dy, cache)
+        for a, r in ((x, memory(residual)), (memory(x), memory(residual)), (memory(x), residual)):
+            again, cache = batch_norm_forward(a, residual=r, **options)
+            ref.assert_same_bits(again, y)
+            for g, e in zip(batch_norm_backward(memory(dy), cache), expected, strict=True):
+                ref.assert_same_bits(g, e)
+
+
+def test_a_residual_in_another_order():
+    x, residual, dy, _, _ = arrays((6, 5, 20, 3), np.float32, 1)
+    other = np.asfortranarray(residual)
+    for activation in ("relu", "gelu_tanh"):
+        y, cache = batch_norm_forward(x, training=True, axis=1, activation=activation, residual=residual)
+        z, other_cache = batch_norm_forward(x, training=True, axis=1, activation=activation, residual=other)
+        ref.assert_same_bits(z, y)
+        assert z.strides == x.strides
+        for g, e in zip(batch_norm_backward(dy, cache), batch_norm_backward(dy, other_cache), strict=True):
+            ref.assert_same_bits(g, e)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_in_place(activation, training):
+    """In place, into the residual, with x as its own residual; also where results would pass by the caches."""
+    for shape, axis in (*BOTH, *ODD[::5], ((8, 9, 300, 301), 1), ((90_000, 70), -1)):
+        x, residual, _, gamma, beta = arrays(shape, np.float32, axis)
+        mean, variance = cases.moving(shape[axis])
+        options = {
+            "gamma": gamma, "beta": beta, "moving_mean": mean, "moving_variance": variance, "training": training,
+            "update": False, "axis": axis, "activation": activation,
+        }  # fmt: skip
+        y = batch_norm(x, residual=residual, **options)
+        for name in ("x", "residual"):
+            given = {"x": x.copy(), "residual": residual.copy()}
+            assert batch_norm(**given, out=given[name], **options) is given[name]
+            ref.assert_same_bits(given[name], y)
+        y = batch_norm(x, residual=x.copy(), **options)
+        z = x.copy()
+        ref.assert_same_bits(batch_norm(z, residual=z, out=z, **options), y)
+
+
+def test_nothing_is_written_beside():
+    for (shape, axis), activation in itertools.product(BOTH + tuple(ODD[::3]), ("relu", "silu")):
+        guarded = cases.Guarded()
+        x, residual, dy = (guarded.copy(a) for a in arrays(shape, np.float32, axis)[:3])
+        out, dx = guarded.empty(shape, np.float32), guarded.empty(shape, np.float32)
+        before = cases.snapshot(x, residual, dy)
+        _, cache = batch_norm_forward(x, training=True, axis=axis, activation=activation, residual=residual, out=out)
+        batch_norm_backward(dy, cache, out=dx)
+        guarded.check()
+        assert cases.unchanged(before)
+        assert not np.isnan(dx).any()
+
+
+# -- bits --------------------------------------------------------------------------------------------------
+
+
+def digest() -> str:
+    sha = hashlib.sha256()
+    for dtype, (shape, axis) in itertools.product(DTYPES, BIG[:1] + BIG[3:4] + BOTH[1::4] + tuple(ODD[::6])):
+        x, residual, dy, gamma, beta = arrays(shape, dtype, axis)
+        for activation in ACTIVATIONS[1:5] + ACTIVATIONS[-1:]:
+            y, cache = batch_norm_forward(
+                x, gamma=gamma, beta=beta, training=True, axis=axis, activation=activation, residual=residual
+            )
+            for result in (y, *batch_norm_backward(dy, cache)):
+                sha.update(result.tobytes())
+    for dtype, activation in itertools.product(DTYPES, ACTIVATIONS):
+        sha.update(identity(EDGES + list(np.linspace(-9, 9, 99)), dtype, activation).tobytes())
+    return sha.hexdigest()
+
+
+def test_any_number_of_threads():
+    digests = set()
+    for n in (1, 2, 3, 5):
+        with fastbn.threads(n):
+            digests.add(digest())
+    assert len(digests) == 1
+
+
+def test_every_instruction_set_level():
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_fused; print(test_fused.digest())"
+    outputs = set()
+    for level in fastbn.show_config(mode="dicts")["levels_supported"]:
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(Path(__file__).parent)],
+            env=os.environ | {"FASTBN_ISA": level},
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        outputs.add(run.stdout.strip())
+    assert outputs == {digest()}
+
+
+# -- gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_closed_form(activation, dtype):
+    """The residual's gradient is dy times the derivative; the others are those of a plain batch norm for it."""
+    for (shape, axis), training in itertools.product(BOTH + SMALL + tuple(ODD), (True, False)):
+        x, residual, dy, gamma, beta = arrays(shape, dtype, axis)
+        moving = cases.moving(shape[axis], dtype)
+        options = dict(zip(("moving_mean", "moving_variance"), moving)) | {"axis": axis, "update": False}
+        options |= {"gamma": gamma, "beta": beta, "training": training}
+        _, cache = batch_norm_forward(x, activation=activation, residual=residual, **options)
+        *gradients, dresidual = batch_norm_backward(dy, cache)
+        z, off = oracle(x, residual, gamma, beta, axis, None if training else moving)
+        if activation in ref.SMOOTH:
+            allowed = ref.derivative_tolerance(z, off, activation, dtype) + ref.unit(dtype)
+            allowed = np.abs(dy) * allowed + float(np.finfo(dtype).smallest_subnormal)
+        else:  # on its own side of a kink; a slope and a product are rounded
+            z = batch_norm(x, residual=residual, **options)
+            allowed = 2 * ref.unit(dtype) * np.abs(dy)
+        ref.assert_within(dresidual, ref.activation_derivative(z, activation) * dy, allowed, f"{shape} {axis}")
+        _, plain = batch_norm_forward(x, **options)
+        for gradient, expected in zip(gradients, batch_norm_backward(dresidual, plain), strict=True):
+            ref.assert_same_bits(gradient, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_residual_is_a_residual_of_zeros(training, activation):
+    for shape, axis in BOTH + tuple(ODD[::5]):
+        x, _, dy, gamma, beta = arrays(shape, np.float32, axis)
+        mean, variance = cases.moving(shape[axis])
+        options = {
+            "gamma": gamma, "beta": beta, "moving_mean": mean, "moving_variance": variance, "training": training,
+            "update": False, "axis": axis, "activation": activation,
+        }  # fmt: skip
+        _, cache = batch_norm_forward(x, residual=np.zeros_like(x), **options)
+        expected = batch_norm_backward(dy, cache)[:3]
+        _, cache = batch_norm_forward(x, **options)
+        for out in (None, dy.copy(), np.empty_like(x)):
+            source = dy if out is None else out
+            source[...] = dy
+            for gradient, e in zip(batch_norm_backward(source, cache, out=out), expected, strict=True):
+                ref.assert_same_bits(gradient, e)
+        ref.assert_same_bits(batch_norm_backward(dy, cache, out=x)[0], expected[0])  # reads x before it writes it
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=cases.name)
+def test_central_differences(case, activation, training):
+    shape, axis = case
+    x, residual, dy, gamma, beta = arrays(shape, np.float64, axis)
+    mean, variance = cases.moving(shape[axis], np.float64)
+    options = {"training": training, "axis": axis, "epsilon": 0.1, "update": False, "activation": activation}
+    options |= {"moving_mean": mean, "moving_variance": variance}
+
+    def loss() -> float:
+        return float((batch_norm(x, gamma=gamma, beta=beta, residual=residual, **options) * dy).sum())
+
+    plain = batch_norm(x, gamma=gamma, beta=beta, residual=residual, **(options | {"activation": None}))
+    assert np.abs(plain).min() > 1e-4  # no kink within a step
+    assert np.abs(plain - 6).min() > 1e-4
+    _, cache = batch_norm_forward(x, gamma=gamma, beta=beta, residual=residual, **options)
+    # As for the plain gradient, with a third derivative some times larger.
+    for gradient, a in zip(batch_norm_backward(dy, cache), (x, gamma, beta, residual), strict=True):
+        np.testing.assert_allclose(gradient, numeric_gradient(loss, a), atol=1e-7)
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=str)
+def test_derivatives_at_the_edges(activation, dtype):
+    z = np.array([0.0, -0.0, 6.0, 7.0, -1.0, 1.0, -np.inf, np.inf, 3000.0, -3000.0], dtype).reshape(1, -1)
+    n = z.shape[1]
+    _, cache = batch_norm_forward(
+        z, moving_mean=np.zeros(n), moving_variance=np.ones(n), epsilon=0.0, activation=activation,
+        residual=np.zeros_like(z),
+    )  # fmt: skip
+    dy = np.full_like(z, 2)
+    with np.errstate(invalid="ignore"):
+        exact = ref.activation_derivative(z, activation) * 2
+    dresidual = batch_norm_backward(dy, cache)[3]
+    np.testing.assert_allclose(dresidual, exact.astype(dtype), rtol=8 * ref.unit(dtype), atol=1e-37)
+    if activation in ("relu", "relu6"):
+        assert dresidual[0, 0] == dresidual[0, 1] == 0
+        infinite = batch_norm_backward(np.full_like(z, np.inf), cache)[3]
+        assert not np.isnan(infinite).any()
+
+
+def test_the_gradient_without_an_activation_is_a_copy():
+    x, residual, dy, _, _ = arrays((30, 6), np.float32, -1)
+    _, cache = batch_norm_forward(x, training=True, residual=residual)
+    *_, dresidual = batch_norm_backward(dy, cache)
+    ref.assert_same_bits(dresidual, dy)
+    assert not np.shares_memory(dresidual, dy)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_the_cache_does_not_need_beta_again(activation):
+    x, residual, dy, gamma, beta = arrays((30, 6), np.float32, -1)
+    _, cache = batch_norm_forward(x, gamma=gamma, beta=beta, training=True, activation=activation, residual=residual)
+    expected = batch_norm_backward(dy, cache)
+    beta[:] = gamma[:] = 77
+    for a, b in zip(batch_norm_backward(dy, cache), expected, strict=True):
+        ref.assert_same_bits(a, b)
+
+
+# -- layer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_layer(activation, tmp_path):
+    x, residual, dy, _, _ = arrays((8, 5, 6, 7), np.float32, 1)
+    bn = BatchNorm(5, axis=1, activation=activation)
+    bn.beta[:] = 0.5
+    y = bn(x, training=True, residual=residual)
+    expected, cache = batch_norm_forward(
+        x, gamma=bn.gamma, beta=bn.beta, training=True, axis=1, activation=activation, residual=residual
+    )
+    ref.assert_same_bits(y, expected)
+    dx, dgamma, dbeta, dresidual = batch_norm_backward(dy, cache)
+    ref.assert_same_bits(bn.backward(dy), dx)
+    assert sorted(bn.grads) == ["beta", "gamma", "residual"]
+    for name, gradient in (("gamma", dgamma), ("beta", dbeta), ("residual", dresidual)):
+        ref.assert_same_bits(bn.grads[name], gradient)
+    inferred = bn(x)
+    bn.backward(dy)
+    assert sorted(bn.grads) == ["beta", "gamma"]
+    bn.save(tmp_path / "bn.npz")
+    for other in (
+        pickle.loads(pickle.dumps(bn)),
+        copy.deepcopy(bn),
+        BatchNorm(**bn.get_config()),
+        BatchNorm.load(tmp_path / "bn.npz"),
+    ):
+        assert other.activation == activation
+        assert other.get_config() == bn.get_config()
+        if not other.built:
+            other.load_state_dict(bn.state_dict())
+        ref.assert_same_bits(other(x), inferred)
+    assert ("activation" in repr(bn)) == (activation is not None)
+
+
+def test_a_layer_saved_without_an_activation(tmp_path, monkeypatch):
+    """As version 0.1.0 did."""
+    bn = BatchNorm(3)
+    bn(cases.normal((9, 3)), training=True)
+    config = {k: v for k, v in bn.get_config().items() if k != "activation"}
+    monkeypatch.setattr(bn, "get_config", lambda: config)
+    bn.save(tmp_path / "old.npz")
+    assert BatchNorm.load(tmp_path / "old.npz").activation is None
+
+
+def test_a_layer_that_overwrote_what_its_gradient_needs():
+    x, residual, dy, _, _ = arrays((30, 6), np.float32, -1)
+    bn = BatchNorm(6, activation="relu")
+    expected = bn(x, training=True, residual=residual)
+    ref.assert_same_bits(bn(x, training=True, residual=residual, out=residual), expected)
+    bn.backward(dy)
+    bn.activation = "silu"
+    bn(x, training=True, residual=residual, out=residual)
+    with pytest.raises(ValueError, match="out must not be residual in a forward call whose gradient is taken"):
+        bn.backward(dy)
+
+
+# -- errors ------------------------------------------------------------------------------------------------
+
+CHOICES = r'None, relu, relu6, silu, gelu_tanh, leaky_relu or \("leaky_relu", slope\)'
+WRONG = [
+    ({"activation": "foo"}, ValueError, rf"activation must be {CHOICES}, got 'foo'"),
+    ({"activation": 3}, TypeError, rf"activation must be {CHOICES}, got 3"),
+    ({"activation": ["relu"]}, TypeError, r"activation must be .*, got \['relu'\]"),
+    ({"activation": ("relu", 1)}, ValueError, r"activation must be .*, got \('relu', 1\)"),
+    ({"activation": ("leaky_relu",)}, ValueError, r"activation must be .*, got \('leaky_relu',\)"),
+    ({"activation": ("leaky_relu", np.inf)}, ValueError, "slope of leaky_relu must be finite, got inf"),
+    ({"activation": ("leaky_relu", np.nan)}, ValueError, "slope of leaky_relu must be finite, got nan"),
+    ({"activation": ("leaky_relu", "1")}, TypeError, "slope of leaky_relu must be a real number, got '1'"),
+    ({"residual": np.ones((4, 5), np.float32)}, ValueError, r"residual must have shape \(4, 6\), got \(4, 5\)"),
+    ({"residual": np.ones(6, np.float32)}, ValueError, r"residual must have shape \(4, 6\), got \(6,\)"),
+    ({"residual": np.ones((4, 6))}, TypeError, "residual must have dtype float32, got float64"),
+    ({"residual": np.ones((4, 6), int)}, TypeError, "residual must be float32 or float64, got int64"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG)
+def test_errors(wrong, error, message):
+    arguments = cases.call() | wrong
+    before = cases.snapshot(arguments)
+    for function in (batch_norm, batch_norm_forward):
+        with pytest.raises(error, match=message):
+            function(**arguments)
+    with pytest.raises(error, match=message):
+        normalize(arguments["x"], np.zeros(6), np.ones(6), **wrong)
+    with pytest.raises(error, match=message):
+        BatchNorm(6, activation=wrong.get("activation"))(arguments["x"], residual=wrong.get("residual"))
+    assert cases.unchanged(before)
+
+
+def test_the_output_alone_does_not_do():
+    """What an activation or a residual hides cannot be found in y."""
+    x = cases.normal((4, 6))
+    for wrong in ({"activation": "relu"}, {"residual": x}):
+        with pytest.raises(ValueError, match="save must be \"input\" with an activation or a residual, got 'output'"):
+            batch_norm_forward(x, training=True, save="output", **wrong)
+
+
+def test_overlap():
+    buffer = np.zeros((5, 6), np.float32)
+    arguments = cases.call() | {"residual": buffer[1:], "out": buffer[:-1]}
+    for function in (batch_norm, batch_norm_forward):
+        with pytest.raises(ValueError, match="out must be residual itself or not share memory with it, got a partial"):
+            function(**arguments)
+    arguments["out"] = arguments["residual"]
+    for activation in (None, "relu", "leaky_relu"):
+        batch_norm_forward(**arguments, activation=activation)
+    for activation in ("silu", "gelu_tanh", ("leaky_relu", -1)):
+        with pytest.raises(ValueError, match="out must not share memory with residual"):
+            batch_norm_forward(**arguments, activation=activation)
+    mean = np.zeros((4, 6), np.float32)
+    arguments |= {"moving_mean": mean[0], "residual": mean, "out": None}
+    with pytest.raises(ValueError, match="moving_mean must not share memory with residual"):
+        batch_norm_forward(**arguments, activation="silu")
+
+
+def test_overlap_in_the_gradient():
+    x, dy = cases.normal((4, 6)), cases.normal((4, 6), seed=1)
+    for activation, kept in (("relu", "y"), ("silu", "residual")):
+        whole = {"y": np.zeros((5, 6), np.float32), "residual": np.zeros((5, 6), np.float32)}
+        options = {"training": True, "activation": activation, "residual": whole["residual"][1:]}
+        _, cache = batch_norm_forward(x, out=whole["y"][1:], **options)
+        expected = batch_norm_backward(dy, cache)[0]
+        with pytest.raises(ValueError, match=f"out must be {kept} itself or not share memory with it"):
+            batch_norm_backward(dy, cache, out=whole[kept][:-1])
+        ref.assert_same_bits(batch_norm_backward(dy, cache, out=whole[kept][1:])[0], expected)
