@@ -23,6 +23,7 @@ from fastbn import (
 
 C = 6
 f32, f64 = np.float32, np.float64
+TYPES = "float16, bfloat16, float32, float64, uint8 or int8"
 
 
 def read_only(a):
@@ -58,13 +59,13 @@ WRONG = [
     *vector_errors("beta"),
     *moving_errors("moving_mean"),
     *moving_errors("moving_variance"),
-    ("x", np.ones((4, C), np.int32), TypeError, "x must be float32 or float64, got int32"),
-    ("x", np.ones((4, C), bool), TypeError, "x must be float32 or float64, got bool"),
-    ("x", np.ones((4, C), complex), TypeError, "x must be float32 or float64, got complex128"),
-    ("x", np.ones((4, C), object), TypeError, "x must be float32 or float64, got object"),
-    ("x", np.ones((4, C), np.longdouble), TypeError, "x must be float32 or float64, got "),
-    ("x", np.array([["a"] * C]), TypeError, "x must be float32 or float64, got <U1"),
-    ("x", None, TypeError, "x must be float32 or float64, got object"),
+    ("x", np.ones((4, C), np.int32), TypeError, f"x must be {TYPES}, got int32"),
+    ("x", np.ones((4, C), bool), TypeError, f"x must be {TYPES}, got bool"),
+    ("x", np.ones((4, C), complex), TypeError, f"x must be {TYPES}, got complex128"),
+    ("x", np.ones((4, C), object), TypeError, f"x must be {TYPES}, got object"),
+    ("x", np.ones((4, C), np.longdouble), TypeError, f"x must be {TYPES}, got "),
+    ("x", np.array([["a"] * C]), TypeError, f"x must be {TYPES}, got <U1"),
+    ("x", None, TypeError, f"x must be {TYPES}, got object"),
     ("x", np.float32(3), ValueError, "x must have at least 1 dimension, got a scalar"),
     ("momentum", 1.5, ValueError, r"momentum must be .*0.*1.*, got 1.5"),
     ("momentum", -0.1, ValueError, r"momentum must be .*0.*1.*, got -0.1"),
@@ -191,7 +192,7 @@ BACKWARD = [
     (np.ones((4, C + 1), f32), {}, ValueError, r"dy must have shape \(4, 6\), got \(4, 7\)"),
     (np.ones((C, 4), f32), {}, ValueError, r"dy must have shape \(4, 6\), got \(6, 4\)"),
     (np.ones((4, C), f64), {}, TypeError, "dy must have dtype float32, got float64"),
-    (np.ones((4, C), int), {}, TypeError, "dy must be float32 or float64, got int64"),
+    (np.ones((4, C), int), {}, TypeError, f"dy must be {TYPES}, got int64"),
     (
         np.ones((4, C), f32),
         {"out": np.ones((4, C), f64)},

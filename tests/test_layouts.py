@@ -219,7 +219,7 @@ def test_lists_are_float64():
     y = batch_norm(values, training=True)
     assert y.dtype == np.float64
     ref.assert_same_bits(y, batch_norm(np.array(values), training=True))
-    with pytest.raises(TypeError, match="x must be float32 or float64, got int64"):
+    with pytest.raises(TypeError, match="x must be float16, bfloat16, float32, float64, uint8 or int8, got int64"):
         batch_norm([[1, 2], [3, 5]], training=True)
 
 

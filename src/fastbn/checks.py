@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import must
+from .kernels import KINDS
 
 Array = NDArray[Any]
 
 _DATA_TYPES: Final = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
-_DATA_TYPES_SWAPPED: Final = frozenset(np.dtype(t).newbyteorder() for t in (np.float32, np.float64))
+_DATA_TYPES_SWAPPED: Final = frozenset(np.dtype(t).newbyteorder() for t in (np.float16, np.float32, np.float64))
+# Types of x. NumPy has no bfloat16 of its own: that of ml_dtypes is known by its name, and joins when it is first seen.
+_KINDS: Final = {np.dtype(name): kind for name, kind in KINDS.items() if name != "bfloat16"}
+_RESULTS: Final = {np.dtype(t): np.dtype(np.float32) for t in (np.uint8, np.int8)}
 _DLPACK_CPU: Final = 1
 
 
@@ -42,23 +46,49 @@ def as_array(value: Any, name: str) -> Array:
         raise TypeError(must(name, "be convertible to a NumPy array", f"{type(value).__name__}: {error}")) from error
 
 
+def _known(dtype: np.dtype[Any]) -> bool:
+    """Whether data may be of a dtype."""
+    if dtype in _KINDS:
+        return True
+    if dtype.itemsize == 2 and dtype.isnative and dtype.name == "bfloat16":
+        _KINDS[dtype] = KINDS["bfloat16"]
+        return True
+    return False
+
+
+def kind(dtype: np.dtype[Any]) -> int:
+    """Return what plans call the type of checked data."""
+    return _KINDS[dtype]
+
+
+def result_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type of y, dy and dx for a type of x."""
+    return _RESULTS.get(dtype, dtype)
+
+
+def parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type of parameters and their gradients for a type of x."""
+    return dtype if dtype.itemsize == 8 else np.dtype(np.float32)
+
+
 def data(value: Any, name: str) -> Array:
-    """Return the data of a batch: float32 or float64, native and aligned (copied once if not)."""
+    """Return the data of a batch: of a type that kernels know, native and aligned (copied once if not)."""
     array = as_array(value, name)
-    if array.dtype not in _DATA_TYPES:
+    if not _known(array.dtype):
         if array.dtype in _DATA_TYPES_SWAPPED:
             return array.astype(array.dtype.newbyteorder("="), order="K")
-        raise TypeError(must(name, "be float32 or float64", array.dtype))
+        raise TypeError(must(name, "be float16, bfloat16, float32, float64, uint8 or int8", array.dtype))
     if not array.flags.aligned:
         return array.copy(order="K")
     return array
 
 
 def like(value: Any, name: str, x: Array) -> Array:
-    """Return data of the shape and dtype that x has."""
+    """Return data of x's shape and of the dtype that results for x have."""
     array = data(value, name)
-    if array.dtype != x.dtype:
-        raise TypeError(must(name, f"have dtype {x.dtype}", array.dtype))
+    dtype = result_dtype(x.dtype)
+    if array.dtype != dtype:
+        raise TypeError(must(name, f"have dtype {dtype}", array.dtype))
     if array.shape != x.shape:
         raise ValueError(must(name, f"have shape {x.shape}", array.shape))
     return array
@@ -70,9 +100,10 @@ def parameter(value: Any, name: str, shape: tuple[int, ...]) -> Array | None:
         return None
     array = as_array(value, name)
     if array.dtype not in _DATA_TYPES or not array.flags.aligned:
-        if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+        if (array.dtype.kind not in "iuf" or array.dtype.itemsize > 8) and not _known(array.dtype):
             raise TypeError(must(name, "have a real dtype of at most 64 bits", array.dtype))
-        array = array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+        half = array.dtype.itemsize == 2 and array.dtype.kind not in "iu"
+        array = array.astype(np.float32 if half else np.float64)
     if array.shape != shape:
         raise ValueError(must(name, f"have shape {shape}", array.shape))
     return array if array.ndim == 1 else array.reshape(-1)
@@ -128,8 +159,8 @@ def output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str =
 
 
 def same_memory(a: Array, b: Array) -> bool:
-    """Whether two arrays of one shape and type are the same values at the same places."""
-    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides)
+    """Whether two arrays of one shape are the same values at the same places."""
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.dtype == b.dtype)
 
 
 def overlap(a: Array, b: Array | None) -> bool:

@@ -27,7 +27,7 @@ def fold(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm, *, axis: int)
 
     Parameters
     ----------
-    weight : array_like of float32 or float64
+    weight : array_like of float16, bfloat16, float32, float64, uint8 or int8
         Weight of the layer, of any rank.
     bias : array_like of shape (channels,) or None
         Its bias; None for none.
@@ -40,9 +40,9 @@ def fold(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm, *, axis: int)
     Returns
     -------
     weight : ndarray
-        New weight of the same shape and dtype.
+        New weight of the same shape and dtype, but float32 for uint8 and int8.
     bias : ndarray of shape (channels,)
-        New bias, of the weight's dtype.
+        New bias, of the new weight's dtype.
 
     Raises
     ------
@@ -86,4 +86,4 @@ def fold(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm, *, axis: int)
         beta=bn.beta,
         epsilon=bn.epsilon,
     )
-    return scaled, shifted.astype(kernel.dtype)
+    return scaled, shifted.astype(scaled.dtype)

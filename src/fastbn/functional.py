@@ -46,8 +46,9 @@ def batch_norm(
 
     Parameters
     ----------
-    x : array_like of float32 or float64
-        The batch, of any rank from 1 up. A batch without values is allowed: it changes no statistics.
+    x : array_like of float16, bfloat16, float32, float64, uint8 or int8
+        The batch, of any rank from 1 up; bfloat16 is that of the package ml_dtypes. A batch without values is allowed:
+        it changes no statistics.
     gamma, beta : array_like of shape (channels,), optional
         Scale and shift; 1 and 0 where None. With several channel axes the shape is that of those axes.
     moving_mean, moving_variance : array of shape (channels,), optional
@@ -69,16 +70,16 @@ def batch_norm(
         Whether training updates the moving arrays.
     activation : str or tuple, optional
         Applied in the same pass: relu, relu6, silu, gelu_tanh, leaky_relu (slope 0.01) or ("leaky_relu", slope).
-    residual : array_like of x's shape and dtype, optional
+    residual : array_like of x's shape and y's dtype, optional
         Added before the activation: ``y = activation(batch_norm(x) + residual)``.
     out : array, optional
-        Where to write the result: of x's shape and dtype. May be x itself or the residual itself, but not overlap
+        Where to write the result: of x's shape and y's dtype. May be x itself or the residual itself, but not overlap
         one of them in part.
 
     Returns
     -------
     ndarray
-        y, of x's shape, dtype and order of axes in memory; `out` if that was given.
+        y, of x's shape, dtype and order of axes in memory, but float32 for uint8 and int8; `out` if that was given.
 
     Raises
     ------
@@ -92,7 +93,9 @@ def batch_norm(
     -----
     Sums are float64, relative to a shift, and merged by Chan's formula. The bits of the result do not depend on the
     number of threads, on strides, or on whether it is in place. x is copied only if its strides fit neither of the
-    two access patterns, if it is not in native byte order, or if it is not aligned.
+    two access patterns, if it is not in native byte order, or if it is not aligned. float16, bfloat16, uint8 and int8
+    are exact in the float32 that everything is computed in for them; a result is rounded from it once, to nearest, ties
+    to even.
 
     References
     ----------
@@ -167,7 +170,7 @@ def batch_norm_forward(
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float16, bfloat16, float32, float64, uint8 or int8
         The batch. The cache refers to it: leave it unchanged until the gradient was taken.
     gamma, beta, moving_mean, moving_variance : array_like of shape (channels,), optional
         As in `batch_norm`.
@@ -255,27 +258,27 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
 
     Parameters
     ----------
-    dy : array_like of x's shape and dtype
+    dy : array_like of y's shape and dtype
         Gradient with respect to y.
     cache : Cache
         Second result of `batch_norm_forward`.
     out : array, optional
-        Where to write dx: of x's shape and dtype. May be dy itself, or, if the cache is not used again, what that
+        Where to write dx: of y's shape and dtype. May be dy itself, or, if the cache is not used again, what that
         refers to: x, y or the residual.
 
     Returns
     -------
     dx : ndarray
-        Of x's shape and dtype, in the order of axes in memory that x has.
+        Of y's shape and dtype, in the order of axes in memory that x has.
     dgamma, dbeta : ndarray of shape (channels,)
         float32, or float64 where x is. They come also where gamma or beta was None.
     dresidual : ndarray, only if the call had a residual
-        Of x's shape and dtype, always a new array.
+        Of x's shape and y's dtype, always a new array.
 
     Raises
     ------
     TypeError
-        If dy has another dtype than x, or cache is none.
+        If dy has another dtype than y, or cache is none.
     ValueError
         If a shape does not fit, or memory is shared where it must not be.
 
@@ -314,10 +317,11 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
                 plain[1][...] *= cache.sign.astype(x.dtype)
             return plain
     gradient = checks.like(dy, "dy", x)
+    dtype = gradient.dtype
     if out is None:
-        dx = layouts.like(x)
+        dx = layouts.like(x, dtype)
     else:
-        dx = checks.output(out, x.shape, x.dtype)
+        dx = checks.output(out, x.shape, dtype)
         checks.in_place_or_apart(dx, "out", gradient, "dy")
         checks.in_place_or_apart(dx, "out", x, "x")
         for source, name in ((cache.y, "y"), (cache.residual, "residual")):
@@ -328,7 +332,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     first, second = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
     if fused:
         # Before the activation. It goes through dx where nobody else wants it and dx is not x, which is read after it.
-        before = layouts.like(x) if cache.has_residual or checks.overlap(dx, x) else dx
+        before = layouts.like(x, dtype) if cache.has_residual or checks.overlap(dx, x) else dx
         _gate(gradient, cache, x, before)
         gradient = before
     if x.size:
@@ -345,7 +349,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
             first=first,
             second=second,
         )
-    dgamma, dbeta = np.empty(first.shape, x.dtype), np.empty(first.shape, x.dtype)
+    dgamma, dbeta = (np.empty(first.shape, checks.parameter_dtype(x.dtype)) for _ in range(2))
     _channels.parameter_gradients(first, second, variance, cache.epsilon, dgamma, dbeta)
     if cache.sign is not None:
         dgamma *= cache.sign.astype(dgamma.dtype)
@@ -399,7 +403,7 @@ def normalize(
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float16, bfloat16, float32, float64, uint8 or int8
         Data of any rank from 1 up.
     mean, variance : array_like of shape (channels,)
         Statistics, in the units of x and their square.
@@ -417,7 +421,7 @@ def normalize(
     Returns
     -------
     ndarray
-        Of x's shape, dtype and order of axes in memory.
+        Of x's shape, dtype and order of axes in memory, but float32 for uint8 and int8.
 
     Raises
     ------

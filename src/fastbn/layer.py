@@ -273,7 +273,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float16, bfloat16, float32, float64, uint8 or int8
             The batch.
         training : bool, optional
             Whether to normalize with, and learn from, the statistics of this batch. None means False.
@@ -286,7 +286,7 @@ class BatchNorm:
         Returns
         -------
         ndarray
-            y, of x's shape, dtype and order of axes in memory.
+            y, of x's shape, dtype and order of axes in memory, but float32 for uint8 and int8.
 
         Raises
         ------
@@ -308,7 +308,7 @@ class BatchNorm:
         data = checks.data(x, "x")
         if arrays is None:
             axes = layouts.channel_axes(self.axis, self.layout, data.ndim)
-            arrays = self._created(layouts.channel_shape(data.shape, axes), data.dtype)
+            arrays = self._created(layouts.channel_shape(data.shape, axes), checks.parameter_dtype(data.dtype))
         with self._lock:  # a mean and a variance of the same moment
             mean, variance = arrays.moving_mean.copy(), arrays.moving_variance.copy()
         y, cache = passes.forward(
@@ -374,7 +374,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        dy : array_like of x's shape and dtype
+        dy : array_like of y's shape and dtype
             Gradient with respect to y.
         out : array, optional
             Where to write the result; may be dy itself.

@@ -17,8 +17,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from . import checks
 from .errors import must
-from .kernels import Plan, _memory
+from .kernels import KINDS, Plan, _memory
 
 # name -> (channel axis, number of dimensions or None for any)
 LAYOUTS: Final[dict[str, tuple[int, int | None]]] = {
@@ -36,6 +37,16 @@ LAYOUTS: Final[dict[str, tuple[int, int | None]]] = {
 Axis = int | tuple[int, ...]
 Strides = tuple[int, ...]
 Triple = tuple[int, int, int]
+
+# Bytes of a value of x, and of the other operands of its call, by kind.
+_SIZES: Final[dict[int, tuple[int, int]]] = {
+    KINDS["float32"]: (4, 4),
+    KINDS["float64"]: (8, 8),
+    KINDS["float16"]: (2, 2),
+    KINDS["bfloat16"]: (2, 2),
+    KINDS["uint8"]: (1, 4),
+    KINDS["int8"]: (1, 4),
+}
 
 
 def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
@@ -190,7 +201,7 @@ def _canonical(
 def plan(
     shape: tuple[int, ...],
     axes: tuple[int, ...],
-    wide: bool,
+    kind: int,
     x: Strides,
     dy: Strides | None,
     y: Strides | None,
@@ -204,8 +215,8 @@ def plan(
         Shape of x, without zeros.
     axes : tuple of ints
         Channel axes.
-    wide : bool
-        Whether the data are float64.
+    kind : int
+        Type of x, by `checks.kind`; that of the others follows.
     x, dy, y, residual : tuple of ints or None
         Strides in bytes of x, of the gradient that comes in, of the result and of what is added to it. The order of x
         decides.
@@ -215,24 +226,25 @@ def plan(
     Plan or None
         For drivers: dy is the first operand and x the second where dy is given.
     """
-    itemsize = 8 if wide else 4
+    size, other = _SIZES[kind]
     order = _memory_order(shape, x, axes)
-    forms = [None if s is None else _canonical(shape, s, order, axes, itemsize) for s in (x, dy, y, residual)]
-    if any(s is not None and f is None for s, f in zip((x, dy, y, residual), forms)):
+    sized = ((x, size), (dy, other), (y, other), (residual, other))
+    forms = [None if s is None else _canonical(shape, s, order, axes, itemsize) for s, itemsize in sized]
+    if any(s is not None and f is None for (s, _), f in zip(sized, forms)):
         return None
     form_x, form_dy, form_y, form_residual = forms
     assert form_x is not None
     strides_y = None if form_y is None else form_y[1]
     strides_residual = None if form_residual is None else form_residual[1]
     if form_dy is None:
-        return Plan(form_x[0], wide, form_x[1], None, strides_y, strides_residual)
-    return Plan(form_x[0], wide, form_dy[1], form_x[1], strides_y, strides_residual)
+        return Plan(form_x[0], kind, form_x[1], None, strides_y, strides_residual)
+    return Plan(form_x[0], kind, form_dy[1], form_x[1], strides_y, strides_residual)
 
 
 def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
     """Return a copy of x, of the same shape, that has a plan: in x's own order of axes if that has one."""
     copy = x.copy(order="K")
-    if plan(copy.shape, axes, copy.dtype.itemsize == 8, copy.strides, None, None) is not None:
+    if plan(copy.shape, axes, checks.kind(copy.dtype), copy.strides, None, None) is not None:
         return copy
     others = tuple(a for a in range(x.ndim) if a not in axes)
     forward = others + axes
@@ -240,9 +252,9 @@ def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
     return moved.transpose(np.argsort(forward))
 
 
-def like(x: NDArray[Any]) -> NDArray[Any]:
-    """Return an uninitialized array of x's shape, type and order of axes in memory."""
-    return _memory.empty_like(x)
+def like(x: NDArray[Any], dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
+    """Return an uninitialized array of x's shape and order of axes in memory, and of its type if none is given."""
+    return _memory.empty_like(x, dtype)
 
 
 def channel_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class Moments:
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float16, bfloat16, float32, float64, uint8 or int8
             Data of any rank from 1 up; empty data change nothing.
         axis, layout
             The channel axis, as in `batch_norm`.
@@ -197,7 +197,7 @@ def moments(x: ArrayLike, *, axis: int | tuple[int, ...] = -1, layout: str | Non
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float16, bfloat16, float32, float64, uint8 or int8
         Data of any rank from 1 up.
     axis, layout
         The channel axis, as in `batch_norm`. With several axes the channels of the result are flat.

@@ -115,11 +115,10 @@ def run(
 
     Where the strides of an array fit neither access pattern it is copied once, and a result copied back.
     """
-    wide = x.dtype.itemsize == 8
     plan = layouts.plan(
         x.shape,
         axes,
-        wide,
+        checks.kind(x.dtype),
         x.strides,
         None if dy is None else dy.strides,
         None if out is None else out.strides,
@@ -129,13 +128,13 @@ def run(
         x2 = layouts.packed(x, axes)
         dy2 = out2 = residual2 = None
         if dy is not None:
-            dy2 = layouts.like(x2)
+            dy2 = layouts.like(x2, dy.dtype)
             dy2[...] = dy
         if residual is not None:
-            residual2 = layouts.like(x2)
+            residual2 = layouts.like(x2, residual.dtype)
             residual2[...] = residual
         if out is not None:
-            out2 = layouts.like(x2)
+            out2 = layouts.like(x2, out.dtype)
         run(
             operation,
             axes,
@@ -222,9 +221,9 @@ def forward(
         moving_mean = checks.parameter(moving_mean, "moving_mean", shape)
         moving_variance = checks.parameter(moving_variance, "moving_variance", shape)
     if out is None:
-        y = layouts.like(x)
+        y = layouts.like(x, checks.result_dtype(x.dtype))
     else:
-        y = checks.output(out, x.shape, x.dtype)
+        y = checks.output(out, x.shape, checks.result_dtype(x.dtype))
         if keep == "always":
             checks.apart(y, "out", x=x, residual=kept_residual)  # the cache refers to them
         checks.in_place_or_apart(y, "out", x, "x")

@@ -5,11 +5,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from . import _calls, dispatch
-from ._plan import BENDS, OPERATIONS, Plan
+from ._plan import BENDS, KINDS, OPERATIONS, Plan
 
 Array = NDArray[Any]
 
-__all__ = ["BENDS", "FROZEN", "GATE", "GRADIENT", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
+__all__ = ["BENDS", "FROZEN", "GATE", "GRADIENT", "KINDS", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
 
 MOMENTS = OPERATIONS["moments"]
 NORMALIZE = OPERATIONS["normalize"]

@@ -18,6 +18,7 @@ cimport numpy as cnp
 
 from ._memory cimport empty_like
 from ._plan cimport Pattern, pattern_of, streams
+from .convert cimport DOUBLE, FLOAT
 from .job cimport (
     DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Operand, Parameter, blend, load_all, to_parameter_gradients,
 )
@@ -96,9 +97,11 @@ cdef bint set_shape(Job* job, cnp.ndarray x, object axis) noexcept:
 
 cdef inline void in_order(Job* job, Operand* operand, cnp.ndarray array) noexcept:
     operand.data = <char*> cnp.PyArray_DATA(array)
-    operand.outer = job.channels * job.inner
-    operand.channel = job.inner
-    operand.inner = 1
+    operand.size = cnp.PyArray_ITEMSIZE(array)
+    operand.kind = DOUBLE if operand.size == 8 else FLOAT
+    operand.inner = operand.size
+    operand.channel = job.inner * operand.inner
+    operand.outer = job.channels * operand.channel
 
 
 cdef bint is_like(object array, cnp.ndarray x) noexcept:
@@ -128,7 +131,7 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     job.applies = True
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
     job.writes_pair = job.form.pair = job.operation == GRADIENT
-    job.streams = streams(job, pattern, wide)
+    job.streams = streams(job, pattern)
     job.threads = 1 if size <= serial else threads(size)
     return drivers[<int> pattern](job, wide)
 

@@ -21,6 +21,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan
+from .convert cimport aligned, give, is_native, take
 from .job cimport DRIVER, Job, Operand, Operation, coefficients, load
 from .lanes cimport LANES, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
@@ -33,7 +34,8 @@ cdef enum:
     LARGE = 1 << 20    # values: what is larger is not in a second level cache
     IN_ORDER = 256     # values of rows that are scaled together then
     CHUNK = 1024       # columns of a task at most: their sums fit a first level cache
-    PIECE = 64         # columns staged at a time
+    PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
+    STAGED = STEP * (PIECE + LANES)  # values of either, in whole lanes
     AHEAD = 2048       # values: rows are taken together up to this many, and fetched so far ahead
     SHARE = 256        # channels that one thread finishes at a time
     WAVE = 1 << 26     # values between two looks for signals
@@ -85,7 +87,7 @@ cdef Cut cut(const Job* job) noexcept nogil:
     # drive one another out of a first level cache. None are fetched, and *apply*, which has no sums to keep, takes two.
     k.ahead = AHEAD // k.columns
     k.apply_step = k.step if k.chunks == 1 else 2
-    if job.outer * columns >= LARGE:  # memory takes stores best in order
+    if job.outer * columns >= LARGE and is_native(&job.y):  # memory takes stores best in order
         k.apply_step = max(<Py_ssize_t> 1, min(<Py_ssize_t> STEP, IN_ORDER // k.columns))
     k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
@@ -112,13 +114,13 @@ cdef Tile tile_of(const Cut* k, Py_ssize_t task) noexcept nogil:
 
 cdef inline bint dense(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
     """Whether the columns of a row lie side by side."""
-    return ((job.inner == 1 or operand.inner == 1)
-            and (job.channels == 1 or operand.channel == job.inner)
-            and (k.positions == 1 or operand.outer == job.channels * job.inner))
+    return ((job.inner == 1 or operand.inner == operand.size)
+            and (job.channels == 1 or operand.channel == job.inner * operand.size)
+            and (k.positions == 1 or operand.outer == job.channels * job.inner * operand.size))
 
 
 cdef inline Py_ssize_t offset(const Job* job, const Operand* operand, Py_ssize_t column) noexcept nogil:
-    """From the start of a row to a column."""
+    """Bytes from the start of a row to a column."""
     cdef Py_ssize_t position = column // job.inner
     return (position // job.channels * operand.outer + position % job.channels * operand.channel
             + column % job.inner * operand.inner)
@@ -130,52 +132,62 @@ cdef struct View:
     Py_ssize_t stride
 
 
-cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint direct, Py_ssize_t row,
+cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint is_dense, bint direct, Py_ssize_t row,
                       Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
-    """The operand itself where its columns are dense and whole lanes, else a copy padded with zeros."""
+    """The operand itself where its columns are native, dense and whole lanes, else a copy padded with zeros."""
     cdef View w
-    cdef floating* x = <floating*> operand.data + row * k.positions * operand.outer
-    cdef Py_ssize_t r, j, o
+    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns)
+    cdef bint gapless = is_dense and columns == m and stride == m * operand.size
+    cdef char* x = operand.data + row * stride
+    cdef Py_ssize_t r, j
     if direct:
-        w.data = <char*> (x + column)
-        w.stride = k.positions * operand.outer
+        w.data = x + column * operand.size
+        w.stride = stride // <Py_ssize_t> sizeof(floating)
         return w
-    for j in range(columns):
-        o = offset(job, operand, column + j)
-        for r in range(rows):
-            buffer[r * PIECE + j] = x[r * k.positions * operand.outer + o]
-    for j in range(columns, whole(columns)):
-        for r in range(rows):
-            buffer[r * PIECE + j] = 0
     w.data = <char*> buffer
-    w.stride = PIECE
+    w.stride = m
+    if gapless:
+        take(operand, x + column * operand.size, operand.size, rows * m, buffer, 1)
+    elif is_dense:
+        for r in range(rows):
+            take(operand, x + r * stride + column * operand.size, operand.size, columns, buffer + r * m, 1)
+    else:
+        for j in range(columns):
+            take(operand, x + offset(job, operand, column + j), stride, rows, buffer + j, m)
+    for j in range(columns, m):
+        for r in range(rows):
+            buffer[r * m + j] = 0
     return w
 
 
-cdef inline void unstage(const Job* job, const Cut* k, const floating* buffer, Py_ssize_t row, Py_ssize_t rows,
-                         Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
-    cdef floating* y = <floating*> job.y.data + row * k.positions * job.y.outer
-    cdef Py_ssize_t r, j, o
-    for j in range(columns):
-        o = offset(job, &job.y, column + j)
+cdef inline void unstage(const Job* job, const Cut* k, bint is_dense, const floating* buffer, Py_ssize_t row,
+                         Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
+    cdef Py_ssize_t stride = k.positions * job.y.outer, m = whole(columns)
+    cdef char* y = job.y.data + row * stride
+    cdef Py_ssize_t r, j
+    if is_dense and columns == m and stride == m * job.y.size:
+        give(&job.y, buffer, 1, rows * m, y + column * job.y.size, job.y.size)
+    elif is_dense:
         for r in range(rows):
-            y[r * k.positions * job.y.outer + o] = buffer[r * PIECE + j]
-
-
-cdef inline Py_ssize_t direct_columns(bint is_dense, Py_ssize_t columns) noexcept nogil:
-    """How many of a chunk's columns need no staging."""
-    return columns // LANES * LANES if is_dense else 0
+            give(&job.y, buffer + r * m, 1, columns, y + r * stride + column * job.y.size, job.y.size)
+    else:
+        for j in range(columns):
+            give(&job.y, buffer + j, m, rows, y + offset(job, &job.y, column + j), stride)
 
 
 cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
                    double* first, double* second, floating* typed) noexcept nogil:
     """Both sums of every column of a tile."""
-    cdef floating ub[STEP * PIECE]
-    cdef floating vb[STEP * PIECE]
-    cdef bint is_dense = dense(job, k, &job.u) and (not job.reads_pair or dense(job, k, &job.v))
-    cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
+    cdef floating room[2 * STAGED + LANES]
+    cdef floating* ub = aligned(room)
+    cdef floating* vb = ub + STAGED
+    cdef bint dense_u = dense(job, k, &job.u), dense_v = job.reads_pair and dense(job, k, &job.v)
+    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
+    # What is direct is taken in whole lanes; the columns that are left over are staged.
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v else 0
+    cdef Py_ssize_t most = CHUNK if dense_u and (dense_v or not job.reads_pair) else PIECE
     cdef Py_ssize_t j, r, rows, n, m, step
-    cdef bint direct
+    cdef bint inside
     cdef View u, v
     memset(first, 0, CHUNK * sizeof(double))
     memset(second, 0, CHUNK * sizeof(double))
@@ -184,13 +196,13 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
         rows = min(k.step, t.rows - r)
         j = 0
         while j < t.columns:
-            direct = j < width
-            n = width if direct else min(t.columns - j, <Py_ssize_t> PIECE)
+            inside = j < width
+            n = min((width if inside else t.columns) - j, most)
             m = whole(n)
-            u = view(job, k, &job.u, direct, t.row + r, rows, t.column + j, n, ub)
+            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
             v = u
             if job.reads_pair:
-                v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
+                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if shifted:
                 if job.reads_pair:
                     reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, k.ahead, m, p + j, q + j,
@@ -219,13 +231,13 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     cdef bint again = False
     cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
-    cdef const floating* u0 = <const floating*> job.u.data + t.row * k.positions * job.u.outer
+    cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
     cdef Py_ssize_t j, c, s
     memset(p, 0, sizeof(p))
     memset(q, 0, sizeof(q))
     if floating is double and not job.reads_pair:
         for j in range(t.columns):
-            p[j] = u0[offset(job, &job.u, t.column + j)]
+            p[j] = (<const floating*> (u0 + offset(job, &job.u, t.column + j)))[0]
     if job.reads_pair:
         c = t.column // job.inner % job.channels
         s = t.column % job.inner
@@ -267,48 +279,56 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table, floating* typed) noexcept nogil:
     cdef Tile t = tile_of(k, task)
-    cdef floating ub[STEP * PIECE]
-    cdef floating vb[STEP * PIECE]
-    cdef floating wb[STEP * PIECE]
+    cdef floating room[3 * STAGED + LANES]
+    cdef floating* ub = aligned(room)
+    cdef floating* vb = ub + STAGED
+    cdef floating* wb = vb + STAGED
     cdef const floating* p = table + t.column
     cdef const floating* a = p + k.padded
     cdef const floating* shift = a + k.padded
     cdef const floating* q = shift + k.padded
     cdef const floating* b = q + k.padded
-    cdef bint is_dense = (dense(job, k, &job.u) and dense(job, k, &job.y)
-                          and (not job.writes_pair or dense(job, k, &job.v))
-                          and (not job.form.third or dense(job, k, &job.w)))
-    cdef Py_ssize_t width = direct_columns(is_dense, t.columns)
+    cdef bint dense_u = dense(job, k, &job.u), dense_y = dense(job, k, &job.y)
+    cdef bint dense_v = job.writes_pair and dense(job, k, &job.v)
+    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
+    cdef bint direct_y = dense_y and is_native(&job.y)
+    cdef bint dense_w = job.form.third and dense(job, k, &job.w)
+    cdef bint direct_w = dense_w and is_native(&job.w)
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_y or direct_w else 0
+    cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not job.writes_pair) else PIECE
+    if job.form.third and not dense_w:
+        most = PIECE
     cdef Py_ssize_t j, r, rows, n, sy, step
     # Rows of y that start at whole lanes can be stored past the caches.
     cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
-                         and k.positions * job.y.outer % LANES == 0)
+                         and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
     cdef floating* y
-    cdef bint direct
+    cdef bint inside, direct
     cdef View u, v, w
     for step in range((t.rows + k.apply_step - 1) // k.apply_step):
         r = step * k.apply_step
         rows = min(k.apply_step, t.rows - r)
         j = 0
         while j < t.columns:
-            direct = j < width
-            n = width if direct else min(t.columns - j, <Py_ssize_t> PIECE)
-            u = view(job, k, &job.u, direct, t.row + r, rows, t.column + j, n, ub)
+            inside = j < width
+            n = min((width if inside else t.columns) - j, most)
+            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            direct = direct_y and inside
             if direct:
-                sy = k.positions * job.y.outer
+                sy = k.positions * job.y.outer // <Py_ssize_t> sizeof(floating)
                 y = <floating*> job.y.data + (t.row + r) * sy + t.column + j
             else:
-                sy = PIECE
-                y = ub
+                sy = whole(n)
+                y = ub  # over a staged u
             v = w = u
             if job.writes_pair:
-                v = view(job, k, &job.v, direct, t.row + r, rows, t.column + j, n, vb)
+                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if job.form.third:
-                w = view(job, k, &job.w, direct, t.row + r, rows, t.column + j, n, wb)
+                w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
             apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride, y, sy, rows,
                        whole(n), p + j, a + j, shift + j, q + j, b + j, &job.form, streams and direct)
             if not direct:
-                unstage(job, k, ub, t.row + r, rows, t.column + j, n)
+                unstage(job, k, dense_y, ub, t.row + r, rows, t.column + j, n)
             j += n
     if streams:
         fence()

@@ -1,3 +1,3 @@
 cimport numpy as cnp
 
-cpdef empty_like(cnp.ndarray x)
+cpdef empty_like(cnp.ndarray x, cnp.dtype dtype=*)

@@ -1,5 +1,6 @@
 """Where results live: large ones in blocks that are kept for the next call (blocks.h), through NumPy's allocator hooks."""
 from cpython.pycapsule cimport PyCapsule_New
+from cpython.ref cimport Py_INCREF
 from libc.string cimport memcpy, memset, strcpy
 
 cimport numpy as cnp
@@ -67,12 +68,20 @@ handler.allocator.free = give
 cdef object capsule = PyCapsule_New(<void*> &handler, "mem_handler", NULL)
 
 
-cpdef empty_like(cnp.ndarray x):
-    """An uninitialized ndarray of x's shape, type and order of axes in memory."""
-    if not HAS_BLOCKS or cnp.PyArray_NBYTES(x) < LARGE:
-        return new_like(x, cnp.NPY_KEEPORDER, NULL, 0)
+cpdef empty_like(cnp.ndarray x, cnp.dtype dtype=None):
+    """An uninitialized ndarray of x's shape and order of axes in memory, and of its type if none is given."""
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x) * (cnp.PyArray_ITEMSIZE(x) if dtype is None else dtype.itemsize)
+    if not HAS_BLOCKS or size < LARGE:
+        return new_as(x, dtype)
     before = set_handler(capsule)
     try:
-        return new_like(x, cnp.NPY_KEEPORDER, NULL, 0)
+        return new_as(x, dtype)
     finally:
         set_handler(before)
+
+
+cdef inline object new_as(cnp.ndarray x, cnp.dtype dtype):
+    if dtype is None:
+        return new_like(x, cnp.NPY_KEEPORDER, NULL, 0)
+    Py_INCREF(dtype)  # the call takes a reference over
+    return new_like(x, cnp.NPY_KEEPORDER, <void*> dtype, 0)

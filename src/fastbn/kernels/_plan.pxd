@@ -22,15 +22,16 @@ cdef inline Pattern pattern_of(Py_ssize_t inner) noexcept nogil:
     return PLANAR if inner > SHORT_RUN else INTERLEAVED
 
 
-cdef inline bint streams(const Job* job, Pattern pattern, bint wide) noexcept nogil:
+cdef inline bint streams(const Job* job, Pattern pattern) noexcept nogil:
     # In place the lines of y are in a cache already.
     return (job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
-            and job.outer * job.channels * job.inner * (8 if wide else 4)
+            and job.outer * job.channels * job.inner * job.y.size
             >= (STREAM_INFERENCE if job.operation == NORMALIZE and pattern == PLANAR else STREAM))
 
 
 cdef class Plan:
     cdef readonly Py_ssize_t outer, channels, inner
+    cdef readonly int kind
     cdef readonly bint wide
     cdef readonly Pattern pattern
     cdef Py_ssize_t[3] u_strides

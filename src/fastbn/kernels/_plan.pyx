@@ -1,6 +1,7 @@
 """A plan: what a call of one shape, one type and one set of strides will do. Made once, kept, run often."""
 cimport numpy as cnp
 
+from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport FROZEN, GATE, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Operation, Parameter
 from .lanes cimport BENT, SMOOTH, STRAIGHT
 
@@ -11,6 +12,10 @@ OPERATIONS = {"moments": <int> MOMENTS, "normalize": <int> NORMALIZE, "train": <
 # What an activation is made of: see `Bend` in lanes.pxd.
 BENDS = {"bent": <int> BENT, "smooth": <int> SMOOTH}
 
+# Types of data by the names that NumPy has for them.
+KINDS = {"float32": <int> FLOAT, "float64": <int> DOUBLE, "float16": <int> HALF, "bfloat16": <int> BFLOAT,
+         "uint8": <int> UINT8, "int8": <int> INT8}
+
 
 cdef class Plan:
     """The canonical form of a call.
@@ -19,8 +24,8 @@ cdef class Plan:
     ----------
     shape : tuple of 3 ints
         (outer, channels, inner), none of them 0.
-    wide : bool
-        Whether the data are float64; float32 otherwise.
+    kind : int
+        Type of x, of `KINDS`. The other operands are of the same, or float32 where x is of 8 bits.
     u, v, y : tuple of 3 ints or None
         Strides, in values, of the first operand (x, or dy in the gradient), the second (x in the gradient) and the
         result.
@@ -28,9 +33,10 @@ cdef class Plan:
         Those of the residual.
     """
 
-    def __cinit__(self, shape, bint wide, u, v=None, y=None, w=None):
+    def __cinit__(self, shape, int kind, u, v=None, y=None, w=None):
         self.outer, self.channels, self.inner = shape
-        self.wide = wide
+        self.kind = kind
+        self.wide = kind == DOUBLE
         self.pattern = pattern_of(self.inner)
         for i in range(3):
             self.u_strides[i] = u[i]
@@ -57,15 +63,16 @@ cdef class Plan:
             for i in range(3):
                 job.form.numbers[i] = bend[1][i]
         job.outer, job.channels, job.inner = self.outer, self.channels, self.inner
-        bind_operand(&job.u, u, self.u_strides)
-        bind_operand(&job.v, v, self.v_strides)
-        bind_operand(&job.w, w, self.w_strides)
-        bind_operand(&job.y, y, self.y_strides)
+        cdef int others = FLOAT if self.kind >= UINT8 else self.kind
+        bind_operand(&job.u, u, self.kind if v is None else others, self.u_strides)
+        bind_operand(&job.v, v, self.kind, self.v_strides)
+        bind_operand(&job.w, w, others, self.w_strides)
+        bind_operand(&job.y, y, others, self.y_strides)
         bind_parameter(&job.gamma, gamma)
         bind_parameter(&job.beta, beta)
         bind_parameter(&job.mean, mean)
         bind_parameter(&job.variance, variance)
-        job.streams = job.applies and streams(job, self.pattern, self.wide)
+        job.streams = job.applies and streams(job, self.pattern)
         job.epsilon = epsilon
         job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first) if first is not None else NULL
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL
@@ -73,9 +80,11 @@ cdef class Plan:
         return 0
 
 
-cdef int bind_operand(Operand* operand, array, const Py_ssize_t* strides) except -1:
+cdef int bind_operand(Operand* operand, array, int kind, const Py_ssize_t* strides) except -1:
+    cdef Py_ssize_t size = 8 if kind == DOUBLE else 4 if kind == FLOAT else 1 if kind >= UINT8 else 2
     operand.data = <char*> cnp.PyArray_DATA(<cnp.ndarray?> array) if array is not None else NULL
-    operand.outer, operand.channel, operand.inner = strides[0], strides[1], strides[2]
+    operand.kind, operand.size = kind, size
+    operand.outer, operand.channel, operand.inner = strides[0] * size, strides[1] * size, strides[2] * size
     return 0
 
 

@@ -18,12 +18,13 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan
+from .convert cimport FLOAT, aligned, give, is_native, take
 from .job cimport DRIVER, Job, Operand, Operation, coefficients, load
 from .lanes cimport LANES, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 
 cdef enum:
-    TILE = 4096            # values of a part at most: float32 and its result fill half of a 32 KB first level cache
+    TILE = 4096            # values of a part at most: two such runs of float32 fill a 32 KB first level cache
     GROUP = 64             # channels taken together at most: their lanes fill half of such a cache
     LONG_RUN = 1 << 16     # values; shorter neighbouring runs are summed together until they reach this
     FETCHED_RUN = 2048     # values; shorter runs end before the processor's own prefetching has paid
@@ -48,8 +49,9 @@ cdef struct Cut:
     bint fetches           # sums fetch the run after the one they add
 
 
-cdef Cut cut(const Job* job, Py_ssize_t itemsize) noexcept nogil:
+cdef Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
+    cdef Py_ssize_t itemsize = job.u.size
     cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * (2 if job.reads_pair else 1)
     cdef Py_ssize_t tile_bytes, row_bytes
     # The first four decide about parts, so they depend on the shape alone.
@@ -83,27 +85,35 @@ cdef Cut cut(const Job* job, Py_ssize_t itemsize) noexcept nogil:
     return k
 
 
-cdef inline const floating* stage(const floating* x, Py_ssize_t stride, Py_ssize_t n, floating pad,
+cdef inline bint ready(const Operand* operand, Py_ssize_t n, const floating* typed) noexcept nogil:
+    """Whether a run needs no staging; typed only names the type."""
+    return operand.inner == sizeof(floating) and n >= LANES and is_native(operand)
+
+
+cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssize_t n, floating pad,
                                   floating* tile) noexcept nogil:
-    """A run as *reduce* and *apply* want it: x itself where it is contiguous, else a copy of at least LANES values."""
+    """A run as *reduce* and *apply* want it: x itself where it is that, else a copy of at least LANES values."""
     cdef Py_ssize_t i
-    if stride == 1 and n >= LANES:
-        return x
-    for i in range(n):
-        tile[i] = x[i * stride]
+    if ready(operand, n, tile):
+        return <const floating*> x
+    take(operand, x, operand.inner, n, tile, 1)
     for i in range(n, LANES):
         tile[i] = pad
     return tile
 
 
-cdef inline void reduce_any(const Job* job, bint direct, const floating* u, const floating* v, Py_ssize_t n, double p,
+cdef inline void reduce_any(const Job* job, bint direct, const char* x, const char* x2, Py_ssize_t n, double p,
                             double q, bint shifted, Py_ssize_t next_u, Py_ssize_t next_v, double* first, double* second,
                             floating* tile) noexcept nogil:
-    """A run of any stride and length into the lanes. Padding adds nothing: it is p, which *reduce* subtracts, or 0."""
+    """A run of any form into the lanes. Padding adds nothing: it is p, which *reduce* subtracts, or 0."""
+    cdef const floating* u = <const floating*> x
+    cdef const floating* v = <const floating*> x2
+    next_u //= <Py_ssize_t> sizeof(floating)
+    next_v //= <Py_ssize_t> sizeof(floating)
     if not direct:
-        u = stage(u, job.u.inner, n, <floating> p, tile)
+        u = stage(&job.u, x, n, <floating> p, tile)
         if job.reads_pair:
-            v = stage(v, job.v.inner, n, 0, tile + TILE)
+            v = stage(&job.v, x2, n, 0, tile + TILE)
         n = max(n, <Py_ssize_t> LANES)
     if shifted:
         if job.reads_pair:
@@ -117,32 +127,58 @@ cdef inline void reduce_any(const Job* job, bint direct, const floating* u, cons
             reduce_run(u, u, n, 0, 0, False, False, next_u, next_v, first, second)
 
 
-cdef inline void apply_any(const Job* job, bint direct, const floating* u, const floating* v, const floating* w,
-                           floating* y, Py_ssize_t n, floating p, floating a, floating c, floating q, floating b,
+cdef inline void apply_any(const Job* job, bint direct, const char* x, const char* x2, const char* x3, char* y,
+                           Py_ssize_t n, floating p, floating a, floating c, floating q, floating b,
                            floating* tile) noexcept nogil:
-    cdef floating* z = y
-    cdef Py_ssize_t m = n, i
+    cdef const floating* u = <const floating*> x
+    cdef const floating* v = <const floating*> x2
+    cdef const floating* w = <const floating*> x3
+    cdef floating* z = <floating*> y
+    cdef Py_ssize_t m = n
     cdef bint unstaged = direct
     if not direct:
-        u = stage(u, job.u.inner, n, 0, tile)
+        u = stage(&job.u, x, n, 0, tile)
         if job.writes_pair:
-            v = stage(v, job.v.inner, n, 0, tile + TILE)
+            v = stage(&job.v, x2, n, 0, tile + TILE)
         if job.form.third:
-            w = stage(w, job.w.inner, n, 0, tile + 2 * TILE)
-        unstaged = job.y.inner == 1 and n >= LANES
+            w = stage(&job.w, x3, n, 0, tile + 2 * TILE)
+        unstaged = ready(&job.y, n, tile)
         if not unstaged:
-            z = tile + 2 * TILE
+            z = tile  # over a staged u
             m = max(n, <Py_ssize_t> LANES)
     apply_run(u, v, w, z, m, p, a, c, q, b, &job.form, job.streams and unstaged)
     if not unstaged:
-        for i in range(n):
-            y[i * job.y.inner] = z[i]
+        give(&job.y, z, 1, n, y, job.y.inner)
 
 
-cdef inline floating* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s,
-                         const floating* typed) noexcept nogil:
-    """Where (n, c, s) is; typed only names the type."""
-    return <floating*> operand.data + n * operand.outer + c * operand.channel + s * operand.inner
+cdef inline char* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
+    """Where (n, c, s) is."""
+    return operand.data + n * operand.outer + c * operand.channel + s * operand.inner
+
+
+cdef inline Operand staged(const Operand* operand, Py_ssize_t length) noexcept nogil:
+    """The operand that neighbouring runs become when they are converted together, side by side; native ones stay."""
+    cdef Operand o = operand[0]
+    if not is_native(operand):
+        o.kind, o.size, o.outer, o.channel, o.inner = FLOAT, sizeof(float), 0, length * sizeof(float), sizeof(float)
+    return o
+
+
+cdef inline Py_ssize_t side_by_side(const Operand* operand, Py_ssize_t length) noexcept nogil:
+    """How many channels' runs of that length can be converted at once; 0 where the values of a run are apart."""
+    if is_native(operand):
+        return GROUP if operand.inner == operand.size and length >= LANES else 0
+    if operand.inner != operand.size or length < LANES:
+        return 0
+    return max(<Py_ssize_t> 1, TILE // length) if operand.channel == length * operand.size else 1
+
+
+cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_t n, floating* tile) noexcept nogil:
+    """Where n values that lie side by side are in the type of arithmetic: in the tile, or where they were."""
+    if is_native(operand):
+        return x
+    take(operand, x, operand.size, n, tile, 1)
+    return <const char*> tile
 
 
 cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
@@ -155,25 +191,46 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef Py_ssize_t s1 = min(s0 + k.length, job.inner)
-    cdef bint direct = (s1 - s0 >= LANES and job.u.inner == 1 and (job.v.inner == 1 or not job.reads_pair))
-    cdef const floating* u
-    cdef const floating* v
-    cdef Py_ssize_t c, n, next_u, next_v
+    cdef Job near = job[0]
+    cdef Py_ssize_t together = c1 - c0
+    cdef bint converts = not is_native(&job.u) or (job.reads_pair and not is_native(&job.v))
+    cdef bint direct
+    cdef const char* u
+    cdef const char* v
+    cdef Py_ssize_t c, n, i, m, next_u, next_v
+    if converts:
+        together = side_by_side(&job.u, s1 - s0)
+        if job.reads_pair:
+            together = min(together, side_by_side(&job.v, s1 - s0))
+        converts = together > 0
+        together = max(together, <Py_ssize_t> 1)
+    if converts:
+        near.u = staged(&job.u, s1 - s0)
+        near.v = staged(&job.v, s1 - s0)
+    direct = ready(&near.u, s1 - s0, buffer) and (not job.reads_pair or ready(&near.v, s1 - s0, buffer))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     for n in range(n0, n1):
-        u = at(&job.u, n, c0, s0, buffer)
-        v = at(&job.v, n, c0, s0, buffer)
-        next_u, next_v = job.u.channel, job.v.channel
-        for c in range(c1 - c0):
-            if not k.fetches:
-                next_u = next_v = 0
-            elif c == c1 - c0 - 1:
-                next_u, next_v = job.u.outer - c * job.u.channel, job.v.outer - c * job.v.channel
-            reduce_any(job, direct, u, v, s1 - s0, p[c], q[c], shifted, next_u, next_v, first + c * LANES,
-                       second + c * LANES, buffer)
-            u += job.u.channel
-            v += job.v.channel
+        c = 0
+        while c < c1 - c0:
+            m = min(c1 - c0 - c, together)
+            u = at(&job.u, n, c0 + c, s0)
+            v = at(&job.v, n, c0 + c, s0)
+            if converts:
+                u = convert(&job.u, u, m * (s1 - s0), buffer)
+                if job.reads_pair:
+                    v = convert(&job.v, v, m * (s1 - s0), buffer + TILE)
+            next_u, next_v = near.u.channel, near.v.channel
+            for i in range(c, c + m):
+                if not k.fetches:
+                    next_u = next_v = 0
+                elif i == c1 - c0 - 1:
+                    next_u, next_v = near.u.outer - i * near.u.channel, near.v.outer - i * near.v.channel
+                reduce_any(&near, direct, u, v, s1 - s0, p[i], q[i], shifted, next_u, next_v, first + i * LANES,
+                           second + i * LANES, buffer)
+                u += near.u.channel
+                v += near.v.channel
+            c += m
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         part[0] = fold(first + c * LANES)
@@ -195,7 +252,7 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
         p[c] = 0
         q[c] = load(&job.mean, c0 + c, 0) if job.reads_pair else 0
         if floating is double and not job.reads_pair:
-            p[c] = at(&job.u, n0, c0 + c, s0, buffer)[0]
+            p[c] = (<floating*> at(&job.u, n0, c0 + c, s0))[0]
     sum_tile(job, k, tile, c0, c1, p, q, floating is double, parts, buffer)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
@@ -239,26 +296,60 @@ cdef void apply_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef Py_ssize_t n0 = tile // k.segments * k.images
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef Py_ssize_t length = min(k.length, job.inner - s0)
-    cdef bint direct = (length >= LANES and job.u.inner == 1 and job.y.inner == 1
-                        and (job.v.inner == 1 or not job.writes_pair)
-                        and (job.w.inner == 1 or not job.form.third))
-    cdef const floating* u
-    cdef const floating* v
-    cdef const floating* w
-    cdef floating* y
-    cdef Py_ssize_t c, n
+    cdef Job near = job[0]
+    cdef Py_ssize_t together = c1 - c0
+    cdef bint converts = not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not job.writes_pair)
+                              and (is_native(&job.w) or not job.form.third))
+    cdef bint direct
+    cdef const char* u
+    cdef const char* v
+    cdef const char* w
+    cdef char* y
+    cdef char* z
+    cdef Py_ssize_t c, n, i, m
+    if converts:
+        together = min(side_by_side(&job.u, length), side_by_side(&job.y, length))
+        if job.writes_pair:
+            together = min(together, side_by_side(&job.v, length))
+        if job.form.third:
+            together = min(together, side_by_side(&job.w, length))
+        converts = together > 0
+        together = max(together, <Py_ssize_t> 1)
+    if converts:
+        near.u = staged(&job.u, length)
+        near.v = staged(&job.v, length)
+        near.w = staged(&job.w, length)
+        near.y = staged(&job.y, length)
+        near.streams = job.streams and is_native(&job.y)
+    direct = (ready(&near.u, length, table) and ready(&near.y, length, table)
+              and (not job.writes_pair or ready(&near.v, length, table))
+              and (not job.form.third or ready(&near.w, length, table)))
     for n in range(n0, min(n0 + k.images, job.outer)):
-        u = at(&job.u, n, c0, s0, table)
-        v = at(&job.v, n, c0, s0, table)
-        w = at(&job.w, n, c0, s0, table)
-        y = at(&job.y, n, c0, s0, table)
-        for c in range(c0, c1):
-            apply_any(job, direct, u, v, w, y, length, table[c], table[job.channels + c],
-                      table[2 * job.channels + c], table[3 * job.channels + c], table[4 * job.channels + c], buffer)
-            u += job.u.channel
-            v += job.v.channel
-            w += job.w.channel
-            y += job.y.channel
+        c = c0
+        while c < c1:
+            m = min(c1 - c, together)
+            u = at(&job.u, n, c, s0)
+            v = at(&job.v, n, c, s0)
+            w = at(&job.w, n, c, s0)
+            y = z = at(&job.y, n, c, s0)
+            if converts:
+                u = convert(&job.u, u, m * length, buffer)
+                if job.writes_pair:
+                    v = convert(&job.v, v, m * length, buffer + TILE)
+                if job.form.third:
+                    w = convert(&job.w, w, m * length, buffer + 2 * TILE)
+                if not is_native(&job.y):
+                    y = <char*> buffer  # over u, which is of the same type
+            for i in range(c, c + m):
+                apply_any(&near, direct, u, v, w, y, length, table[i], table[job.channels + i],
+                          table[2 * job.channels + i], table[3 * job.channels + i], table[4 * job.channels + i], buffer)
+                u += near.u.channel
+                v += near.v.channel
+                w += near.w.channel
+                y += near.y.channel
+            if converts and not is_native(&job.y):
+                give(&job.y, buffer, 1, m * length, z, job.y.size)
+            c += m
 
 
 cdef enum Step:
@@ -288,7 +379,8 @@ cdef void do_tiles(const Job* job, const Cut* k, Step step, Py_ssize_t t0, Py_ss
 
 cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* table) noexcept nogil:
     """One span of channels along one stretch of tiles."""
-    cdef floating buffer[3 * TILE]  # u, v, and y over w
+    cdef floating room[3 * TILE + LANES]
+    cdef floating* buffer = aligned(room)
     cdef Py_ssize_t c0 = task % k.spans * k.span
     cdef Py_ssize_t c1 = min(c0 + k.span, job.channels)
     cdef Py_ssize_t t0 = task // k.spans * k.stretch
@@ -334,7 +426,7 @@ cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floatin
 
 
 cdef int do_job(const Job* job, floating* typed) except -1:
-    cdef Cut k = cut(job, sizeof(floating))
+    cdef Cut k = cut(job)
     cdef Py_ssize_t c
     cdef int threads = job.threads
     cdef double* parts = <double*> malloc(job.channels * k.tiles * 2 * sizeof(double)) if job.reduces else NULL

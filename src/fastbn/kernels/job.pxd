@@ -15,7 +15,9 @@ cdef enum Operation:
 
 cdef struct Operand:
     char* data
-    # distances in values from one (outer, channel, inner) index to the next
+    int kind           # of its values: see convert.pxd
+    Py_ssize_t size    # bytes of a value
+    # distances in bytes from one (outer, channel, inner) index to the next
     Py_ssize_t outer
     Py_ssize_t channel
     Py_ssize_t inner
