@@ -475,3 +475,33 @@ def test_overlap_in_the_gradient():
         with pytest.raises(ValueError, match=f"out must be {kept} itself or not share memory with it"):
             batch_norm_backward(dy, cache, out=whole[kept][:-1])
         ref.assert_same_bits(batch_norm_backward(dy, cache, out=whole[kept][1:])[0], expected)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_gradient_in_place_of_dy_is_gated_once(axis, activation, mean, residual):
+    """Far from zero a part is summed twice: what was kept in place of dy must not come through the gate again."""
+    shape = (6, 5, 30) if axis == 1 else (6, 30, 5)
+    x, added, dy, gamma, beta = arrays(shape, "float32", axis)
+    x = x + np.float32(mean)
+    options = {"gamma": gamma, "beta": beta, "training": True, "axis": axis, "activation": activation}
+    if residual:
+        options["residual"] = added
+    _, cache = batch_norm_forward(x, **options)
+    expected = batch_norm_backward(dy, cache)
+    mine = dy.copy()
+    got = batch_norm_backward(mine, cache, out=mine)
+    assert got[0] is mine
+    for a, b in zip(got, expected):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_without_a_residual_the_gradient_of_a_relu_does_not_need_y():
+    x, _, dy, gamma, beta = arrays((4, 3, 20), "float32", 1)
+    y, cache = batch_norm_forward(x, gamma=gamma, beta=beta, training=True, axis=1, activation="relu")
+    expected = batch_norm_backward(dy, cache)
+    y[...] = np.nan
+    for a, b in zip(batch_norm_backward(dy, cache), expected):
+        assert a.tobytes() == b.tobytes()

@@ -24,19 +24,22 @@ class Activation(NamedTuple):
         For `kernels.run`.
     from_output : bool
         Whether the derivative can be told from the result alone.
+    costly : bool
+        Whether the derivative is better stored than found twice.
     """
 
     bend: Bend
     from_output: bool
+    costly: bool
 
 
 def _bent(lo: float, hi: float, slope: float) -> Activation:
     # A negative slope folds the numbers below 0 onto those above: a result does not say where it came from.
-    return Activation((kernels.BENDS["bent"], (lo, hi, slope)), slope >= 0)
+    return Activation((kernels.BENDS["bent"], (lo, hi, slope)), slope >= 0, False)
 
 
 def _smooth(k1: float, k3: float) -> Activation:
-    return Activation((kernels.BENDS["smooth"], (k1, k3, 0.0)), False)
+    return Activation((kernels.BENDS["smooth"], (k1, k3, 0.0)), False, True)
 
 
 # NaN is no bound.

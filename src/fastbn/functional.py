@@ -192,8 +192,8 @@ def batch_norm_forward(
     y : ndarray
         As in `batch_norm`.
     cache : Cache
-        For `batch_norm_backward`; it may be used more than once. With relu, relu6 and leaky_relu it refers to y, with
-        the other activations to the residual: leave those unchanged as well.
+        For `batch_norm_backward`; it may be used more than once. After a residual it refers to y with relu, relu6 and
+        leaky_relu, and to the residual with the other activations: leave those unchanged as well.
 
     Raises
     ------
@@ -330,11 +330,14 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
 
     shape = layouts.channel_shape(x.shape, cache.axes)
     first, second = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
-    if fused:
-        # Before the activation. It goes through dx where nobody else wants it and dx is not x, which is read after it.
-        before = layouts.like(x, dtype) if cache.has_residual or checks.overlap(dx, x) else dx
-        _gate(gradient, cache, x, before)
-        gradient = before
+    dresidual = layouts.like(x, dtype) if cache.has_residual else None
+    activation = cache.activation
+    before = None if activation is None else dresidual  # where to keep the gradient before the activation
+    if dresidual is not None and activation is None:
+        dresidual[...] = gradient
+    elif activation is not None and activation.costly and before is None:
+        # Found once, kept in dx, which is not read before, unless that is x.
+        before = layouts.like(x, dtype) if checks.overlap(dx, x) else dx
     if x.size:
         run(
             kernels.FROZEN if frozen else kernels.GRADIENT,
@@ -343,46 +346,23 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
             dy=gradient,
             out=dx,
             gamma=cache.gamma,
+            beta=cache.beta,
             mean=mean,
             variance=variance,
             epsilon=cache.epsilon,
             first=first,
             second=second,
+            residual=cache.residual if cache.y is None else cache.y,
+            bend=None if activation is None else activation.bend,
+            by_output=cache.y is not None,
+            kept=before,
         )
     dgamma, dbeta = (np.empty(first.shape, checks.parameter_dtype(x.dtype)) for _ in range(2))
     _channels.parameter_gradients(first, second, variance, cache.epsilon, dgamma, dbeta)
     if cache.sign is not None:
         dgamma *= cache.sign.astype(dgamma.dtype)
     gradients = dx, dgamma.reshape(shape), dbeta.reshape(shape)
-    return (*gradients, gradient) if cache.has_residual else gradients
-
-
-def _gate(dy: Array, cache: Cache, x: Array, out: Array) -> None:
-    """Write the gradient before the activation."""
-    activation = cache.activation
-    if activation is None:
-        out[...] = dy
-    elif not x.size:
-        return
-    elif activation.from_output:
-        assert cache.y is not None
-        run(kernels.GATE, cache.axes, cache.y, dy=dy, out=out, bend=activation.bend)
-    else:
-        mean, variance = cache.statistics
-        run(
-            kernels.GATE,
-            cache.axes,
-            x,
-            dy=dy,
-            out=out,
-            gamma=cache.gamma,
-            beta=cache.beta,
-            mean=mean,
-            variance=variance,
-            epsilon=cache.epsilon,
-            residual=cache.residual,
-            bend=activation.bend,
-        )
+    return gradients if dresidual is None else (*gradients, dresidual)
 
 
 def normalize(

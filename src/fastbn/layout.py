@@ -206,6 +206,7 @@ def plan(
     dy: Strides | None,
     y: Strides | None,
     residual: Strides | None = None,
+    kept: Strides | None = None,
 ) -> Plan | None:
     """Return the plan of a call on arrays of one shape, or None where the strides of one of them need a copy.
 
@@ -217,9 +218,9 @@ def plan(
         Channel axes.
     kind : int
         Type of x, by `checks.kind`; that of the others follows.
-    x, dy, y, residual : tuple of ints or None
-        Strides in bytes of x, of the gradient that comes in, of the result and of what is added to it. The order of x
-        decides.
+    x, dy, y, residual, kept : tuple of ints or None
+        Strides in bytes of x, of the gradient that comes in, of the result, of what is added to it and of the gradient
+        before an activation. The order of x decides.
 
     Returns
     -------
@@ -228,17 +229,14 @@ def plan(
     """
     size, other = _SIZES[kind]
     order = _memory_order(shape, x, axes)
-    sized = ((x, size), (dy, other), (y, other), (residual, other))
+    sized = ((x, size), (dy, other), (y, other), (residual, other), (kept, other))
     forms = [None if s is None else _canonical(shape, s, order, axes, itemsize) for s, itemsize in sized]
     if any(s is not None and f is None for (s, _), f in zip(sized, forms)):
         return None
-    form_x, form_dy, form_y, form_residual = forms
+    form_x, form_dy, *others = forms
     assert form_x is not None
-    strides_y = None if form_y is None else form_y[1]
-    strides_residual = None if form_residual is None else form_residual[1]
-    if form_dy is None:
-        return Plan(form_x[0], kind, form_x[1], None, strides_y, strides_residual)
-    return Plan(form_x[0], kind, form_dy[1], form_x[1], strides_y, strides_residual)
+    first, second = (form_x[1], None) if form_dy is None else (form_dy[1], form_x[1])
+    return Plan(form_x[0], kind, first, second, *(None if form is None else form[1] for form in others))
 
 
 def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:

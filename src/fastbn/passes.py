@@ -33,8 +33,8 @@ class Cache:
     """What `batch_norm_backward` needs of the forward call.
 
     It refers to x itself (with save="output" to y), not to a copy: that must not be changed before the gradient was
-    taken. With an activation that goes for y too (relu, relu6 and leaky_relu) or for the residual (silu, gelu_tanh,
-    leaky_relu of a negative slope).
+    taken. With an activation after a residual that goes for y too (relu, relu6 and leaky_relu) or for the residual
+    (silu, gelu_tanh, leaky_relu of a negative slope).
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class Cache:
         self.sign = sign  # of every gamma, where x is the output: see `_channels.output_parameters`
         self.activation = activation
         self.has_residual = has_residual
-        # What the derivative of the activation is found from, beside x: y alone, or beta and the residual.
+        # What the derivative of the activation is found from: y alone, or beside x beta and the residual.
         self.beta = beta
         self.residual = residual
         self.y = y
@@ -110,6 +110,8 @@ def run(
     second: Array | None = None,
     residual: Array | None = None,
     bend: activations.Bend | None = None,
+    by_output: bool = False,
+    kept: Array | None = None,
 ) -> None:
     """Carry out an operation on checked arrays that are not empty.
 
@@ -123,10 +125,11 @@ def run(
         None if dy is None else dy.strides,
         None if out is None else out.strides,
         None if residual is None else residual.strides,
+        None if kept is None else kept.strides,
     )
     if plan is None:
         x2 = layouts.packed(x, axes)
-        dy2 = out2 = residual2 = None
+        dy2 = out2 = residual2 = kept2 = None
         if dy is not None:
             dy2 = layouts.like(x2, dy.dtype)
             dy2[...] = dy
@@ -135,6 +138,8 @@ def run(
             residual2[...] = residual
         if out is not None:
             out2 = layouts.like(x2, out.dtype)
+        if kept is not None:
+            kept2 = layouts.like(x2, kept.dtype)
         run(
             operation,
             axes,
@@ -150,15 +155,21 @@ def run(
             second=second,
             residual=residual2,
             bend=bend,
+            by_output=by_output,
+            kept=kept2,
         )
         if out is not None:
             assert out2 is not None
             out[...] = out2
+        if kept is not None:
+            assert kept2 is not None
+            kept[...] = kept2
         return
     u, v = (x, None) if dy is None else (dy, x)
     kernels.run(
-        plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size), residual, bend
-    )
+        plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size), residual, bend,
+        by_output, kept,
+    )  # fmt: skip
 
 
 def forward(
@@ -233,7 +244,8 @@ def forward(
         checks.apart(y, "out", gamma=weight, beta=bias, **statistics_in)
 
     # Copied before anything is written: an update in place must not change a gradient that is still due.
-    kept_beta = None if bias is None or keep == "nothing" or bend is None or bend.from_output else bias.copy()
+    by_output = bend is not None and bend.from_output and added is not None
+    kept_beta = None if bias is None or keep == "nothing" or bend is None or by_output else bias.copy()
     kept_gamma = None if keep == "nothing" or weight is None else weight.copy()
     arguments = {
         "gamma": weight, "beta": bias, "epsilon": epsilon, "out": y,
@@ -269,7 +281,7 @@ def forward(
         has_residual=added is not None,
         beta=kept_beta,
         residual=kept_residual,
-        y=y if bend is not None and bend.from_output else None,
+        y=y if by_output else None,
     )
 
 

@@ -9,14 +9,13 @@ from ._plan import BENDS, KINDS, OPERATIONS, Plan
 
 Array = NDArray[Any]
 
-__all__ = ["BENDS", "FROZEN", "GATE", "GRADIENT", "KINDS", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
+__all__ = ["BENDS", "FROZEN", "GRADIENT", "KINDS", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
 
 MOMENTS = OPERATIONS["moments"]
 NORMALIZE = OPERATIONS["normalize"]
 TRAIN = OPERATIONS["train"]
 GRADIENT = OPERATIONS["gradient"]
 FROZEN = OPERATIONS["frozen"]
-GATE = OPERATIONS["gate"]
 
 _drivers = dispatch.drivers(dispatch.level)
 _run = tuple(driver.run for driver in _drivers)
@@ -39,6 +38,8 @@ def run(
     threads: int,
     w: Array | None = None,
     bend: tuple[int, tuple[float, float, float]] | None = None,
+    by_output: bool = False,
+    kept: Array | None = None,
 ) -> None:
     """Carry out a plan with the driver of its pattern.
 
@@ -47,9 +48,9 @@ def run(
     plan : Plan
         What to do; see `fastbn.layout.plan`.
     operation : int
-        `MOMENTS`, `NORMALIZE`, `TRAIN`, `GRADIENT`, `FROZEN` or `GATE`.
+        `MOMENTS`, `NORMALIZE`, `TRAIN`, `GRADIENT` or `FROZEN`.
     u, v, y : ndarray or None
-        x, None and the result; in a gradient dy, x and dx; in a gate dy, x and the gradient before the activation.
+        x, None and the result; in a gradient dy, x and dx.
     gamma, beta, mean, variance : one-dimensional ndarray or None
         Parameters, float32 or float64 of any stride.
     epsilon : float
@@ -59,8 +60,14 @@ def run(
     threads : int
         Size of the team.
     w : ndarray or None
-        The residual.
+        The residual; in a gradient with `by_output` y.
     bend : tuple or None
         The activation: one of `BENDS`, and its three numbers; see lanes.pxd.
+    by_output : bool
+        Whether a gradient tells the activation's derivative from y, else from x, the parameters and the residual.
+    kept : ndarray or None
+        Where a gradient also writes dy times that derivative.
     """
-    _run[plan.pattern](plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w, bend)
+    _run[plan.pattern](
+        plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w, bend, by_output, kept
+    )

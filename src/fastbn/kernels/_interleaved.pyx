@@ -22,8 +22,8 @@ from libc.string cimport memset
 
 from ._plan cimport Plan
 from .convert cimport aligned, give, is_native, take
-from .job cimport DRIVER, Job, Operand, Operation, coefficients, load
-from .lanes cimport LANES, apply_rows, fence, reduce_rows
+from .job cimport DRIVER, Job, Operand, Operation, behind_gate, coefficients, gate_of, load
+from .lanes cimport LANES, Form, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 
 cdef enum:
@@ -160,32 +160,72 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     return w
 
 
-cdef inline void unstage(const Job* job, const Cut* k, bint is_dense, const floating* buffer, Py_ssize_t row,
-                         Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
-    cdef Py_ssize_t stride = k.positions * job.y.outer, m = whole(columns)
-    cdef char* y = job.y.data + row * stride
+cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, bint is_dense, const floating* buffer,
+                         Py_ssize_t row, Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
+    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns)
+    cdef char* y = operand.data + row * stride
     cdef Py_ssize_t r, j
-    if is_dense and columns == m and stride == m * job.y.size:
-        give(&job.y, buffer, 1, rows * m, y + column * job.y.size, job.y.size)
+    if is_dense and columns == m and stride == m * operand.size:
+        give(operand, buffer, 1, rows * m, y + column * operand.size, operand.size)
     elif is_dense:
         for r in range(rows):
-            give(&job.y, buffer + r * m, 1, columns, y + r * stride + column * job.y.size, job.y.size)
+            give(operand, buffer + r * m, 1, columns, y + r * stride + column * operand.size, operand.size)
     else:
         for j in range(columns):
-            give(&job.y, buffer + j, m, rows, y + offset(job, &job.y, column + j), stride)
+            give(operand, buffer + j, m, rows, y + offset(job, operand, column + j), stride)
+
+
+cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, Py_ssize_t rows,
+                Py_ssize_t columns, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
+    """*apply* to views. Not inline: its many forms are compiled once, whoever calls it."""
+    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride,
+               <floating*> y.data, y.stride, rows, columns, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
+               form, stream)
+
+
+cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const View* v, Py_ssize_t row,
+                       Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, const floating* gates,
+                       floating* buffer) noexcept nogil:
+    """dy, a view, times the derivative of the activation, in the buffer; or where it is kept.
+
+    v is a view of x. There is room behind the result for what the derivative is told from.
+    """
+    cdef View g, w
+    cdef const View* source = v
+    cdef bint dense_kept = job.kept.data != NULL and dense(job, k, &job.kept), dense_w
+    cdef bint direct = dense_kept and inside and is_native(&job.kept)
+    g.data, g.stride = <char*> buffer, whole(columns)
+    w = u[0]
+    if direct:
+        g = view(job, k, &job.kept, True, True, row, rows, column, columns, buffer)
+    if job.by_output or job.gate.third:
+        dense_w = dense(job, k, &job.w)
+        w = view(job, k, &job.w, dense_w, dense_w and inside and is_native(&job.w), row, rows, column, columns,
+                 buffer + STAGED)
+        if job.by_output:
+            source = &w
+    scale(&job.gate, u, source, &w, &g, rows, whole(columns), gates + column, k.padded, False)
+    if job.kept.data != NULL and not direct:
+        unstage(job, k, &job.kept, dense_kept, <floating*> g.data, row, rows, column, columns)
+        g = view(job, k, &job.kept, dense_kept, False, row, rows, column, columns, buffer)
+    return g
 
 
 cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
-                   double* first, double* second, floating* typed) noexcept nogil:
+                   double* first, double* second, const floating* gates) noexcept nogil:
     """Both sums of every column of a tile."""
-    cdef floating room[2 * STAGED + LANES]
+    cdef floating room[4 * STAGED + LANES]
     cdef floating* ub = aligned(room)
     cdef floating* vb = ub + STAGED
+    cdef floating* gb = vb + STAGED
     cdef bint dense_u = dense(job, k, &job.u), dense_v = job.reads_pair and dense(job, k, &job.v)
     cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
     # What is direct is taken in whole lanes; the columns that are left over are staged.
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v else 0
     cdef Py_ssize_t most = CHUNK if dense_u and (dense_v or not job.reads_pair) else PIECE
+    if job.gated and not ((job.kept.data == NULL or dense(job, k, &job.kept))
+                          and (not (job.by_output or job.gate.third) or dense(job, k, &job.w))):
+        most = PIECE
     cdef Py_ssize_t j, r, rows, n, m, step
     cdef bint inside
     cdef View u, v
@@ -203,6 +243,8 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             v = u
             if job.reads_pair:
                 v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+            if job.gated:
+                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             if shifted:
                 if job.reads_pair:
                     reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, k.ahead, m, p + j, q + j,
@@ -220,7 +262,7 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             j += n
 
 
-cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, floating* typed) noexcept nogil:
+cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* gates) noexcept nogil:
     """A task's columns to its parts, lying as [block][first, second][column]."""
     cdef Tile t = tile_of(k, task)
     cdef double p[CHUNK]
@@ -229,6 +271,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     cdef double second[CHUNK]
     cdef bint far[CHUNK]
     cdef bint again = False
+    cdef Job rest
     cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
@@ -250,7 +293,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
             if s == job.inner:
                 s = 0
                 c = c + 1 if c + 1 < job.channels else 0
-    sum_rows(job, k, &t, p, q, floating is double, first, second, typed)
+    sum_rows(job, k, &t, p, q, floating is double, first, second, gates)
     if not job.reads_pair:
         for j in range(t.columns):
             part[j] = first[j]
@@ -268,7 +311,8 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
             if floating is float:
                 squares[j] -= q[j] * part[j]
     if again:
-        sum_rows(job, k, &t, p, q, True, first, second, typed)
+        rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
+        sum_rows(&rest, k, &t, p, q, True, first, second, gates)
         for j in range(t.columns):
             if far[j]:
                 part[j] = first[j]
@@ -277,34 +321,31 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
                     from_sums(p[j], t.rows, part + j, squares + j)
 
 
-cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table, floating* typed) noexcept nogil:
+cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
+                      const floating* gates) noexcept nogil:
     cdef Tile t = tile_of(k, task)
-    cdef floating room[3 * STAGED + LANES]
+    cdef floating room[4 * STAGED + LANES]
     cdef floating* ub = aligned(room)
     cdef floating* vb = ub + STAGED
     cdef floating* wb = vb + STAGED
-    cdef const floating* p = table + t.column
-    cdef const floating* a = p + k.padded
-    cdef const floating* shift = a + k.padded
-    cdef const floating* q = shift + k.padded
-    cdef const floating* b = q + k.padded
+    cdef floating* gb = wb + STAGED
     cdef bint dense_u = dense(job, k, &job.u), dense_y = dense(job, k, &job.y)
-    cdef bint dense_v = job.writes_pair and dense(job, k, &job.v)
+    cdef bint reads_v = job.writes_pair or job.gated
+    cdef bint dense_v = reads_v and dense(job, k, &job.v)
     cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
     cdef bint direct_y = dense_y and is_native(&job.y)
     cdef bint dense_w = job.form.third and dense(job, k, &job.w)
     cdef bint direct_w = dense_w and is_native(&job.w)
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_y or direct_w else 0
-    cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not job.writes_pair) else PIECE
+    cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
     if job.form.third and not dense_w:
         most = PIECE
-    cdef Py_ssize_t j, r, rows, n, sy, step
+    cdef Py_ssize_t j, r, rows, n, step
     # Rows of y that start at whole lanes can be stored past the caches.
     cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
                          and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
-    cdef floating* y
     cdef bint inside, direct
-    cdef View u, v, w
+    cdef View u, v, w, y
     for step in range((t.rows + k.apply_step - 1) // k.apply_step):
         r = step * k.apply_step
         rows = min(k.apply_step, t.rows - r)
@@ -315,20 +356,19 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
             direct = direct_y and inside
             if direct:
-                sy = k.positions * job.y.outer // <Py_ssize_t> sizeof(floating)
-                y = <floating*> job.y.data + (t.row + r) * sy + t.column + j
+                y = view(job, k, &job.y, True, True, t.row + r, rows, t.column + j, n, ub)
             else:
-                sy = whole(n)
-                y = ub  # over a staged u
+                y.data, y.stride = <char*> ub, whole(n)  # over a staged u
             v = w = u
-            if job.writes_pair:
+            if reads_v:
                 v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+            if job.gated:
+                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             if job.form.third:
                 w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride, y, sy, rows,
-                       whole(n), p + j, a + j, shift + j, q + j, b + j, &job.form, streams and direct)
+            scale(&job.form, &u, &v, &w, &y, rows, whole(n), table + t.column + j, k.padded, streams and direct)
             if not direct:
-                unstage(job, k, dense_y, ub, t.row + r, rows, t.column + j, n)
+                unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
             j += n
     if streams:
         fence()
@@ -371,9 +411,8 @@ cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c, const double*
             done += count
 
 
-cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, double* parts,
-                          floating* table) noexcept nogil:
-    """From the parts of channels c0..c1 to their statistics and to the coefficients of their columns.
+cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, floating* table) noexcept nogil:
+    """The coefficients of the columns of channels c0..c1.
 
     The table is [p, a, shift, q, b][column], and behind it the same of channels where a channel has several columns.
     """
@@ -381,36 +420,43 @@ cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_
     cdef Py_ssize_t stride = job.channels if spread else k.padded
     cdef floating* channel = table + 5 * k.padded if spread else table
     cdef Py_ssize_t c, i, s, j
+    coefficients(job, c0, c1, stride, channel)
+    for j in range(5):
+        if spread:
+            for i in range(k.positions):
+                for c in range(c0, c1):
+                    for s in range(job.inner):
+                        table[j * k.padded + (i * job.channels + c) * job.inner + s] = channel[j * stride + c]
+        if c1 == job.channels:
+            for i in range(k.columns, k.padded):
+                table[j * k.padded + i] = 0
+
+
+cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, double* parts,
+                          floating* table) noexcept nogil:
+    """From the parts of channels c0..c1 to their statistics and to the coefficients of their columns."""
+    cdef Py_ssize_t c, i
     if job.reduces:
         for i in range(k.positions):
             merge_blocks(job, k, (i * job.channels + c0) * job.inner, (i * job.channels + c1) * job.inner, parts)
         for c in range(c0, c1):
             fold_columns(job, k, c, parts)
     if job.applies:
-        coefficients(job, c0, c1, stride, channel)
-        for j in range(5):
-            if spread:
-                for i in range(k.positions):
-                    for c in range(c0, c1):
-                        for s in range(job.inner):
-                            table[j * k.padded + (i * job.channels + c) * job.inner + s] = channel[j * stride + c]
-            if c1 == job.channels:
-                for i in range(k.columns, k.padded):
-                    table[j * k.padded + i] = 0
+        tabulate(job, k, c0, c1, table)
 
 
-cdef void do_tasks(const Job* job, const Cut* k, Py_ssize_t begin, Py_ssize_t end, double* parts,
-                   floating* table) noexcept nogil:
+cdef void do_tasks(const Job* job, const Cut* k, Py_ssize_t begin, Py_ssize_t end, double* parts, const floating* table,
+                   const floating* gates) noexcept nogil:
     """Neighbouring tasks, one after the other; after sums in the opposite order: what came last is still in a cache."""
     cdef Py_ssize_t i
     for i in range(end - begin):
         if parts != NULL:
-            reduce_block(job, k, begin + i, parts, table)
+            reduce_block(job, k, begin + i, parts, gates)
         else:
-            apply_block(job, k, end - 1 - i, table, table)
+            apply_block(job, k, end - 1 - i, table, gates)
 
 
-cdef int do_blocks(const Job* job, const Cut* k, double* parts, floating* table) except -1:
+cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* table, const floating* gates) except -1:
     """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between."""
     cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, share
     cdef int threads = job.threads
@@ -418,11 +464,11 @@ cdef int do_blocks(const Job* job, const Cut* k, double* parts, floating* table)
         end = min(begin + k.wave, tasks)
         if threads == 1:  # a team of one would cost more than a small call
             with nogil:
-                do_tasks(job, k, begin, end, parts, table)
+                do_tasks(job, k, begin, end, parts, table, gates)
         else:
             for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
                 do_tasks(job, k, begin + (end - begin) * share // threads,
-                         begin + (end - begin) * (share + 1) // threads, parts, table)
+                         begin + (end - begin) * (share + 1) // threads, parts, table, gates)
         begin = end
         if begin < tasks:
             PyErr_CheckSignals()
@@ -433,15 +479,23 @@ cdef int do_job(const Job* job, floating* typed) except -1:
     cdef Cut k = cut(job)
     cdef Py_ssize_t share, shares = (job.channels + SHARE - 1) // SHARE
     cdef int threads = job.threads
+    cdef Job gate
     cdef double* parts = <double*> malloc(k.blocks * k.columns * 2 * sizeof(double)) if job.reduces else NULL
+    cdef Py_ssize_t size = 5 * (k.padded + job.channels)  # of a table; a second one is of the gate
     cdef floating* table = NULL
+    cdef floating* gates = NULL
+    cdef Job rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
     if job.applies:
-        table = <floating*> malloc(5 * (k.padded + job.channels) * sizeof(floating))
+        table = <floating*> malloc((2 * size if job.gated else size) * sizeof(floating))
     try:
         if (job.reduces and parts == NULL) or (job.applies and table == NULL):
             raise MemoryError
+        if job.gated:
+            gates = table + size
+            gate = gate_of(job)
+            tabulate(&gate, &k, 0, job.channels, gates)
         if job.reduces:
-            do_blocks(job, &k, parts, typed)
+            do_blocks(job, &k, parts, table, gates)
         if threads == 1 or shares == 1:
             with nogil:
                 finish_channels(job, &k, 0, job.channels, parts, table)
@@ -449,7 +503,7 @@ cdef int do_job(const Job* job, floating* typed) except -1:
             for share in prange(shares, nogil=True, schedule="static", num_threads=threads):
                 finish_channels(job, &k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
         if job.applies:
-            do_blocks(job, &k, NULL, table)
+            do_blocks(&rest, &k, NULL, table, gates)
         return 0
     finally:
         free(parts)
@@ -463,11 +517,11 @@ cdef int do_any(const Job* job, bint wide) except -1:
 
 
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
-        w=None, bend=None):
+        w=None, bend=None, bint by_output=False, kept=None):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
-              bend)
+              bend, by_output, kept)
     do_any(&job, plan.wide)
 
 

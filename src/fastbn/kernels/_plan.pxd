@@ -38,9 +38,10 @@ cdef class Plan:
     cdef Py_ssize_t[3] v_strides
     cdef Py_ssize_t[3] w_strides
     cdef Py_ssize_t[3] y_strides
+    cdef Py_ssize_t[3] kept_strides
 
     cdef int bind(self, Job* job, Operation operation, u, v, y, gamma, beta, mean, variance, double epsilon,
-                  first, second, int threads, w, bend) except -1
+                  first, second, int threads, w, bend, bint by_output, kept) except -1
 
 
 cdef int bind_parameter(Parameter* parameter, array) except -1

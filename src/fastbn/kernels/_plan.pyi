@@ -17,4 +17,5 @@ class Plan:
         v: tuple[int, int, int] | None = None,
         y: tuple[int, int, int] | None = None,
         w: tuple[int, int, int] | None = None,
+        kept: tuple[int, int, int] | None = None,
     ) -> Plan: ...

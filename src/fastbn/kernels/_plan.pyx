@@ -2,13 +2,13 @@
 cimport numpy as cnp
 
 from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
-from .job cimport FROZEN, GATE, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Operation, Parameter
-from .lanes cimport BENT, SMOOTH, STRAIGHT
+from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Operation, Parameter
+from .lanes cimport BENT, SMOOTH, STRAIGHT, Form
 
 cnp.import_array()
 
 OPERATIONS = {"moments": <int> MOMENTS, "normalize": <int> NORMALIZE, "train": <int> TRAIN,
-              "gradient": <int> GRADIENT, "frozen": <int> FROZEN, "gate": <int> GATE}
+              "gradient": <int> GRADIENT, "frozen": <int> FROZEN}
 # What an activation is made of: see `Bend` in lanes.pxd.
 BENDS = {"bent": <int> BENT, "smooth": <int> SMOOTH}
 
@@ -29,11 +29,11 @@ cdef class Plan:
     u, v, y : tuple of 3 ints or None
         Strides, in values, of the first operand (x, or dy in the gradient), the second (x in the gradient) and the
         result.
-    w : tuple of 3 ints or None
-        Those of the residual.
+    w, kept : tuple of 3 ints or None
+        Those of the residual or of y in a gradient, and of the gradient before the activation.
     """
 
-    def __cinit__(self, shape, int kind, u, v=None, y=None, w=None):
+    def __cinit__(self, shape, int kind, u, v=None, y=None, w=None, kept=None):
         self.outer, self.channels, self.inner = shape
         self.kind = kind
         self.wide = kind == DOUBLE
@@ -43,31 +43,42 @@ cdef class Plan:
             self.v_strides[i] = v[i] if v is not None else 0
             self.w_strides[i] = w[i] if w is not None else 0
             self.y_strides[i] = y[i] if y is not None else 0
+            self.kept_strides[i] = kept[i] if kept is not None else 0
 
     cdef int bind(self, Job* job, Operation operation, u, v, y, gamma, beta, mean, variance, double epsilon,
-                  first, second, int threads, w, bend) except -1:
+                  first, second, int threads, w, bend, bint by_output, kept) except -1:
         """Fill in a job. The arrays were checked by the caller and must outlive it.
 
-        bend is None or (a number of BENDS, three numbers).
+        bend is None or (a number of BENDS, three numbers), in a gradient that of the gate.
         """
         job.operation = operation
-        job.reduces = operation != NORMALIZE and operation != GATE
+        job.reduces = operation != NORMALIZE
         job.applies = y is not None
         job.reads_pair = operation == GRADIENT or operation == FROZEN
-        job.writes_pair = operation == GRADIENT or operation == GATE
-        job.form.pair = job.writes_pair
-        job.form.third = w is not None
-        job.form.bend = STRAIGHT
+        job.writes_pair = operation == GRADIENT
+        job.gated = job.reads_pair and bend is not None
+        job.by_output = by_output
+        cdef Form form
+        form.pair = job.writes_pair or job.gated
+        form.third = w is not None and not by_output
+        form.bend = STRAIGHT
         if bend is not None:
-            job.form.bend = bend[0]
+            form.bend = bend[0]
             for i in range(3):
-                job.form.numbers[i] = bend[1][i]
+                form.numbers[i] = bend[1][i]
+        job.form = form
+        if job.gated:
+            job.gate = form
+            job.form.pair = job.writes_pair
+            job.form.third = False
+            job.form.bend = STRAIGHT
         job.outer, job.channels, job.inner = self.outer, self.channels, self.inner
         cdef int others = FLOAT if self.kind >= UINT8 else self.kind
         bind_operand(&job.u, u, self.kind if v is None else others, self.u_strides)
         bind_operand(&job.v, v, self.kind, self.v_strides)
         bind_operand(&job.w, w, others, self.w_strides)
         bind_operand(&job.y, y, others, self.y_strides)
+        bind_operand(&job.kept, kept, others, self.kept_strides)
         bind_parameter(&job.gamma, gamma)
         bind_parameter(&job.beta, beta)
         bind_parameter(&job.mean, mean)

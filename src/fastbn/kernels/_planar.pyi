@@ -20,6 +20,8 @@ def run(
     threads: int,
     w: NDArray[Any] | None = None,
     bend: tuple[int, tuple[float, float, float]] | None = None,
+    by_output: bool = False,
+    kept: NDArray[Any] | None = None,
 ) -> None: ...
 
 ENTRY: Any

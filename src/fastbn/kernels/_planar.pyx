@@ -18,8 +18,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan
-from .convert cimport FLOAT, aligned, give, is_native, take
-from .job cimport DRIVER, Job, Operand, Operation, coefficients, load
+from .convert cimport DOUBLE, FLOAT, aligned, give, is_native, take
+from .job cimport DRIVER, Job, Operand, Operation, behind_gate, coefficients, gate_of, load
 from .lanes cimport LANES, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 
@@ -90,6 +90,12 @@ cdef inline bint ready(const Operand* operand, Py_ssize_t n, const floating* typ
     return operand.inner == sizeof(floating) and n >= LANES and is_native(operand)
 
 
+cdef inline bint all_ready(const Job* job, Py_ssize_t n, const floating* typed) noexcept nogil:
+    """Whether no run that *apply* is about needs staging."""
+    return (ready(&job.u, n, typed) and ready(&job.y, n, typed) and (not job.writes_pair or ready(&job.v, n, typed))
+            and (not job.form.third or ready(&job.w, n, typed)))
+
+
 cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssize_t n, floating pad,
                                   floating* tile) noexcept nogil:
     """A run as *reduce* and *apply* want it: x itself where it is that, else a copy of at least LANES values."""
@@ -151,17 +157,30 @@ cdef inline void apply_any(const Job* job, bint direct, const char* x, const cha
         give(&job.y, z, 1, n, y, job.y.inner)
 
 
+cdef void gate_run(const Job* gate, bint direct, const char* dy, const char* v, const char* w, char* g, Py_ssize_t n,
+                   const floating* gates, floating* tile) noexcept nogil:
+    """A run of dy times the derivative of the activation. Not inline: it would cost the calls beside it theirs."""
+    apply_any(gate, direct, dy, v, w, g, n, gates[0], gates[gate.channels], gates[2 * gate.channels], 0, 0, tile)
+
+
 cdef inline char* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
     """Where (n, c, s) is."""
     return operand.data + n * operand.outer + c * operand.channel + s * operand.inner
 
 
-cdef inline Operand staged(const Operand* operand, Py_ssize_t length) noexcept nogil:
-    """The operand that neighbouring runs become when they are converted together, side by side; native ones stay."""
-    cdef Operand o = operand[0]
-    if not is_native(operand):
-        o.kind, o.size, o.outer, o.channel, o.inner = FLOAT, sizeof(float), 0, length * sizeof(float), sizeof(float)
+cdef inline Operand in_tile(Py_ssize_t length, const floating* typed) noexcept nogil:
+    """The operand that runs of that length are when they lie side by side in a tile."""
+    cdef Operand o
+    o.data = NULL
+    o.kind = FLOAT if floating is float else DOUBLE
+    o.size = o.inner = sizeof(floating)
+    o.outer, o.channel = 0, length * o.size
     return o
+
+
+cdef inline Operand staged(const Operand* operand, Py_ssize_t length, const floating* typed) noexcept nogil:
+    """The operand that neighbouring runs become when they are converted together; native ones stay."""
+    return operand[0] if is_native(operand) else in_tile(length, typed)
 
 
 cdef inline Py_ssize_t side_by_side(const Operand* operand, Py_ssize_t length) noexcept nogil:
@@ -182,7 +201,7 @@ cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_
 
 
 cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
-                   const double* q, bint shifted, double* parts, floating* buffer) noexcept nogil:
+                   const double* q, bint shifted, double* parts, const floating* gates, floating* buffer) noexcept nogil:
     """Both sums of one tile of channels c0..c1 to their parts, lying as [channel][tile](first, second)."""
     cdef double first[GROUP * LANES]
     cdef double second[GROUP * LANES]
@@ -192,12 +211,16 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef Py_ssize_t s1 = min(s0 + k.length, job.inner)
     cdef Job near = job[0]
+    cdef Job gate
     cdef Py_ssize_t together = c1 - c0
     cdef bint converts = not is_native(&job.u) or (job.reads_pair and not is_native(&job.v))
-    cdef bint direct
+    cdef bint direct, gate_direct = False
     cdef const char* u
     cdef const char* v
-    cdef Py_ssize_t c, n, i, m, next_u, next_v
+    cdef const char* w
+    cdef char* g
+    cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
+    cdef Py_ssize_t c, n, i, m, next_u, next_v, step_u
     if converts:
         together = side_by_side(&job.u, s1 - s0)
         if job.reads_pair:
@@ -205,8 +228,15 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
         converts = together > 0
         together = max(together, <Py_ssize_t> 1)
     if converts:
-        near.u = staged(&job.u, s1 - s0)
-        near.v = staged(&job.v, s1 - s0)
+        near.u = staged(&job.u, s1 - s0, buffer)
+        near.v = staged(&job.v, s1 - s0, buffer)
+    step_u = near.u.channel
+    if job.gated:
+        gate = gate_of(&near)
+        if gate.y.data == NULL:
+            gate.y = in_tile(s1 - s0, buffer)
+        gate_direct = all_ready(&gate, s1 - s0, buffer)
+        near.u = gate.y
     direct = ready(&near.u, s1 - s0, buffer) and (not job.reads_pair or ready(&near.v, s1 - s0, buffer))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
@@ -220,15 +250,23 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                 u = convert(&job.u, u, m * (s1 - s0), buffer)
                 if job.reads_pair:
                     v = convert(&job.v, v, m * (s1 - s0), buffer + TILE)
-            next_u, next_v = near.u.channel, near.v.channel
+            next_u, next_v = step_u, near.v.channel
             for i in range(c, c + m):
                 if not k.fetches:
                     next_u = next_v = 0
                 elif i == c1 - c0 - 1:
-                    next_u, next_v = near.u.outer - i * near.u.channel, near.v.outer - i * near.v.channel
-                reduce_any(&near, direct, u, v, s1 - s0, p[i], q[i], shifted, next_u, next_v, first + i * LANES,
-                           second + i * LANES, buffer)
-                u += near.u.channel
+                    next_u, next_v = job.u.outer - i * step_u, near.v.outer - i * near.v.channel
+                g = <char*> u
+                if job.gated:
+                    w = at(&job.w, n, c0 + i, s0)
+                    g = <char*> (buffer + 2 * TILE)
+                    if job.kept.data != NULL:
+                        g = at(&job.kept, n, c0 + i, s0)
+                    gate_run(&gate, gate_direct, u, w if job.by_output else v, w, g, s1 - s0, gates + c0 + i,
+                             scratch)
+                reduce_any(&near, direct, g, v, s1 - s0, p[i], q[i], shifted, next_u + (u - g), next_v, first + i * LANES,
+                           second + i * LANES, scratch)
+                u += step_u
                 v += near.v.channel
             c += m
     for c in range(c1 - c0):
@@ -238,12 +276,13 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
 
 
 cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
-                      floating* buffer) noexcept nogil:
+                      const floating* gates, floating* buffer) noexcept nogil:
     """One tile of channels c0..c1 to its parts."""
     cdef double p[GROUP]
     cdef double q[GROUP]
     cdef double* part
     cdef double squares
+    cdef Job rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
     cdef Py_ssize_t n0 = tile // k.segments * k.images
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef double count = (min(n0 + k.images, job.outer) - n0) * (min(s0 + k.length, job.inner) - s0)
@@ -253,7 +292,7 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
         q[c] = load(&job.mean, c0 + c, 0) if job.reads_pair else 0
         if floating is double and not job.reads_pair:
             p[c] = (<floating*> at(&job.u, n0, c0 + c, s0))[0]
-    sum_tile(job, k, tile, c0, c1, p, q, floating is double, parts, buffer)
+    sum_tile(job, k, tile, c0, c1, p, q, floating is double, parts, gates, buffer)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         squares = part[1]
@@ -263,10 +302,10 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
             if not job.reads_pair:
                 if part[1] * CANCELLED < squares:
                     p[c] = <float> part[0]
-                    sum_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, p + c, True, parts, buffer)
+                    sum_tile(&rest, k, tile, c0 + c, c0 + c + 1, p + c, p + c, True, parts, gates, buffer)
                     from_sums(p[c], count, part, part + 1)
             elif is_far(q[c], load(&job.variance, c0 + c, 1)):
-                sum_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, buffer)
+                sum_tile(&rest, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, gates, buffer)
             else:
                 part[1] -= q[c] * part[0]
 
@@ -296,34 +335,41 @@ cdef void apply_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef Py_ssize_t n0 = tile // k.segments * k.images
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef Py_ssize_t length = min(k.length, job.inner - s0)
+    cdef const floating* gates = table + 5 * job.channels
     cdef Job near = job[0]
+    cdef Job gate
     cdef Py_ssize_t together = c1 - c0
-    cdef bint converts = not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not job.writes_pair)
+    cdef bint reads_v = job.writes_pair or job.gated
+    cdef bint converts = not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not reads_v)
                               and (is_native(&job.w) or not job.form.third))
-    cdef bint direct
+    cdef bint direct, gate_direct = False
     cdef const char* u
     cdef const char* v
     cdef const char* w
+    cdef const char* g
     cdef char* y
     cdef char* z
-    cdef Py_ssize_t c, n, i, m
+    cdef Py_ssize_t c, n, i, m, step_u
     if converts:
         together = min(side_by_side(&job.u, length), side_by_side(&job.y, length))
-        if job.writes_pair:
+        if reads_v:
             together = min(together, side_by_side(&job.v, length))
         if job.form.third:
             together = min(together, side_by_side(&job.w, length))
         converts = together > 0
         together = max(together, <Py_ssize_t> 1)
     if converts:
-        near.u = staged(&job.u, length)
-        near.v = staged(&job.v, length)
-        near.w = staged(&job.w, length)
-        near.y = staged(&job.y, length)
+        near.u = staged(&job.u, length, table)
+        near.v = staged(&job.v, length, table)
+        near.w = staged(&job.w, length, table)
+        near.y = staged(&job.y, length, table)
         near.streams = job.streams and is_native(&job.y)
-    direct = (ready(&near.u, length, table) and ready(&near.y, length, table)
-              and (not job.writes_pair or ready(&near.v, length, table))
-              and (not job.form.third or ready(&near.w, length, table)))
+    step_u = near.u.channel
+    if job.gated:
+        gate = gate_of(&near)
+        gate.y = near.u = in_tile(length, table)
+        gate_direct = all_ready(&gate, length, table)
+    direct = all_ready(&near, length, table)
     for n in range(n0, min(n0 + k.images, job.outer)):
         c = c0
         while c < c1:
@@ -334,16 +380,20 @@ cdef void apply_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
             y = z = at(&job.y, n, c, s0)
             if converts:
                 u = convert(&job.u, u, m * length, buffer)
-                if job.writes_pair:
+                if reads_v:
                     v = convert(&job.v, v, m * length, buffer + TILE)
                 if job.form.third:
                     w = convert(&job.w, w, m * length, buffer + 2 * TILE)
                 if not is_native(&job.y):
                     y = <char*> buffer  # over u, which is of the same type
             for i in range(c, c + m):
-                apply_any(&near, direct, u, v, w, y, length, table[i], table[job.channels + i],
+                g = u
+                if job.gated:
+                    g = <const char*> (buffer + 3 * TILE)
+                    gate_run(&gate, gate_direct, u, v, w, <char*> g, length, gates + i, buffer + 4 * TILE)
+                apply_any(&near, direct, g, v, w, y, length, table[i], table[job.channels + i],
                           table[2 * job.channels + i], table[3 * job.channels + i], table[4 * job.channels + i], buffer)
-                u += near.u.channel
+                u += step_u
                 v += near.v.channel
                 w += near.w.channel
                 y += near.y.channel
@@ -370,7 +420,7 @@ cdef void do_tiles(const Job* job, const Cut* k, Step step, Py_ssize_t t0, Py_ss
         while c < c1:
             for i in range(t, end):
                 if step == REDUCE:
-                    reduce_tile(job, k, i, c, min(c + group, c1), parts, buffer)
+                    reduce_tile(job, k, i, c, min(c + group, c1), parts, table + 5 * job.channels, buffer)
                 else:
                     apply_tile(job, k, i, c, min(c + group, c1), table, buffer)
             c += group
@@ -379,7 +429,8 @@ cdef void do_tiles(const Job* job, const Cut* k, Step step, Py_ssize_t t0, Py_ss
 
 cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* table) noexcept nogil:
     """One span of channels along one stretch of tiles."""
-    cdef floating room[3 * TILE + LANES]
+    cdef floating room[7 * TILE + LANES]
+    cdef Job rest
     cdef floating* buffer = aligned(room)
     cdef Py_ssize_t c0 = task % k.spans * k.span
     cdef Py_ssize_t c1 = min(c0 + k.span, job.channels)
@@ -393,7 +444,11 @@ cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, doub
             merge_channel(job, k, c, parts)
         coefficients(job, c0, c1, job.channels, table)
     if step != REDUCE:
-        do_tiles(job, k, APPLY, t0, t1, c0, c1, parts, table, buffer)
+        if job.gated and job.kept.data != NULL:
+            rest = behind_gate(job)
+            do_tiles(&rest, k, APPLY, t0, t1, c0, c1, parts, table, buffer)
+        else:
+            do_tiles(job, k, APPLY, t0, t1, c0, c1, parts, table, buffer)
         if job.streams:
             fence()
 
@@ -430,10 +485,15 @@ cdef int do_job(const Job* job, floating* typed) except -1:
     cdef Py_ssize_t c
     cdef int threads = job.threads
     cdef double* parts = <double*> malloc(job.channels * k.tiles * 2 * sizeof(double)) if job.reduces else NULL
-    cdef floating* table = <floating*> malloc(job.channels * 5 * sizeof(floating)) if job.applies else NULL
+    cdef Py_ssize_t tables = 10 if job.gated else 5  # the second is of the gate
+    cdef Job gate
+    cdef floating* table = <floating*> malloc(job.channels * tables * sizeof(floating)) if job.applies else NULL
     try:
         if (job.reduces and parts == NULL) or (job.applies and table == NULL):
             raise MemoryError
+        if job.gated:
+            gate = gate_of(job)
+            coefficients(&gate, 0, job.channels, job.channels, table + 5 * job.channels)
         if k.fused:
             do_step(job, &k, BOTH, parts, table)
             return 0
@@ -462,11 +522,11 @@ cdef int do_any(const Job* job, bint wide) except -1:
 
 
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
-        w=None, bend=None):
+        w=None, bend=None, bint by_output=False, kept=None):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
-              bend)
+              bend, by_output, kept)
     do_any(&job, plan.wide)
 
 

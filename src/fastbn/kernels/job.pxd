@@ -10,7 +10,6 @@ cdef enum Operation:
     TRAIN      # x -> (mean, m2) -> y
     GRADIENT   # dy, x, mean, variance -> (sum dy, sum dy * (x - mean)) -> dx through the batch statistics
     FROZEN     # the same sums, but dx is dy scaled: the statistics were constants
-    GATE       # dy, x, mean, variance (and a residual) -> dy times the derivative of the activation
 
 
 cdef struct Operand:
@@ -35,9 +34,13 @@ cdef struct Job:
     bint reads_pair   # reduce reads both operands
     bint writes_pair  # apply reads both operands
     Form form         # the formula of apply
+    bint gated        # dy comes through the derivative of an activation first
+    bint by_output    # which is told from the activation's result, w
+    Form gate         # the formula of that
     bint streams      # y is stored past the caches
     Py_ssize_t outer, channels, inner
-    Operand u, v, w, y  # w is the residual
+    Operand u, v, w, y  # w is the residual, or the result of the activation
+    Operand kept        # where the gated dy goes; in no memory where nobody wants it
     Parameter gamma, beta, mean, variance
     double epsilon
     double* first   # per channel: mean, or sum(dy)
@@ -178,3 +181,25 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
                 p[i] = <floating> mean[i]
                 shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
         c += n
+
+
+cdef inline Job gate_of(const Job* job) noexcept nogil:
+    """The gate as a job of its own, an *apply* on dy: what it is told from is x, or the activation's result as it is."""
+    cdef Job gate = job[0]
+    gate.operation = NORMALIZE
+    gate.form = job.gate
+    gate.reduces, gate.applies, gate.writes_pair, gate.streams = False, True, True, False
+    gate.y = job.kept
+    if job.by_output:
+        gate.v = job.w
+        gate.gamma.data = gate.beta.data = gate.mean.data = gate.variance.data = NULL
+        gate.epsilon = 0
+    return gate
+
+
+cdef inline Job behind_gate(const Job* job) noexcept nogil:
+    """What is left of a job when its dy has come through the gate and was kept."""
+    cdef Job rest = job[0]
+    rest.u = job.kept
+    rest.gated = False
+    return rest

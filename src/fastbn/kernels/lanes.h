@@ -50,14 +50,26 @@ static inline fastbn_vd fastbn_widen_f(const float *x) {
 static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) {
     return (fastbn_vd) ((fastbn_vm) x & *(const fastbn_vm *) mask);
 }
-/* x <= y ? yes : no, and so "no" where x or y is NaN. Masks and bits: C has no conditional operator for vectors. */
+/* x <= y ? yes : no, and so "no" where x or y is NaN. C has no conditional operator for vectors: where there is no
+ * instruction that blends, masks and bits. */
 static inline fastbn_vd fastbn_select_d(fastbn_vd x, fastbn_vd y, fastbn_vd yes, fastbn_vd no) {
+#if defined(__AVX__)
+    return (fastbn_vd) _mm256_blendv_pd((__m256d) no, (__m256d) yes, _mm256_cmp_pd((__m256d) x, (__m256d) y, _CMP_LE_OQ));
+#else
     fastbn_vq mask = (fastbn_vq) (x <= y);
     return (fastbn_vd) ((mask & (fastbn_vq) yes) | (~mask & (fastbn_vq) no));
+#endif
 }
 static inline fastbn_vf fastbn_select_f(fastbn_vf x, fastbn_vf y, fastbn_vf yes, fastbn_vf no) {
+#if defined(__AVX512F__)
+    return (fastbn_vf) _mm512_mask_blend_ps(
+        _mm512_cmp_ps_mask((__m512) x, (__m512) y, _CMP_LE_OQ), (__m512) no, (__m512) yes);
+#elif defined(__AVX__)
+    return (fastbn_vf) _mm256_blendv_ps((__m256) no, (__m256) yes, _mm256_cmp_ps((__m256) x, (__m256) y, _CMP_LE_OQ));
+#else
     fastbn_vu mask = (fastbn_vu) (x <= y);
     return (fastbn_vf) ((mask & (fastbn_vu) yes) | (~mask & (fastbn_vu) no));
+#endif
 }
 /* 2^n from n + 1.5 * 2^52 (or 2^23), whose last bits are n. */
 static inline fastbn_vd fastbn_power_d(fastbn_vd n) { return (fastbn_vd) (((fastbn_vq) n + 1023) << 52); }
