@@ -70,7 +70,7 @@ WRONG = [
     ("momentum", 1.5, ValueError, r"momentum must be .*0.*1.*, got 1.5"),
     ("momentum", -0.1, ValueError, r"momentum must be .*0.*1.*, got -0.1"),
     ("momentum", float("nan"), ValueError, "momentum must be .*, got nan"),
-    ("momentum", None, TypeError, "momentum must be a real number, got None"),
+    ("momentum", None, ValueError, "batches must be given with momentum=None, got None"),
     ("momentum", "0.9", TypeError, "momentum must be a real number, got '0.9'"),
     ("epsilon", -1e-3, ValueError, "epsilon must be .*, got -0.001"),
     ("epsilon", float("nan"), ValueError, "epsilon must be .*, got nan"),
@@ -298,7 +298,7 @@ def test_number_of_features(bad):
 
 LAYER = [
     ({"momentum": 1.5}, ValueError, "momentum must be"),
-    ({"momentum": None}, TypeError, "momentum must be"),
+    ({"momentum": "0.9"}, TypeError, "momentum must be"),
     ({"epsilon": -1.0}, ValueError, "epsilon must be"),
     ({"ddof": 2}, ValueError, "ddof must be 0 or 1, got 2"),
     ({"dtype": np.int32}, TypeError, "dtype must be float32 or float64, got int32"),

@@ -47,6 +47,8 @@ PUBLIC = {
     "moments",
     "Moments",
     "normalize",
+    "denormalize",
+    "recompute_statistics",
     "update_moving",
     "fold",
     "BatchNorm",

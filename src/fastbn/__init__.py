@@ -9,11 +9,13 @@ from .functional import (
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,
+    denormalize,
     normalize,
     update_moving,
 )
 from .layer import BatchNorm
 from .moments import Moments, moments
+from .recompute import recompute_statistics
 from .threads import get_num_threads, set_num_threads, threads
 
 __version__ = _metadata.version("fastbn")
@@ -27,10 +29,12 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
+    "denormalize",
     "fold",
     "get_num_threads",
     "moments",
     "normalize",
+    "recompute_statistics",
     "set_num_threads",
     "show_config",
     "threads",

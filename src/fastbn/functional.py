@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, kernels
+from . import averages, checks, kernels
 from . import layout as layouts
 from .errors import must
 from .kernels import _calls, _channels
@@ -25,12 +25,13 @@ def batch_norm(
     moving_mean: ArrayLike | None = None,
     moving_variance: ArrayLike | None = None,
     training: bool = False,
-    momentum: float = 0.99,
+    momentum: float | None = 0.99,
     epsilon: float = 1e-3,
     axis: int | tuple[int, ...] = -1,
     layout: str | None = None,
     ddof: int = 0,
     update: bool = True,
+    batches: int | None = None,
     activation: str | tuple[str, float] | None = None,
     residual: ArrayLike | None = None,
     out: Array | None = None,
@@ -56,7 +57,8 @@ def batch_norm(
     training : bool, default: False
         Whether to normalize with the statistics of the batch.
     momentum : float, default: 0.99
-        Share of the OLD moving value that is kept, in [0, 1]. PyTorch's momentum is the other share.
+        Share of the OLD moving value that is kept, in [0, 1]. PyTorch's momentum is the other share. With None the
+        moving statistics are the means over all batches, each with the same weight.
     epsilon : float, default: 1e-3
         Added to the variance, in its units. With 0, a channel of variance 0 gives beta.
     axis : int or tuple of ints, default: -1
@@ -68,6 +70,8 @@ def batch_norm(
         batch itself is always normalized with ddof 0. For m = 1 the variance is 0 for either.
     update : bool, default: True
         Whether training updates the moving arrays.
+    batches : int, optional
+        How many batches the moving arrays have seen before. Needed for ``momentum=None``, and used for that alone.
     activation : str or tuple, optional
         Applied in the same pass: relu, relu6, silu, gelu_tanh, leaky_relu (slope 0.01) or ("leaky_relu", slope).
     residual : array_like of x's shape and y's dtype, optional
@@ -131,7 +135,7 @@ def batch_norm(
         moving_mean=moving_mean,
         moving_variance=moving_variance,
         training=training,
-        momentum=momentum,
+        momentum=averages.given_share(momentum, batches, needed=training),
         epsilon=epsilon,
         axis=axis,
         layout=layout,
@@ -153,12 +157,13 @@ def batch_norm_forward(
     moving_mean: ArrayLike | None = None,
     moving_variance: ArrayLike | None = None,
     training: bool = False,
-    momentum: float = 0.99,
+    momentum: float | None = 0.99,
     epsilon: float = 1e-3,
     axis: int | tuple[int, ...] = -1,
     layout: str | None = None,
     ddof: int = 0,
     update: bool = True,
+    batches: int | None = None,
     activation: str | tuple[str, float] | None = None,
     residual: ArrayLike | None = None,
     out: Array | None = None,
@@ -176,7 +181,7 @@ def batch_norm_forward(
         As in `batch_norm`.
     training : bool, default: False
         As in `batch_norm`. Without training the gradient is that of a frozen layer.
-    momentum, epsilon, axis, layout, ddof, update, activation, residual
+    momentum, epsilon, axis, layout, ddof, update, batches, activation, residual
         As in `batch_norm`.
     out : array, optional
         As in `batch_norm`, but with ``save="input"`` it must not share memory with x, nor with a
@@ -229,7 +234,7 @@ def batch_norm_forward(
         moving_mean=moving_mean,
         moving_variance=moving_variance,
         training=training,
-        momentum=momentum,
+        momentum=averages.given_share(momentum, batches, needed=training),
         epsilon=epsilon,
         axis=axis,
         layout=layout,
@@ -441,15 +446,94 @@ def normalize(
     return y
 
 
+def denormalize(
+    y: ArrayLike,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    *,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    epsilon: float = 1e-3,
+    axis: int | tuple[int, ...] = -1,
+    layout: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Undo `normalize`: ``(y - beta) * sqrt(variance + epsilon) / gamma + mean``.
+
+    Parameters
+    ----------
+    y : array_like of float16, bfloat16, float32, float64, uint8 or int8
+        Data of any rank from 1 up.
+    mean, variance : array_like of shape (channels,)
+        Statistics, in the units of the result and their square.
+    gamma, beta : array_like of shape (channels,), optional
+        Scale and shift that were applied; 1 and 0 where None. No gamma may be 0.
+    epsilon : float, default: 1e-3
+        Added to the variance. Where that gives 0, the result is the mean.
+    axis, layout
+        The channel axis, as in `batch_norm`.
+    out : array, optional
+        Where to write the result; may be y itself.
+
+    Returns
+    -------
+    ndarray
+        Of y's shape, dtype and order of axes in memory, but float32 for uint8 and int8.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, a gamma is 0, or variance + epsilon is negative. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> fastbn.denormalize(np.array([[-1.0], [1.0]]), [3.0], [4.0], epsilon=0.0)
+    array([[1.],
+           [5.]])
+    """
+    data = checks.data(y, "y")
+    axes = layouts.channel_axes(axis, layout, data.ndim)
+    shape = layouts.channel_shape(data.shape, axes)
+    center = checks.required(mean, "mean", shape)
+    total = checks.required(variance, "variance", shape).astype(np.float64) + checks.epsilon(epsilon)
+    scale, shift = checks.parameter(gamma, "gamma", shape), checks.parameter(beta, "beta", shape)
+    if scale is not None:
+        checks.not_zero(scale, "gamma", "where it is divided by")
+    if (total < 0).any():
+        raise ValueError(must("variance", "be at least -epsilon", total.min() - epsilon))
+    if out is not None:
+        out = checks.output(out, data.shape, checks.result_dtype(data.dtype))
+        checks.apart(out, "out", mean=center, beta=shift)
+    deviation = np.sqrt(total)
+    # Inference itself, around beta, with a deviation of 1.
+    return normalize(
+        data,
+        (np.zeros_like(total) if shift is None else shift).reshape(shape),
+        np.ones(shape),
+        gamma=(deviation if scale is None else deviation / scale).reshape(shape),
+        beta=center.reshape(shape),
+        epsilon=0.0,
+        axis=axis,
+        layout=layout,
+        out=out,
+    )
+
+
 def update_moving(
     moving_mean: Array,
     moving_variance: Array,
     mean: ArrayLike,
     variance: ArrayLike,
     *,
-    momentum: float,
+    momentum: float | None,
     count: int | None = None,
     ddof: int = 0,
+    batches: int | None = None,
+    zero_debias: bool = False,
 ) -> None:
     """Update moving statistics in place: ``moving = momentum * moving + (1 - momentum) * batch``.
 
@@ -459,12 +543,17 @@ def update_moving(
         Moving statistics, of one shape.
     mean, variance : array_like
         Statistics of a batch; the variance divided by the count (ddof 0).
-    momentum : float
-        Share of the old value that is kept, in [0, 1].
+    momentum : float or None
+        Share of the old value that is kept, in [0, 1]. With None the moving statistics are the means over all batches.
     count : int, optional
         Values per channel in the batch, needed for ddof 1. A batch of 0 values changes nothing.
     ddof : {0, 1}, default: 0
         The variance that goes into the moving one is divided by count - ddof.
+    batches : int, optional
+        How many batches the moving arrays have seen before. Needed for ``momentum=None`` and for `zero_debias`.
+    zero_debias : bool, default: False
+        Whether the moving statistics are averages from 0 divided by the sum of their weights, ``1 - momentum**t`` after
+        t batches, so that the first batch replaces what they were.
 
     Raises
     ------
@@ -489,7 +578,7 @@ def update_moving(
     statistics = Statistics(checks.required(mean, "mean", shape), checks.required(variance, "variance", shape))
     for target, name in ((target_mean, "moving_mean"), (target_variance, "moving_variance")):
         checks.apart(target, name, mean=statistics.mean, variance=statistics.variance)
-    share = checks.momentum(momentum)
+    share = checks.momentum(averages.given_share(momentum, batches, zero_debias=zero_debias))
     degrees = checks.ddof(ddof)
     if count is None:
         if degrees:

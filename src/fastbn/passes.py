@@ -191,8 +191,11 @@ def forward(
     names: tuple[str, str] = ("moving_mean", "moving_variance"),
     activation: Any = None,
     residual: Any = None,
+    given: Statistics | None = None,
 ) -> tuple[Array, Cache | None]:
     """Check, normalize, update, and keep a cache. The body of all forward functions.
+
+    Training takes the statistics of the batch from `given`, if somebody has found them already.
 
     A cache refers to x, so "always" refuses to overwrite it; "unless in place" gives a cache without x then. The same
     goes for a residual from which an activation's derivative will be found. With "output" it refers to y, and there is
@@ -259,7 +262,12 @@ def forward(
         statistics = Statistics(moving_mean.astype(np.float64), moving_variance.astype(np.float64))
     else:
         count = layouts.values_per_channel(x.shape, axes)
-        statistics = batch_statistics(x, axes, count, kernels.TRAIN, **arguments)
+        if given is None:
+            statistics = batch_statistics(x, axes, count, kernels.TRAIN, **arguments)
+        else:
+            statistics = given
+            if x.size:
+                run(kernels.NORMALIZE, axes, x, mean=given.mean, variance=given.variance, **arguments)
         if updates and count:
             store_moving(moving_mean, moving_variance, statistics, count, momentum, ddof)
     if keep == "nothing":

@@ -1,0 +1,136 @@
+"""Batch renormalization: ``y = (x_hat * r + d) * gamma + beta``, with r and d that bring a batch closer to averages.
+
+With the batch's mean and sigma = sqrt(variance + epsilon), and averages of both over earlier batches::
+
+    r = clip(sigma / sigma_r, rmin, rmax),   d = clip((mean - mean_r) / sigma_r, -dmax, dmax)
+
+taken before the averages learn from the batch, and constants for the gradient (S. Ioffe, "Batch Renormalization:
+Towards Reducing Minibatch Dependence in Batch-Normalized Models", NeurIPS 2017). Two schemes exist:
+
+========  ==============================================  =========================================================
+scheme    mean_r, sigma_r                                 moving statistics
+========  ==============================================  =========================================================
+keras     renorm_mean, max(renorm_stddev, sqrt(epsilon))  moving_mean of the batch's mean, moving_stddev of its
+                                                          sigma, moving_variance = max(0, moving_stddev^2 - epsilon)
+tf1       renorm_mean + (1 - weight) * mean, and the      of the averages divided by their weights, and of the
+          same for sigma: what the averages would be      square of that of sigma, less epsilon
+          had they begun with this batch
+========  ==============================================  =========================================================
+
+"keras" is what TensorFlow 2 and Keras do, "tf1" what `tf.layers` did until 1.12.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks
+from .averages import blend
+from .errors import must
+from .passes import Statistics
+
+Array = NDArray[Any]
+
+SCHEMES: Final = ("keras", "tf1")
+_KEYS: Final = ("rmin", "rmax", "dmax")
+
+
+def clipping(value: Any) -> dict[str, float] | None:
+    """Return the bounds of r and d, checked; a missing one is no bound."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(must("renorm_clipping", "be a mapping or None", type(value).__name__))
+    if not set(value) <= set(_KEYS):
+        raise ValueError(must("renorm_clipping", "have no keys but rmin, rmax and dmax", ", ".join(map(str, value))))
+    bounds = {
+        key: checks.real(value[key], f"{key} of renorm_clipping", 0.0, math.inf, "finite and at least 0")
+        for key in _KEYS
+        if value.get(key) is not None
+    }
+    if bounds.get("rmin", 0.0) > bounds.get("rmax", math.inf):
+        raise ValueError(must("renorm_clipping", "have rmin <= rmax", f"{bounds['rmin']} and {bounds['rmax']}"))
+    return bounds
+
+
+class Renorm:
+    """The averages of a layer and what follows from them; `state` holds those of a layer by the names of `names`."""
+
+    def __init__(self, scheme: str, momentum: float, bounds: Mapping[str, float] | None) -> None:
+        self.momentum = momentum
+        self.bounds = dict(bounds or {})
+        self.debiased = scheme == "tf1"
+        self.names = (
+            ("renorm_mean", "renorm_mean_weight", "renorm_stddev", "renorm_stddev_weight")
+            if self.debiased
+            else ("moving_stddev", "renorm_mean", "renorm_stddev")
+        )
+
+    def create(self, moving_mean: Array, moving_variance: Array) -> dict[str, Array]:
+        """Return the first averages of a layer with these moving statistics."""
+        if self.debiased:
+            return {
+                n: np.zeros(() if n.endswith("weight") else moving_mean.shape, moving_mean.dtype) for n in self.names
+            }
+        deviation = np.sqrt(moving_variance)
+        return {"moving_stddev": deviation, "renorm_mean": moving_mean.copy(), "renorm_stddev": deviation.copy()}
+
+    def correction(self, state: Mapping[str, Array], batch: Statistics, epsilon: float) -> tuple[Array, Array]:
+        """Return r and d of a batch, flat."""
+        sigma = np.sqrt(batch.variance + epsilon)
+        mean, deviation = (state[n].reshape(-1).astype(np.float64) for n in ("renorm_mean", "renorm_stddev"))
+        if self.debiased:
+            mean += (1.0 - float(state["renorm_mean_weight"])) * batch.mean
+            deviation += (1.0 - float(state["renorm_stddev_weight"])) * sigma
+        else:
+            deviation = np.maximum(deviation, math.sqrt(epsilon))
+        # Deviations are 0 only with epsilon 0, in channels that never varied: those need no correction.
+        safe = np.where(deviation == 0, 1.0, deviation)
+        r = np.where(deviation == 0, 1.0, sigma / safe)
+        d = (batch.mean - mean) / safe
+        bounds = self.bounds
+        if "rmin" in bounds or "rmax" in bounds:
+            r = np.clip(r, bounds.get("rmin"), bounds.get("rmax"))
+        if "dmax" in bounds:
+            d = np.clip(d, -bounds["dmax"], bounds["dmax"])
+        return r, d
+
+    def update(
+        self,
+        state: Mapping[str, Array],
+        moving_mean: Array,
+        moving_variance: Array,
+        batch: Statistics,
+        epsilon: float,
+        share: float,
+        taken: Array | None,
+    ) -> None:
+        """Take a batch into the averages and the moving statistics."""
+        sigma = np.sqrt(batch.variance + epsilon)
+        blend(state["renorm_mean"], batch.mean, self.momentum, taken)
+        blend(state["renorm_stddev"], sigma, self.momentum, taken)
+        if not self.debiased:
+            blend(moving_mean, batch.mean, share, taken)
+            blend(state["moving_stddev"], sigma, share, taken)
+            squared = np.square(state["moving_stddev"], dtype=np.float64)
+            blend(moving_variance, np.maximum(squared - epsilon, 0.0), 0.0, taken)
+            return
+        one = np.ones(())
+        debiased = []
+        for name in ("renorm_mean", "renorm_stddev"):
+            weight = state[name + "_weight"]
+            blend(weight, one, self.momentum)
+            debiased.append(state[name].astype(np.float64) / float(weight) if weight else state[name])
+        mean, deviation = debiased
+        blend(moving_mean, mean, share, taken)
+        blend(moving_variance, np.maximum(np.square(deviation) - epsilon, 0.0), share, taken)
+
+    def follow(self, state: Mapping[str, Array], moving_variance: Array, epsilon: float) -> None:
+        """Make the averages fit moving statistics that were set from elsewhere."""
+        if not self.debiased:
+            state["moving_stddev"][...] = np.sqrt(moving_variance.astype(np.float64) + epsilon)
