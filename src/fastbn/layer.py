@@ -982,9 +982,7 @@ class BatchNorm:
         self._existing()
         for name, value in self.get_config().items():
             if callable(value):
-                raise TypeError(
-                    must(name, "not be a function in a layer that is saved: keep its state_dict()", repr(value))
-                )
+                raise TypeError(must(name, "not be a function in a layer that is saved", repr(value)))
         arrays = self.state_dict()
         batches = arrays.pop("batches")
         state.write_state(path, "batch_norm", {"config": self.get_config(), "batches": batches}, arrays)
