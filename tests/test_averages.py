@@ -1,4 +1,4 @@
-"""Moving statistics beyond one momentum: means of all batches, zero debias, none at all, batches that are not finite."""
+"""Moving statistics beyond one momentum: means of all batches, zero debias, none at all, infinite and NaN batches."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_messages():
         update_moving(mean, variance, mean + 1, variance + 1, momentum=0.9, zero_debias=True)
     with pytest.raises(ValueError, match="batches must be at least 0, got -1"):
         batch_norm(x, training=True, momentum=None, batches=-1, **arguments)
-    with pytest.raises(TypeError, match="batches must be an integer, got 1.5"):
+    with pytest.raises(TypeError, match=r"batches must be an integer, got 1\.5"):
         batch_norm_forward(x, training=True, momentum=None, batches=1.5, **arguments)
     with pytest.raises(TypeError, match="zero_debias must be a bool, got 3"):
         BatchNorm(zero_debias=3)
@@ -215,7 +215,7 @@ def test_without_moving_statistics_every_call_normalizes_with_its_batch(training
     bn = BatchNorm(track=False, trainable=trainable)
     assert bn.mode(training) == "batch"
     y = bn(x, training)
-    expected, cache = batch_norm_forward(x, training=True)
+    expected = batch_norm(x, training=True)
     ref.assert_same_bits(y, expected)
     assert [v.tolist() for v in bn.variables] == [[1] * C, [0] * C]
     assert bn.batches == 0

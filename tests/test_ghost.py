@@ -194,8 +194,8 @@ def test_a_wrong_call_changes_nothing():
     bn = layer((12, C), -1, "contiguous")
     before = bn.state_dict()
     x, out = cases.normal((10, C), np.float64), np.full((10, C), 7.0)
-    with pytest.raises(ValueError, match="x must have a multiple of virtual_batch_size=4 rows, or allow_incomplete=True "
-                                         "be set, got 10"):  # fmt: skip
+    message = "x must have a multiple of virtual_batch_size=4 rows, or allow_incomplete=True be set, got 10"
+    with pytest.raises(ValueError, match=message):
         bn(x, True, out=out)
     x = cases.normal((13, C), np.float64)
     whole = np.full((14, C), 7.0)

@@ -91,8 +91,8 @@ def test_the_layer_has_a_copy():
     (("random_normal", 0, -1), ValueError, "stddev of gamma_initializer must be finite and at least 0, got -1.0"),
     (("random_uniform", 1), ValueError, "gamma_initializer must have minval <= maxval, got 1.0 and 0.05"),
     (("constant", "1"), TypeError, "value of gamma_initializer must be a real number, got '1'"),
-    (lambda shape, dtype: np.ones(3), ValueError, r"gamma_initializer must return an array of shape \(5,\), got \(3,\)"),
-    (lambda shape, dtype: np.ones(shape, complex), TypeError, "gamma_initializer must return real numbers, got complex"),
+    (lambda shape, dtype: np.ones(3), ValueError, r"gamma_initializer must return an array of shape \(5,\), got"),
+    (lambda shape, dtype: np.ones(shape, complex), TypeError, "gamma_initializer must return real numbers, got"),
 ])  # fmt: skip
 def test_wrong_initializers(wrong, error, message):
     with pytest.raises(error, match=message):
