@@ -505,3 +505,18 @@ def test_without_a_residual_the_gradient_of_a_relu_does_not_need_y():
     y[...] = np.nan
     for a, b in zip(batch_norm_backward(dy, cache), expected):
         assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_gradient_of_strides_that_need_a_copy(activation, with_residual):
+    """Every third image of NHWC data: no single stride walks its positions."""
+    x, dy, w = (cases.normal((12, 4, 5, 3), np.float64, seed=seed)[::3] for seed in range(3))
+    results = []
+    for copied in (False, True):
+        a, d, r = (np.ascontiguousarray(v) if copied else v for v in (x, dy, w))
+        residual = r if with_residual else None
+        _, cache = batch_norm_forward(a, training=True, activation=activation, residual=residual)
+        results.append(batch_norm_backward(d, cache))
+    for strided, contiguous in zip(*results, strict=True):
+        ref.assert_same_bits(strided, contiguous)

@@ -138,8 +138,8 @@ def run(
             residual2[...] = residual
         if out is not None:
             out2 = layouts.like(x2, out.dtype)
-        if kept is not None:
-            kept2 = layouts.like(x2, kept.dtype)
+        if kept is not None:  # it may be the result itself
+            kept2 = out2 if kept is out else layouts.like(x2, kept.dtype)
         run(
             operation,
             axes,
@@ -161,7 +161,7 @@ def run(
         if out is not None:
             assert out2 is not None
             out[...] = out2
-        if kept is not None:
+        if kept is not None and kept is not out:
             assert kept2 is not None
             kept[...] = kept2
         return
