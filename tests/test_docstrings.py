@@ -35,7 +35,8 @@ def public_names():
         if inspect.isclass(value) or inspect.isfunction(value):
             yield name
         if inspect.isclass(value) and not issubclass(value, BaseException):
-            for member, what in vars(value).items():
+            for member in dir(value):  # those that are inherited as well
+                what = inspect.getattr_static(value, member)
                 if not member.startswith("_") and (callable(what) or isinstance(what, classmethod | property)):
                     yield f"{name}.{member}"
 

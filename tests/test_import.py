@@ -131,7 +131,8 @@ def test_documented(name):
     public = getattr(fastbn, name)
     assert inspect.getdoc(public), name
     if inspect.isclass(public):
-        for attribute, member in vars(public).items():
+        for attribute in dir(public):  # those that are inherited as well
+            member = inspect.getattr_static(public, attribute)
             if not attribute.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
                 assert inspect.getdoc(member), f"{name}.{attribute}"
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from . import checks
 from .errors import must
-from .layer import BatchNorm, Record
+from .layer import BatchNorm
+from .record import Record
 
 
 def recompute_statistics(

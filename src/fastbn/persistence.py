@@ -1,0 +1,196 @@
+"""What of a layer outlives it: configuration, state, files, pickles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from . import checks, state
+from .errors import StateError, must
+from .parameters import PLAIN_ARRAYS, Parameters, feature_shape, features, parameter_dtype
+
+_BY_NAME = (
+    "beta_initializer",
+    "gamma_initializer",
+    "moving_mean_initializer",
+    "moving_variance_initializer",
+    "beta_regularizer",
+    "gamma_regularizer",
+    "beta_constraint",
+    "gamma_constraint",
+)
+_NOT_NEGATIVE = ("moving_variance", "moving_stddev", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight")
+# The arguments that layers had in version 0.1.0.
+_FIRST = {"axis", "layout", "momentum", "epsilon", "center", "scale", "ddof", "dtype", "trainable", "name"}
+
+
+class Persistent(Parameters):
+    """The part of `BatchNorm` that can be written down, and comes back."""
+
+    ddof: int
+    momentum: float | None
+    activation: str | tuple[str, float] | None
+    name: str | None
+    batches: int
+    _may_warn: bool
+    _defaults: ClassVar[dict[str, Any]]  # the arguments that an unwritten one has
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make a layer like this one, without its arrays.
+
+        Returns
+        -------
+        dict
+            All values fit JSON, but for functions that were given as arguments.
+        """
+        return {
+            "axis": self.axis,
+            "layout": self.layout,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "scale": self.scale,
+            "ddof": self.ddof,
+            **{n: dict(v) if isinstance(v, dict) else v for n, v in self._options._asdict().items()},
+            **{name: getattr(self, name) for name in _BY_NAME},
+            "activation": self.activation,
+            "dtype": None if self.dtype is None else self.dtype.name,
+            "trainable": self.trainable,
+            "name": self.name,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the arrays by name, and the number of batches as "batches"; empty before building."""
+        with self._lock:
+            if self._arrays is None:
+                return {}
+            arrays = {n: v.copy() for n, v in self._named(self._arrays).items()}
+            return arrays | {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state, all of it or nothing.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            As `state_dict` returns it; "batches" may be missing. A layer that is not built is built by it.
+
+        Raises
+        ------
+        TypeError
+            If a value has no fitting dtype.
+        ValueError
+            If a name is missing or unknown, a shape differs, or a variance is negative.
+        """
+        needed = {n for n, has in zip(PLAIN_ARRAYS, self._has) if has}
+        if self._renorm is not None:
+            needed |= set(self._renorm.names)
+        if not state_dict and not self.built:
+            return
+        if set(state_dict) - {"batches"} != needed:
+            names = ", ".join(sorted(map(str, state_dict))) or "none"
+            raise ValueError(must("state_dict", "have the names " + ", ".join(sorted(needed)), names))
+        batches = checks.count(state_dict.get("batches", 0), "batches")
+        target = self._arrays
+        if target is None:
+            named = next((n for n in ("moving_mean", "gamma", "beta") if n in needed), None)
+            if named is None:  # neither parameters nor statistics: there is nothing to build
+                return
+            first = checks.as_array(state_dict[named], named)
+            target = self._created(feature_shape(first.shape), parameter_dtype(first.dtype, named))
+        arrays = self._named(target)
+        new = {}
+        for name in needed:
+            shape = arrays[name].shape
+            new[name] = checks.required(state_dict[name], name, shape).reshape(shape)
+            if name in _NOT_NEGATIVE and (new[name] < 0).any():
+                raise ValueError(must(name, "not be negative", new[name].min()))
+        with self._lock:
+            for name, value in new.items():
+                arrays[name][...] = value
+            self._arrays = target
+            self.batches = batches
+            self._may_warn = False
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write arguments and arrays to an .npz file, atomically: it is whole, or as it was before.
+
+        Parameters
+        ----------
+        path : path
+            The file; no extension is added.
+
+        Raises
+        ------
+        ValueError
+            If the layer is not built.
+        TypeError
+            If one of its arguments is a function, which no file can hold.
+        OSError
+            If the file cannot be written.
+        """
+        self._existing()
+        for name, value in self.get_config().items():
+            if callable(value):
+                raise TypeError(must(name, "not be a function in a layer that is saved", repr(value)))
+        arrays = self.state_dict()
+        batches = arrays.pop("batches")
+        state.write_state(path, "batch_norm", {"config": self.get_config(), "batches": batches}, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the layer that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+            The file. It is read with suspicion: nothing in it is executed.
+
+        Returns
+        -------
+        BatchNorm
+            A new layer.
+
+        Raises
+        ------
+        StateError
+            If the file is damaged, foreign, or makes no sense.
+        OSError
+            If it cannot be read.
+        """
+        fields, arrays = state.read_state(path, "batch_norm", fields=("config", "batches"))
+        config = fields["config"]
+        try:
+            # Older files have fewer arguments; those of version 0.1.0 are in every one.
+            if not isinstance(config, dict) or not _FIRST <= set(config) <= set(cls._defaults):
+                raise ValueError("config must have exactly the arguments of a layer, got others")
+            config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+            layer = cls(**config)
+            layer.load_state_dict(arrays | {"batches": fields["batches"]})
+        except (TypeError, ValueError, OverflowError) as error:
+            raise StateError(f"{os.fspath(path)}: {error}") from error
+        if layer.track:
+            state.check_statistics(path, layer.moving_mean.reshape(-1), layer.moving_variance.reshape(-1))
+        for name, array in layer.renorm_state.items():
+            if not np.isfinite(array).all():
+                raise StateError(f"{os.fspath(path)}: {name} must be finite")
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds: arguments and arrays, not the last batch."""
+        return {"config": self.get_config(), "state": self.state_dict(), "may_warn": self._may_warn}
+
+    def __setstate__(self, content: dict[str, Any]) -> None:
+        """Restore from a pickle, checked like any other state."""
+        self.__init__(**content["config"])  # type: ignore[misc]
+        self.load_state_dict(content["state"])
+        self._may_warn = content["may_warn"]
+
+    def __repr__(self) -> str:
+        """Show the number of channels and every argument that is not the default."""
+        shown = [] if self._arrays is None else [repr(features(self._arrays.shape))]
+        shown += [f"{k}={v!r}" for k, v in self.get_config().items() if v != self._defaults[k]]
+        return f"BatchNorm({', '.join(shown)})"
