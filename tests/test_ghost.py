@@ -9,6 +9,7 @@ import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastbn
 from fastbn import BatchNorm, batch_norm, batch_norm_backward, batch_norm_forward
 from fastbn.ghost import groups
 
@@ -331,3 +332,40 @@ def test_an_adjusted_layer_is_not_saved(tmp_path):
     with pytest.raises(TypeError, match="adjustment must not be a function in a layer that is saved"):
         bn.save(tmp_path / "bn")
     assert not list(tmp_path.iterdir())
+
+
+# -- types -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8, np.int8])
+@pytest.mark.parametrize("options", [
+    {"virtual_batch_size": 4, "virtual_groups": "strided"}, {"renorm": True}, {"on_nonfinite": "raise"},
+    {"virtual_batch_size": 6, "renorm": True, "renorm_scheme": "tf1", "activation": "relu"},
+], ids=str)  # fmt: skip
+def test_small_types(dtype, options):
+    """Those of the same values in float32, rounded once."""
+    x = (10 * cases.normal((12, C, 3), np.float32) + 30).astype(dtype)
+    bn, wide = BatchNorm(axis=1, **options), BatchNorm(axis=1, **options)
+    y, expected = bn(x, True), wide(x.astype(np.float32), True)
+    assert y.dtype == (np.float16 if dtype == np.float16 else np.float32)
+    ref.assert_same_bits(y, expected.astype(y.dtype))
+    for a, b in zip(bn.variables, wide.variables, strict=True):
+        ref.assert_same_bits(a, b)
+    dy = cases.normal(x.shape, np.float32, seed=1).astype(y.dtype)
+    dx, want = bn.backward(dy), wide.backward(dy.astype(np.float32))
+    assert dx.dtype == y.dtype
+    ref.assert_same_bits(dx, want.astype(y.dtype))
+    assert bn.grads["gamma"].dtype == np.float32
+
+
+@pytest.mark.parametrize("options", [{"virtual_batch_size": 8}, {"renorm": True}], ids=str)
+def test_the_same_bits_for_any_number_of_threads(options):
+    x = cases.normal((16, C, 64, 64), np.float32)
+    results = []
+    for count in (1, 2):
+        with fastbn.threads(count):
+            bn = BatchNorm(axis=1, **options)
+            y = bn(x, True)
+            results.append((y, bn.backward(x), *bn.variables))
+    for a, b in zip(*results, strict=True):
+        ref.assert_same_bits(a, b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import numpy as np
@@ -265,3 +266,14 @@ def test_functions_survive_a_pickle_but_no_file(tmp_path):
     with pytest.raises(TypeError, match="gamma_initializer must not be a function in a layer that is saved, got"):
         bn.save(tmp_path / "bn")
     assert not list(tmp_path.iterdir())
+
+
+def test_from_config():
+    bn = BatchNorm(C, axis=(1, 2), renorm=True, renorm_clipping={"dmax": 1}, layout=None, zero_debias=False, **NAMED)
+    config = json.loads(json.dumps(bn.get_config()))
+    twin = BatchNorm.from_config(config)
+    assert not twin.built
+    assert twin.get_config() == bn.get_config()
+    assert repr(BatchNorm.from_config({})) == "BatchNorm()"
+    with pytest.raises(TypeError, match="config must hold arguments of a layer, got decay, eps"):
+        BatchNorm.from_config({"eps": 1, "decay": 2})

@@ -381,7 +381,9 @@ class BatchNorm(Persistent):
             with self._lock:
                 before = {name: array.copy() for name, array in arrays.extra.items()}
             correction = partial(self._renorm.correction, before, epsilon=self.epsilon)
-        with np.errstate(all="ignore"):
+        groups = chosen.groups(x, self.axis, self.layout) if trains else None
+        adjustment = chosen.adjusted(x, self.axis, self.layout) if trains else None
+        with np.errstate(all="ignore"):  # of averages of infinite and NaN
             y, last, batch = composite.forward(
                 x,
                 gamma=arrays.gamma,
@@ -393,9 +395,9 @@ class BatchNorm(Persistent):
                 activation=self.activation,
                 residual=residual,
                 out=out,
-                groups=chosen.groups(x, self.axis, self.layout) if trains else None,
+                groups=groups,
                 correction=correction,
-                adjustment=chosen.adjusted(x, self.axis, self.layout) if trains else None,
+                adjustment=adjustment,
                 finite=mode == "train" and chosen.on_nonfinite == "raise",
             )
             with self._lock:

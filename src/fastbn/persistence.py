@@ -62,6 +62,36 @@ class Persistent(Parameters):
             "name": self.name,
         }
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Return a layer that is not built, with arguments that `get_config` gave.
+
+        Parameters
+        ----------
+        config : mapping
+            The arguments; what is missing has its default. A list, as JSON makes of a tuple, is one.
+
+        Returns
+        -------
+        BatchNorm
+            A new layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is unknown or does not fit.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.BatchNorm.from_config(fastbn.BatchNorm(3, momentum=0.5).get_config())
+        BatchNorm(momentum=0.5)
+        """
+        unknown = set(config) - set(cls._defaults)
+        if unknown:
+            raise TypeError(must("config", "hold arguments of a layer", ", ".join(sorted(map(str, unknown)))))
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
+
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the arrays by name, and the number of batches as "batches"; empty before building."""
         with self._lock:
@@ -167,8 +197,7 @@ class Persistent(Parameters):
             # Older files have fewer arguments; those of version 0.1.0 are in every one.
             if not isinstance(config, dict) or not _FIRST <= set(config) <= set(cls._defaults):
                 raise ValueError("config must have exactly the arguments of a layer, got others")
-            config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-            layer = cls(**config)
+            layer = cls.from_config(config)
             layer.load_state_dict(arrays | {"batches": fields["batches"]})
         except (TypeError, ValueError, OverflowError) as error:
             raise StateError(f"{os.fspath(path)}: {error}") from error
