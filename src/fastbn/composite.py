@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from . import checks, functional, passes
 from . import layout as layouts
 from .errors import must
+from .kernels import _calls
 from .moments import Moments, moments
 from .passes import Cache, Statistics
 
@@ -182,8 +183,17 @@ def forward(
         bias = (shift if weight is None else shift * weight) + (0.0 if bias is None else bias)
         weight = scale if weight is None else scale * weight
 
-    parts = []
+    parts: list[tuple[slice | None, Cache]] = []
+    channel = layouts.plain_axis(axis, layout, x)
     for part, sub, given in zip(rows, xs, found):
+        if given is None and part is not None and added is None and activation is None:
+            direct = _calls.forward(
+                sub, weight, bias, None, None, True, 0.0, epsilon, channel, ddof, True, y[part], True, True,
+                passes.team, passes.SERIAL,
+            )  # fmt: skip
+            if direct is not None:
+                parts.append((part, Cache(*direct[1])))
+                continue
         result, cache = passes.forward(
             sub,
             gamma=None if weight is None else weight.reshape(shape),
@@ -219,19 +229,10 @@ def _statistics(x: Array, axis: Any, layout: str | None) -> Statistics:
 
 def _together(found: Sequence[Statistics | None], counts: Sequence[int], ddof: int) -> Batch:
     """Return the mean over groups of their means and variances, by numbers of values."""
-    total = max(sum(counts), 1)
-    mean = variance = corrected = None
-    for statistics, count in zip(found, counts):
-        assert statistics is not None
-        share = count / total if len(counts) > 1 else 1.0
-        unbiased = statistics.variance * (count / max(count - ddof, 1)) if count else statistics.variance
-        if mean is None or variance is None or corrected is None:
-            mean, variance, corrected = share * statistics.mean, share * statistics.variance, share * unbiased
-        else:
-            mean = mean + share * statistics.mean
-            variance = variance + share * statistics.variance
-            corrected = corrected + share * unbiased
-    assert mean is not None
-    assert variance is not None
-    assert corrected is not None
-    return Batch(Statistics(mean, variance), corrected, sum(counts))
+    means = np.stack([s.mean for s in found if s is not None])
+    variances = np.stack([s.variance for s in found if s is not None])
+    values = np.array(counts, np.float64)[:, None]
+    shares = values / max(sum(counts), 1) if len(counts) > 1 else np.ones((1, 1))
+    corrected = variances * (values / np.maximum(values - ddof, 1)) if sum(counts) else variances
+    mean, variance, unbiased = ((shares * v).sum(axis=0) for v in (means, variances, corrected))
+    return Batch(Statistics(mean, variance), unbiased, sum(counts))
