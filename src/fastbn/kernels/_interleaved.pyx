@@ -32,7 +32,6 @@ cdef enum:
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together
     LARGE = 1 << 20    # values: what is larger is not in a second level cache
-    IN_ORDER = 256     # values of rows that are scaled together then
     CHUNK = 1024       # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
     STAGED = STEP * (PIECE + LANES)  # values of either, in whole lanes
@@ -55,6 +54,7 @@ cdef struct Cut:
     Py_ssize_t height      # rows of a block
     Py_ssize_t step        # rows summed while the sums of some columns are in registers
     Py_ssize_t apply_step  # rows scaled while the coefficients of some columns are in registers
+    bint in_order          # row after row instead
     Py_ssize_t ahead       # rows that are fetched in advance
     Py_ssize_t blocks      # the partial row is one more
     Py_ssize_t chunks
@@ -87,8 +87,7 @@ cdef Cut cut(const Job* job) noexcept nogil:
     # drive one another out of a first level cache. None are fetched, and *apply*, which has no sums to keep, takes two.
     k.ahead = AHEAD // k.columns
     k.apply_step = k.step if k.chunks == 1 else 2
-    if job.outer * columns >= LARGE and is_native(&job.y):  # memory takes stores best in order
-        k.apply_step = max(<Py_ssize_t> 1, min(<Py_ssize_t> STEP, IN_ORDER // k.columns))
+    k.in_order = job.outer * columns >= LARGE and is_native(&job.y)  # memory takes stores best in order
     k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
     k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
     return k
@@ -176,10 +175,10 @@ cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, b
 
 
 cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, Py_ssize_t rows,
-                Py_ssize_t columns, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
+                Py_ssize_t columns, bint in_order, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
     """*apply* to views. Not inline: its many forms are compiled once, whoever calls it."""
     apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride,
-               <floating*> y.data, y.stride, rows, columns, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
+               <floating*> y.data, y.stride, rows, columns, in_order, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
                form, stream)
 
 
@@ -204,7 +203,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
                  buffer + STAGED)
         if job.by_output:
             source = &w
-    scale(&job.gate, u, source, &w, &g, rows, whole(columns), gates + column, k.padded, False)
+    scale(&job.gate, u, source, &w, &g, rows, whole(columns), False, gates + column, k.padded, False)
     if job.kept.data != NULL and not direct:
         unstage(job, k, &job.kept, dense_kept, <floating*> g.data, row, rows, column, columns)
         g = view(job, k, &job.kept, dense_kept, False, row, rows, column, columns, buffer)
@@ -366,7 +365,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             if job.form.third:
                 w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            scale(&job.form, &u, &v, &w, &y, rows, whole(n), table + t.column + j, k.padded, streams and direct)
+            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.in_order, table + t.column + j, k.padded,
+                  streams and direct)
             if not direct:
                 unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
             j += n

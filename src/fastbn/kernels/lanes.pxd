@@ -407,26 +407,39 @@ cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating*
                                        pair, third, bend), stream)
 
 
+cdef inline void columns_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p,
+                            const floating* a, const floating* c, const floating* q, const floating* b,
+                            const double* numbers, bint pair, bint third, int bend, bint stream) noexcept nogil:
+    cdef vf[LANES] pf
+    cdef vd[LANES] pd
+    if floating is float:
+        apply_columns(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, VF, pair, third, bend, stream, pf)
+    else:
+        apply_columns(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, VD, pair, third, bend, stream, pd)
+
+
 cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
-                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width,
+                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint in_order,
                          const floating* p, const floating* a, const floating* c, const floating* q,
                          const floating* b, const double* numbers, bint pair, bint third, int bend,
                          bint stream) noexcept nogil:
-    cdef Py_ssize_t i, k
-    cdef vf[LANES] pf
-    cdef vd[LANES] pd
-    for k in range(width // LANES):
-        i = k * LANES
-        if floating is float:
-            apply_columns(u + i, su, v + i, sv, w + i, sw, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, numbers,
-                          VF, pair, third, bend, stream, pf)
-        else:
-            apply_columns(u + i, su, v + i, sv, w + i, sw, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, numbers,
-                          VD, pair, third, bend, stream, pd)
+    cdef Py_ssize_t i, k, r
+    # Row by row in the order of memory, or LANES columns of all rows with their coefficients in registers.
+    cdef Py_ssize_t turns = rows if in_order else 1
+    for r in range(turns):
+        for k in range(width // LANES):
+            i = k * LANES
+            if in_order:
+                columns_as(u + r * su + i, su, v + r * sv + i, sv, w + r * sw + i, sw, y + r * sy + i, sy, 1, p + i, a + i,
+                           c + i, q + i, b + i, numbers, pair, third, bend, stream)
+            else:
+                columns_as(u + i, su, v + i, sv, w + i, sw, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, numbers,
+                           pair, third, bend, stream)
 
 
 cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
-                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width,
+                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint in_order,
                             const floating* p, const floating* a, const floating* c, const floating* q,
                             const floating* b, const Form* f, bint stream) noexcept nogil:
     """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES.
@@ -437,44 +450,44 @@ cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v,
     if f.bend == STRAIGHT:
         if f.pair:
             if stream:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, STRAIGHT, True)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, STRAIGHT, True)
             else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, STRAIGHT, False)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, STRAIGHT, False)
         elif f.third:
             if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, STRAIGHT, True)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, STRAIGHT, True)
             else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, STRAIGHT, False)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, STRAIGHT, False)
         elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, STRAIGHT, True)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, STRAIGHT, True)
         else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, STRAIGHT, False)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, STRAIGHT, False)
     elif f.bend == BENT:
         if f.pair:
             if f.third:
-                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, p, a, c, q, b, k, True, True, BENT, False)
+                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, BENT, False)
             else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, BENT, False)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, BENT, False)
         elif f.third:
             if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, BENT, True)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, BENT, True)
             else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, BENT, False)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, BENT, False)
         elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, BENT, True)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, BENT, True)
         else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, BENT, False)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, BENT, False)
     elif f.pair:
         if f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, p, a, c, q, b, k, True, True, SMOOTH, False)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, SMOOTH, False)
         else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, p, a, c, q, b, k, True, False, SMOOTH, False)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, SMOOTH, False)
     elif f.third:
         if stream:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, SMOOTH, True)
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, SMOOTH, True)
         else:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, p, a, c, q, b, k, False, True, SMOOTH, False)
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, SMOOTH, False)
     elif stream:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, SMOOTH, True)
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, SMOOTH, True)
     else:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, p, a, c, q, b, k, False, False, SMOOTH, False)
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, SMOOTH, False)
