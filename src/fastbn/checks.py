@@ -18,6 +18,9 @@ _DATA_TYPES: Final = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 _DATA_TYPES_SWAPPED: Final = frozenset(np.dtype(t).newbyteorder() for t in (np.float16, np.float32, np.float64))
 # Types of x. NumPy has no bfloat16 of its own: that of ml_dtypes is known by its name, and joins when it is first seen.
 _KINDS: Final = {np.dtype(name): kind for name, kind in KINDS.items() if name != "bfloat16"}
+# bfloat16 by its bits, for frameworks that have the type where NumPy has none: `fastbn.torch`.
+BFLOAT16_BITS: Final = np.dtype([("bfloat16", np.uint16)])
+_KINDS[BFLOAT16_BITS] = KINDS["bfloat16"]
 _RESULTS: Final = {np.dtype(t): np.dtype(np.float32) for t in (np.uint8, np.int8)}
 _DLPACK_CPU: Final = 1
 
@@ -100,7 +103,8 @@ def parameter(value: Any, name: str, shape: tuple[int, ...]) -> Array | None:
         return None
     array = as_array(value, name)
     if array.dtype not in _DATA_TYPES or not array.flags.aligned:
-        if (array.dtype.kind not in "iuf" or array.dtype.itemsize > 8) and not _known(array.dtype):
+        real = array.dtype.kind in "iuf" and array.dtype.itemsize <= 8
+        if not real and (array.dtype == BFLOAT16_BITS or not _known(array.dtype)):
             raise TypeError(must(name, "have a real dtype of at most 64 bits", array.dtype))
         half = array.dtype.itemsize == 2 and array.dtype.kind not in "iu"
         array = array.astype(np.float32 if half else np.float64)

@@ -1,0 +1,299 @@
+"""`batch_norm` on tensors: which way a call goes.
+
+There are three:
+
+- *At once*: a plain tensor in eager mode goes through a ``torch.autograd.Function`` to the kernels, or to them alone where
+  nothing asks for a gradient. That is the cheapest.
+- *By operators*, ``torch.ops.fastbn``, wherever the call is recorded rather than carried out: torch.compile,
+  torch.export, torch.jit.trace, make_fx, fake tensors. An autograd.Function could be baked in as a constant there, or
+  differentiated silently wrong; an operator is opaque, and says what it changes and what shape and strides come out.
+- *PyTorch's own*, for what fastbn does not take: other devices and dtypes, transforms of torch.func, forward-mode
+  derivatives, tensor subclasses, a momentum outside of [0, 1], and everything that is an error, which is PyTorch's
+  then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..activation import named
+from . import bridge, operators
+
+Tensor = torch.Tensor
+
+
+def batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | tuple[str, float] | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Normalize a batch per channel: ``torch.nn.functional.batch_norm``, with an activation and a residual::
+
+        y = activation((input - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    Parameters
+    ----------
+    input : Tensor of shape (N, C, ...)
+        float32, float64, float16 or bfloat16 in main memory; any other goes to PyTorch.
+    running_mean, running_var : Tensor of shape (C,), optional
+        Updated in place by training: ``running = (1 - momentum) * running + momentum * batch``, the variance of the
+        batch divided by its count less 1. Needed without training.
+    weight, bias : Tensor of shape (C,), optional
+        Scale and shift.
+    training : bool, default: False
+        Whether to normalize with the statistics of the batch.
+    momentum : float, default: 0.1
+        Share of the NEW value, as everywhere in PyTorch; fastbn's NumPy functions name the share of the old one.
+    eps : float, default: 1e-5
+        Added to the variance.
+    activation : str or tuple, optional
+        Applied in the same pass: relu, relu6, silu, gelu_tanh, leaky_relu (slope 0.01) or ("leaky_relu", slope).
+    residual : Tensor of input's shape and dtype, optional
+        Added before the activation. What broadcasts or has another dtype is added by PyTorch.
+
+    Returns
+    -------
+    Tensor
+        Of input's shape and dtype; channels_last where input is, else contiguous.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If activation is none of those.
+    Exception
+        Whatever PyTorch raises for other arguments.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fastbn.torch
+    >>> x = torch.tensor([[0.0, 10.0], [2.0, 30.0]])
+    >>> fastbn.torch.batch_norm(x, None, None, training=True, eps=1e-12)
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+    """
+    if activation is not None and not torch.compiler.is_compiling():
+        activation = named(activation)
+    return dispatch(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+
+
+def dispatch(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: bridge.Activation = None,
+    residual: Tensor | None = None,
+    batches: Tensor | None = None,
+) -> Tensor:
+    """Send a call its way; `batches` is a counter whose reciprocal stands for the momentum."""
+    if not takes(x, running_mean, running_var, weight, bias, training, momentum, eps):
+        return _pytorch(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
+        )
+    if residual is not None and not _fits(residual, x):
+        z = dispatch(x, running_mean, running_var, weight, bias, training, momentum, eps, None, None, batches)
+        return activated(z + residual, activation)
+    if torch.compiler.is_compiling():
+        return _by_operators(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return _pytorch(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
+        )
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return _by_operators(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
+        )
+    for tensor in (x, residual, weight, bias, running_mean):
+        if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return _pytorch(
+                x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
+            )
+    if batches is not None:
+        momentum = 1.0 / float(batches)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Function.apply(  # type: ignore[no-any-return]
+            x, weight, bias, residual, (running_mean, running_var), training, momentum, eps, activation
+        )
+    return bridge.forward(
+        x, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, keep=False
+    )[0]
+
+
+def takes(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> bool:
+    """Whether fastbn plainly knows what to do: PyTorch decides about all else, also about what is an error."""
+    types = bridge.PARAMETER_TYPES.get(x.dtype)
+    if types is None or not x.is_cpu or x.layout is not torch.strided or x.dim() < 2 or x.is_neg() or x.is_nested:
+        return False
+    if (running_mean is None) != (running_var is None):
+        return False
+    channels = x.shape[1]
+    if training:
+        if eps <= 0.0 or x.numel() == channels:
+            return False
+    elif running_mean is None or eps < 0.0:
+        return False
+    if not 0.0 <= momentum <= 1.0:
+        return False
+    dtype = None
+    for tensor in (running_mean, running_var, weight, bias):
+        if tensor is None:
+            continue
+        if dtype is None:
+            dtype = tensor.dtype
+            if dtype not in types:
+                return False
+        if tensor.dtype is not dtype or not tensor.is_cpu or tensor.dim() != 1 or tensor.shape[0] != channels:
+            return False
+    return True
+
+
+def _fits(residual: Tensor, x: Tensor) -> bool:
+    return (
+        residual.shape == x.shape
+        and residual.dtype is x.dtype
+        and residual.is_cpu
+        and residual.layout is torch.strided
+        and not residual.is_neg()
+    )
+
+
+def _by_operators(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: bridge.Activation,
+    residual: Tensor | None,
+    batches: Tensor | None,
+) -> Tensor:
+    name, slope = operators.encoded(activation)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        return operators.batch_norm_eval(x, running_mean, running_var, weight, bias, residual, eps, name, slope)
+    y, mean, variance = operators.batch_norm_train(x, weight, bias, residual, eps, name, slope)
+    if running_mean is not None and running_var is not None:
+        count = bridge.values_per_channel(x)
+        operators.batch_norm_update(running_mean, running_var, mean, variance, count, momentum, batches)
+    return y
+
+
+def _pytorch(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: bridge.Activation,
+    residual: Tensor | None,
+    batches: Tensor | None,
+) -> Tensor:
+    if batches is not None:
+        momentum = 1.0 / float(batches)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activated(y if residual is None else y + residual, activation)
+
+
+def activated(z: Tensor, activation: bridge.Activation) -> Tensor:
+    """Apply an activation by PyTorch."""
+    name, slope = operators.encoded(activation)
+    if name == "":
+        return z
+    if name == "leaky_relu":
+        return F.leaky_relu(z, slope)
+    if name == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}[name](z)
+
+
+class _Function(torch.autograd.Function):
+    """The way at once. A second derivative is taken by the operators, which have one."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: bridge.Activation,
+    ) -> Tensor:
+        y, ctx.statistics = bridge.forward(
+            x, weight, bias, residual, *running, training, momentum, eps, activation
+        )
+        ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
+        if activation is None:
+            ctx.save_for_backward(x, weight, None, None, None)
+        elif bridge.from_output(activation):
+            ctx.save_for_backward(x, weight, None, None, y)
+        else:
+            ctx.save_for_backward(x, weight, bias, residual, None)
+        ctx.bias_type = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, residual, y = ctx.saved_tensors
+        statistics = ctx.statistics
+        result: tuple[Tensor, Tensor, Tensor, Tensor]
+        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+            name, slope = operators.encoded(ctx.activation)
+            mean, variance = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.variance)
+            result = operators.gradients(
+                dy, x, mean, variance, y, weight, bias, residual, ctx.eps, name, slope, statistics.frozen
+            )
+        else:
+            dx, dweight, dbias, dresidual = bridge.backward(
+                dy, x, weight, bias, residual, y, statistics, ctx.eps, ctx.activation, ctx.has_residual
+            )
+            result = dx, torch.from_numpy(dweight), torch.from_numpy(dbias), dresidual  # type: ignore[assignment]
+        types = (
+            None if weight is None else weight.dtype,
+            ctx.bias_type,
+            x.dtype if ctx.has_residual else None,
+        )
+        wanted = ctx.needs_input_grad
+        given = (result[0], *operators.as_asked(result, types))
+        return (*(g if w else None for g, w in zip(given, wanted)), None, None, None, None, None)

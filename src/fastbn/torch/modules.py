@@ -1,0 +1,164 @@
+"""Modules: subclasses of PyTorch's own that differ in who computes.
+
+They add no attribute to what a `torch.nn.BatchNorm` has (those with an activation add its name), so state
+dictionaries, pickles of state and `convert` by change of class all fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..activation import named
+from . import bridge
+from .functional import dispatch
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "BatchNormReLU1d",
+    "BatchNormReLU2d",
+    "BatchNormReLU3d",
+]
+
+
+class _Fast(nn.modules.batchnorm._BatchNorm):
+    """What all of them do. PyTorch's checks of the rank come with the class that this one is mixed into."""
+
+    activation: bridge.Activation = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize a batch."""
+        return self._normalize(input, None)
+
+    def _normalize(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(input, fx.Proxy):
+            return _leaf(self, input, residual)
+        self._check_input_dim(input)
+        tracked = self.track_running_stats
+        batches = None
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and tracked and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                batches = self.num_batches_tracked
+        read = tracked or not self.training
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        return dispatch(
+            input,
+            self.running_mean if read else None,
+            self.running_var if read else None,
+            self.weight,
+            self.bias,
+            training,
+            momentum,
+            self.eps,
+            self.activation,
+            residual,
+            batches,
+        )
+
+
+def _leaf(module: nn.Module, input: fx.Proxy, residual: Any) -> Any:
+    """Record a call of the module instead of its insides, as torch.fx does with PyTorch's own."""
+    tracer = input.tracer
+    arguments = (input,) if residual is None else (input, residual)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
+class BatchNorm1d(_Fast, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` (N, C) or (N, C, L), computed by fastbn.
+
+    The arguments, the state dictionary, results within float error and errors are PyTorch's; ``isinstance(module,
+    torch.nn.BatchNorm1d)`` holds. Also under torch.compile, torch.export, DistributedDataParallel, and in forked processes.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in PyTorch, where momentum is the share of the NEW value.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fastbn.torch
+    >>> bn = fastbn.torch.BatchNorm1d(2, momentum=0.5)
+    >>> _ = bn(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
+    >>> bn.running_mean
+    tensor([ 0.5000, 10.0000])
+    """
+
+
+class BatchNorm2d(_Fast, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` (N, C, H, W), contiguous or channels_last, computed by fastbn. See `BatchNorm1d`."""
+
+
+class BatchNorm3d(_Fast, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` (N, C, D, H, W), contiguous or channels_last_3d, computed by fastbn. See `BatchNorm1d`."""
+
+
+class _Activated(_Fast):
+    def __init__(self, *args: Any, activation: str | tuple[str, float], **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.activation = named(activation)
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalize a batch, add the residual and apply the activation."""
+        return self._normalize(input, residual)
+
+    def extra_repr(self) -> str:
+        """Describe the module."""
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class BatchNormAct1d(_Activated, BatchNorm1d):
+    """Batch norm and what follows it, in one pass over memory: ``activation(batch_norm(input) + residual)``.
+
+    The state dictionary is that of `torch.nn.BatchNorm1d`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in `torch.nn.BatchNorm1d`.
+    activation : str or tuple
+        relu, relu6, silu, gelu_tanh, leaky_relu (slope 0.01) or ("leaky_relu", slope).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fastbn.torch
+    >>> bn = fastbn.torch.BatchNormAct1d(1, activation="relu", eps=1e-12)
+    >>> bn(torch.tensor([[0.0], [2.0]]), residual=torch.tensor([[0.0], [5.0]]))
+    tensor([[0.],
+            [6.]], grad_fn=<_FunctionBackward>)
+    """
+
+
+class BatchNormAct2d(_Activated, BatchNorm2d):
+    """``activation(batch_norm(input) + residual)`` of (N, C, H, W). See `BatchNormAct1d`."""
+
+
+class BatchNormAct3d(_Activated, BatchNorm3d):
+    """``activation(batch_norm(input) + residual)`` of (N, C, D, H, W). See `BatchNormAct1d`."""
+
+
+class _Rectified(_Activated):
+    def __init__(self, *args: Any, activation: str | tuple[str, float] = "relu", **keywords: Any) -> None:
+        super().__init__(*args, activation=activation, **keywords)
+
+
+class BatchNormReLU1d(_Rectified, BatchNormAct1d):
+    """`BatchNormAct1d` whose activation is relu unless another is given."""
+
+
+class BatchNormReLU2d(_Rectified, BatchNormAct2d):
+    """`BatchNormAct2d` whose activation is relu unless another is given."""
+
+
+class BatchNormReLU3d(_Rectified, BatchNormAct3d):
+    """`BatchNormAct3d` whose activation is relu unless another is given."""

@@ -1,0 +1,380 @@
+"""The operators ``torch.ops.fastbn``: what compilers, exporters and tracers see, and the second derivative.
+
+Each is a function of tensors without side effects, but for `batch_norm_update`, which writes the running statistics. An
+activation is a name ("" for none) and a slope, which only leaky_relu looks at. Statistics go from one operator to the next
+as float64 tensors; they are functions of x that no gradient is taken of by themselves: the gradients of `batch_norm_train`
+and `batch_norm_backward` go through them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..activation import _FIXED, SLOPE
+from . import bridge
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
+
+
+def encoded(activation: bridge.Activation) -> tuple[str, float]:
+    """Return an activation as operators take it."""
+    if activation is None:
+        return "", 0.0
+    if isinstance(activation, tuple):
+        return activation[0], float(activation[1])
+    return activation, SLOPE
+
+
+def decoded(activation: str, slope: float) -> bridge.Activation:
+    """Return an activation as fastbn takes it."""
+    if not activation:
+        return None
+    return ("leaky_relu", slope) if activation == "leaky_relu" else activation
+
+
+def _vectors(mean: Tensor, variance: Tensor, frozen: bool) -> bridge.Statistics:
+    return bridge.Statistics(mean.detach().numpy(), variance.detach().numpy(), frozen)
+
+
+@torch.library.custom_op(
+    "fastbn::batch_norm_train",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str activation, float slope) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def batch_norm_train(
+    x: Tensor, weight: Optional, bias: Optional, residual: Optional, eps: float, activation: str, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, mean and variance (divided by the count) of a batch."""
+    act = decoded(activation, slope)
+    y, statistics = bridge.forward(x, weight, bias, residual, None, None, True, 0.0, eps, act)
+    assert statistics is not None
+    return y, torch.from_numpy(statistics.mean), torch.from_numpy(statistics.variance)
+
+
+@batch_norm_train.register_fake
+def _(
+    x: Tensor, weight: Optional, bias: Optional, residual: Optional, eps: float, activation: str, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, variance = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
+    return bridge.empty_like(x), mean, variance
+
+
+@torch.library.custom_op(
+    "fastbn::batch_norm_eval",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "float eps, str activation, float slope) -> Tensor",
+)
+def batch_norm_eval(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """Return y with given statistics."""
+    act = decoded(activation, slope)
+    return bridge.forward(x, weight, bias, residual, running_mean, running_var, False, 0.0, eps, act, keep=False)[0]
+
+
+@batch_norm_eval.register_fake
+def _(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    return bridge.empty_like(x)
+
+
+@torch.library.custom_op(
+    "fastbn::batch_norm_update",
+    mutates_args=("running_mean", "running_var"),
+    device_types="cpu",
+    schema="(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, SymInt count, "
+    "float momentum, Tensor? batches) -> ()",
+)
+def batch_norm_update(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    momentum: float,
+    batches: Optional,
+) -> None:
+    """Update running statistics; with `batches`, a counter, its reciprocal is the momentum."""
+    if batches is not None:
+        momentum = 1.0 / float(batches)
+    bridge.update(running_mean, running_var, mean.detach().numpy(), variance.detach().numpy(), count, momentum)
+
+
+@batch_norm_update.register_fake
+def _(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    momentum: float,
+    batches: Optional,
+) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "fastbn::batch_norm_gate",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dy, Tensor x, Tensor mean, Tensor variance, Tensor? y, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, float eps, str activation, float slope, bool frozen) -> Tensor",
+)
+def batch_norm_gate(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    y: Optional,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+    frozen: bool,
+) -> Tensor:
+    """Return the gradient before the activation: dy times the activation's derivative, found from y or from x."""
+    statistics = _vectors(mean, variance, frozen)
+    act = decoded(activation, slope)
+    if not x.numel():
+        return bridge.empty_like(x)
+    return bridge.gate(dy, x, weight, bias, residual, y, statistics, eps, act)
+
+
+@batch_norm_gate.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    y: Optional,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+    frozen: bool,
+) -> Tensor:
+    return bridge.empty_like(x)
+
+
+@torch.library.custom_op(
+    "fastbn::batch_norm_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dy, Tensor x, Tensor mean, Tensor variance, Tensor? weight, float eps, bool frozen) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Optional, eps: float, frozen: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dweight and dbias; the latter float32, or float64 for float64 data."""
+    statistics = _vectors(mean, variance, frozen)
+    dx, dweight, dbias, _ = bridge.backward(dy, x, weight, None, None, None, statistics, eps, None, False)
+    return dx, torch.from_numpy(dweight), torch.from_numpy(dbias)
+
+
+@batch_norm_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Optional, eps: float, frozen: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
+    return bridge.empty_like(x), dweight, dbias
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    y: Optional,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dweight, dbias and dresidual by operators, so that they can be differentiated again."""
+    if activation:
+        dy = batch_norm_gate(
+            dy, x, mean, variance, y, weight, bias, residual, eps, activation, slope, frozen
+        )  # fmt: skip
+    dx, dweight, dbias = batch_norm_backward(dy, x, mean, variance, weight, eps, frozen)
+    return dx, dweight, dbias, dy
+
+
+def _save_activation(
+    ctx: Any, activation: str, slope: float, y: Tensor, bias: Optional, residual: Optional
+) -> tuple[Optional, Optional, Optional]:
+    """Return what the gate needs of y, bias and residual."""
+    ctx.activation, ctx.slope = activation, slope
+    if not activation:
+        return None, None, None
+    if bridge.from_output(decoded(activation, slope)):
+        return y, None, None
+    return None, bias, residual
+
+
+def _train_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, ctx.eps, activation, slope = inputs
+    y, mean, variance = output
+    ctx.mark_non_differentiable(mean, variance)
+    kept = _save_activation(ctx, activation, slope, y, bias, residual)
+    ctx.types = _types(weight, bias, residual)
+    ctx.save_for_backward(x, mean, variance, kept[0], weight, *kept[1:])
+
+
+def _train_backward(ctx: Any, dy: Tensor, _mean: Any, _variance: Any) -> tuple[Any, ...]:
+    result = gradients(dy, *ctx.saved_tensors, ctx.eps, ctx.activation, ctx.slope, False)
+    return (result[0], *as_asked(result, ctx.types), None, None, None)
+
+
+def _eval_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, running_mean, running_var, weight, bias, residual, ctx.eps, activation, slope = inputs
+    kept = _save_activation(ctx, activation, slope, output, bias, residual)
+    ctx.types = _types(weight, bias, residual)
+    # Copies: training may change them before the gradient is taken.
+    mean, variance = (t.detach().to(torch.float64, copy=True) for t in (running_mean, running_var))
+    ctx.save_for_backward(x, mean, variance, kept[0], weight, *kept[1:])
+
+
+def _eval_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    result = gradients(dy, *ctx.saved_tensors, ctx.eps, ctx.activation, ctx.slope, True)
+    return (result[0], None, None, *as_asked(result, ctx.types), None, None, None)
+
+
+def _types(weight: Optional, bias: Optional, residual: Optional) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in (weight, bias, residual))
+
+
+def as_asked(
+    result: tuple[Tensor, Tensor, Tensor, Tensor], types: tuple[torch.dtype | None, ...]
+) -> tuple[Optional, Optional, Optional]:
+    """Return the gradients of weight, bias and residual in their types, None where there is none."""
+    _, dweight, dbias, dresidual = result
+    weight, bias, residual = types
+    return (
+        None if weight is None else dweight.to(weight),
+        None if bias is None else dbias.to(bias),
+        None if residual is None else dresidual,
+    )
+
+
+def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dy, x, mean, variance, weight, ctx.eps, ctx.frozen = inputs
+    ctx.save_for_backward(dy, x, mean, variance, weight)
+
+
+def _double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor) -> tuple[Any, ...]:
+    """Differentiate the gradient, in float64.
+
+    With u the gradients that come in, xh the normalized batch, r = 1 / sqrt(variance + eps), M values per channel, and
+    P(z) = r * (z - mean(z) - xh * mean(z * xh)), the gradient of a batch norm of weight 1::
+
+        dx = w * P(dy),  dweight = sum(dy * xh),  dbias = sum(dy)
+        L = sum(gx * dx) + gweight * dweight + gbias * dbias
+        dL/ddy = w * P(gx) + gweight * xh + gbias
+        dL/dw = sum(gx * P(dy)) =: S
+        dL/dx = P(h) - w * S * r * xh / M,  h = (gweight - w * r * mean(gx * xh)) * dy - w * r * mean(dy * xh) * gx
+
+    Written in PyTorch's own operations on x itself, so that any further derivative is right too.
+    """
+    dy, x, mean, variance, weight = ctx.saved_tensors
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    values = max(math.prod(x.shape[axis] for axis in axes), 1)
+    wide_x, wide_dy, gx = (t.to(torch.float64) for t in (x, dy, gx))
+    w = x.new_ones(x.shape[1], dtype=torch.float64) if weight is None else weight.to(torch.float64)
+    w, gw, gb = (t.to(torch.float64).reshape(shape) for t in (w, gweight, gbias))
+
+    def total(t: Tensor) -> Tensor:
+        return t.sum(axes, keepdim=True)
+
+    if ctx.frozen:
+        r = (variance + ctx.eps).rsqrt().reshape(shape)
+        xh = (wide_x - mean.reshape(shape)) * r
+        ddy = w * r * gx + gw * xh + gb
+        dx = gw * r * wide_dy
+        dw = total(gx * wide_dy) * r
+    else:
+        deviation = wide_x - total(wide_x) / values
+        r = (total(deviation * deviation) / values + ctx.eps).rsqrt()
+        xh = deviation * r
+
+        def gradient(z: Tensor) -> Tensor:
+            return r * (z - total(z) / values - xh * (total(z * xh) / values))
+
+        p = gradient(wide_dy)
+        dw = total(gx * p)
+        ddy = w * gradient(gx) + gw * xh + gb
+        h = (gw - w * r * (total(gx * xh) / values)) * wide_dy - w * r * (total(wide_dy * xh) / values) * gx
+        dx = gradient(h) - w * dw * r * xh / values
+    dweight = None if weight is None else dw.reshape(-1).to(weight.dtype)
+    return ddy.to(dy.dtype), dx.to(x.dtype), None, None, dweight, None, None
+
+
+def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dy, x, mean, variance, y, weight, bias, residual, *ctx.rest = inputs
+    ctx.save_for_backward(dy, x, mean, variance, y, weight, bias, residual)
+
+
+def _gate_backward(ctx: Any, gz: Tensor) -> tuple[Any, ...]:
+    """Differentiate dy * f'(z), z being the value before the activation f."""
+    dy, x, mean, variance, y, weight, bias, residual = ctx.saved_tensors
+    eps, activation, slope, frozen = ctx.rest
+    ddy = batch_norm_gate(gz, x, mean, variance, y, weight, bias, residual, *ctx.rest)
+    fixed = _FIXED.get(activation)
+    dx = dweight = dbias = dresidual = None
+    if fixed is not None and not fixed.from_output:  # the others are made of straight lines
+        if frozen:
+            z = batch_norm_eval(x, mean, variance, weight, bias, residual, eps, "", 0.0)
+        else:
+            z = batch_norm_train(x, weight, bias, residual, eps, "", 0.0)[0]
+        dz = (gz.to(torch.float64) * dy * _second_derivative(z.to(torch.float64), *fixed.bend[1][:2])).to(x.dtype)
+        result = gradients(dz, x, mean, variance, None, weight, bias, residual, eps, "", 0.0, frozen)
+        dx, (dweight, dbias, dresidual) = result[0], as_asked(result, _types(weight, bias, residual))
+    return ddy, dx, None, None, None, dweight, dbias, dresidual, None, None, None, None
+
+
+def _second_derivative(z: Tensor, k1: float, k3: float) -> Tensor:
+    """Of z * s with s = sigmoid(k1 z + k3 z^3): silu and gelu_tanh."""
+    inner = k1 + 3.0 * k3 * z * z
+    s = torch.sigmoid(z * (k1 + k3 * z * z))
+    slope = s * (1.0 - s)
+    return 2.0 * slope * inner + z * slope * ((1.0 - 2.0 * s) * inner * inner + 6.0 * k3 * z)
+
+
+batch_norm_train.register_autograd(_train_backward, setup_context=_train_context)
+batch_norm_eval.register_autograd(_eval_backward, setup_context=_eval_context)
+batch_norm_gate.register_autograd(_gate_backward, setup_context=_gate_context)
+batch_norm_backward.register_autograd(_double_backward, setup_context=_backward_context)

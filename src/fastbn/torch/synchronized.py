@@ -1,0 +1,259 @@
+"""Statistics of all processes of a group: synchronized batch norm for CPUs, over gloo.
+
+Forward, every process sends 2C + 1 float64 numbers, its count, means and sums of squared deviations, and merges those of
+all in the order of ranks by Chan's formula. So every process has the same statistics, to the bit, and those of the whole
+batch however unevenly it is divided. Backward, 2C numbers go the same way: sum(dy) and sum(dy * (x - mean)).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed, nn
+
+from .. import functional, kernels, moments, passes
+from ..errors import must
+from ..moments import Moments
+from . import bridge
+from .functional import takes
+from .modules import _Fast
+
+Array = NDArray[Any]
+
+
+class SyncBatchNorm(_Fast):
+    """Batch norm over the batches of all processes of a group, on CPUs, which PyTorch's own does not do.
+
+    Each process may have another number of samples, or none. Every process of the group has to make the same calls
+    in training, and backward ones as well. Outside of training, in a group of one, and without `torch.distributed`
+    it is an ordinary batch norm.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in `torch.nn.BatchNorm1d`.
+    process_group : torch.distributed.ProcessGroup, optional
+        The default group if None. The backend must carry CPU tensors: gloo.
+
+    Notes
+    -----
+    It is no subclass of `torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on CPUs. The gradients of weight
+    and bias are those of a process's own part; DistributedDataParallel averages them. There is no second derivative, and
+    torch.compile leaves the graph here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fastbn.torch
+    >>> fastbn.torch.SyncBatchNorm(3)(torch.zeros(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    process_group: Any
+    # What `revert` makes of it: the name of one of PyTorch's classes.
+    converted_from: str | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords)
+        self.process_group = process_group
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle and a deep copy hold: all but the process group, which belongs to this process."""
+        return {**self.__dict__, "process_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """Copy everything but the process group, which is shared."""
+        import copy
+
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        other.process_group = self.process_group
+        return other
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Let every batch norm of a model synchronize: `fastbn.torch.convert_sync_batchnorm`."""
+        from .conversion import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize a part of a batch."""
+        batch = self.training or self.running_mean is None
+        if not batch or isinstance(input, torch.fx.Proxy) or self._world() == 1:
+            return super().forward(input)
+        return self._synchronized(input)
+
+    def _world(self) -> int:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return 1
+        return distributed.get_world_size(self.process_group)
+
+    @torch.compiler.disable
+    def _synchronized(self, input: torch.Tensor) -> torch.Tensor:
+        self._check_input_dim(input)
+        running_mean, running_var = (self.running_mean, self.running_var) if self.training else (None, None)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        self._check(input, running_mean, running_var, momentum)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return _Synchronized.apply(  # type: ignore[no-any-return]
+            input, self.weight, self.bias, (running_mean, running_var), momentum, self.eps, self.process_group
+        )
+
+    def _check(self, x: torch.Tensor, running_mean: Any, running_var: Any, momentum: float) -> None:
+        if not x.is_cpu:
+            raise TypeError(must("input", "be in main memory (for others: torch.nn.SyncBatchNorm)", x.device))
+        if x.shape[1] != self.num_features:
+            raise ValueError(must("input", f"have {self.num_features} channels", x.shape[1]))
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(must("momentum", "be in [0, 1]", momentum))
+        if self.eps <= 0.0:
+            raise ValueError(must("eps", "be positive", self.eps))
+        # A batch of two values per channel stands for this one: a process may have one value, or none.
+        two = x.new_empty((2, x.shape[1])) if x.dtype in bridge.PARAMETER_TYPES else x
+        if not takes(two, running_mean, running_var, self.weight, self.bias, True, momentum, self.eps):
+            raise TypeError(
+                must(
+                    "input",
+                    "be float16, bfloat16, float32 or float64, and parameters of its type or, for 16 bits, float32",
+                    f"{x.dtype} and {None if self.weight is None else self.weight.dtype}",
+                )
+            )
+
+
+def _gathered(numbers: Array, group: Any) -> list[Array]:
+    """Return the numbers of all processes, in the order of ranks."""
+    mine = torch.from_numpy(numbers)
+    all_of_them = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(all_of_them, mine, group=group)
+    return [t.numpy() for t in all_of_them]
+
+
+def _pooled(x: Array, group: Any) -> Moments:
+    mine = moments(x, axis=1)
+    channels = len(mine.mean)
+    result = Moments(channels)
+    for numbers in _gathered(np.concatenate(([float(mine.count)], mine.mean, mine.m2)), group):
+        part = Moments(channels)
+        part.count, part.mean, part.m2 = int(numbers[0]), numbers[1 : 1 + channels], numbers[1 + channels :]
+        result.merge(part)
+    return result
+
+
+class _Synchronized(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        running: tuple[torch.Tensor | None, torch.Tensor | None],
+        momentum: float,
+        eps: float,
+        group: Any,
+    ) -> torch.Tensor:
+        source = bridge.array(x)
+        pooled = bridge.limited(x.numel(), lambda: _pooled(source, group))
+        if pooled.count == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        variance = pooled.variance() if pooled.count else np.zeros_like(pooled.mean)
+        y = bridge.empty_like(x)
+        bridge.limited(
+            x.numel(),
+            lambda: functional.normalize(
+                source,
+                pooled.mean,
+                variance,
+                gamma=bridge.vector(weight),
+                beta=bridge.vector(bias),
+                epsilon=eps,
+                axis=1,
+                out=bridge.array(y),
+            ),
+        )
+        if running[0] is not None and running[1] is not None:
+            bridge.update(running[0], running[1], pooled.mean, variance, pooled.count, momentum)
+        ctx.save_for_backward(x, weight)
+        ctx.mean, ctx.variance, ctx.count, ctx.eps, ctx.group = pooled.mean, variance, pooled.count, eps, group
+        ctx.bias_type = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        result = bridge.limited(x.numel(), lambda: _gradients(ctx, bridge.array(dy), x, weight))
+        wanted = ctx.needs_input_grad
+        types = (x.dtype, None if weight is None else weight.dtype, ctx.bias_type)
+        given = (g.to(dtype) if w else None for g, w, dtype in zip(result, wanted, types))
+        return (*given, None, None, None, None)
+
+
+def _gradients(ctx: Any, dy: Array, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Return dx, dweight and dbias.
+
+    With M values per channel in all processes and r = 1 / sqrt(variance + eps)::
+
+        dx = weight * r * (dy - sum(dy) / M) - (x - mean) * r * weight * r^2 * sum(dy * (x - mean)) / M
+
+    The second term is a normalization of x, with a weight of its own; the first one of dy, to which it is added.
+    """
+    source, gamma = bridge.array(x), bridge.vector(weight)
+    result = bridge.empty_like(x)
+    target = bridge.array(result)
+    if x.dtype.itemsize == 2:  # one rounding at the end
+        source, dy = x.detach().float().numpy(), bridge.tensor_of(dy).float().numpy()
+        result = bridge.empty_like(x).float()
+        target = result.numpy()
+    sums = np.zeros((2, x.shape[1]))
+    if source.size:
+        passes.run(
+            kernels.FROZEN,
+            (1,),
+            source,
+            dy=dy,
+            out=target,
+            gamma=gamma,
+            mean=ctx.mean,
+            variance=ctx.variance,
+            epsilon=ctx.eps,
+            first=sums[0],
+            second=sums[1],
+        )
+    everywhere = np.zeros_like(sums)
+    for part in _gathered(sums, ctx.group):
+        everywhere += part
+    # As in the kernels: 0 where variance and eps both are 0.
+    deviation = np.sqrt(ctx.variance + ctx.eps)
+    r = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+    if source.size:
+        mean_dy, mean_product = everywhere / ctx.count
+        scale = np.ones(x.shape[1]) if gamma is None else gamma.astype(np.float64)
+        options: dict[str, Any] = {"epsilon": ctx.eps, "axis": 1}
+        second = functional.normalize(
+            source, ctx.mean, ctx.variance, gamma=-scale * r * r * mean_product, **options
+        )
+        functional.normalize(dy, mean_dy, ctx.variance, gamma=gamma, residual=second, out=target, **options)
+    return result, torch.from_numpy(sums[1] * r), torch.from_numpy(sums[0])
