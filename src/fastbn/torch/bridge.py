@@ -287,4 +287,4 @@ def from_output(activation: Activation) -> bool:
 
 def values_per_channel(x: torch.Tensor) -> int:
     """Return how many values a channel has, also for an empty batch."""
-    return math.prod(n for axis, n in enumerate(x.shape) if axis != 1)
+    return math.prod(x.shape[:1] + x.shape[2:])

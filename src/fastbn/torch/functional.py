@@ -14,7 +14,7 @@ There are three:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +23,7 @@ from ..activation import named
 from . import bridge, operators
 
 Tensor = torch.Tensor
+_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
 
 
 def batch_norm(
@@ -106,7 +107,7 @@ def dispatch(
         return _pytorch(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    if residual is not None and not _fits(residual, x):
+    if residual is not None and not fits(residual, x):
         z = dispatch(x, running_mean, running_var, weight, bias, training, momentum, eps, None, None, batches)
         return activated(z + residual, activation)
     if torch.compiler.is_compiling():
@@ -121,8 +122,8 @@ def dispatch(
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    for tensor in (x, residual, weight, bias, running_mean):
-        if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    for tensor in (x, residual, weight, bias, running_mean, running_var):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor.is_nested):
             return _pytorch(
                 x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
             )
@@ -154,13 +155,14 @@ def takes(
 ) -> bool:
     """Whether fastbn plainly knows what to do: PyTorch decides about all else, also about what is an error."""
     types = bridge.PARAMETER_TYPES.get(x.dtype)
-    if types is None or not x.is_cpu or x.layout is not torch.strided or x.dim() < 2 or x.is_neg() or x.is_nested:
+    if types is None or not x.is_cpu or x.layout is not torch.strided or x.dim() < 2:
         return False
     if (running_mean is None) != (running_var is None):
         return False
-    channels = x.shape[1]
+    # torch.jit.trace warns of every look at a size.
+    sized = torch.compiler.is_compiling() or torch._C._get_tracing_state() is None
     if training:
-        if eps <= 0.0 or x.numel() == channels:
+        if eps <= 0.0 or (sized and x.numel() == x.shape[1]):
             return False
     elif running_mean is None or eps < 0.0:
         return False
@@ -174,18 +176,20 @@ def takes(
             dtype = tensor.dtype
             if dtype not in types:
                 return False
-        if tensor.dtype is not dtype or not tensor.is_cpu or tensor.dim() != 1 or tensor.shape[0] != channels:
+        if tensor.dtype is not dtype or not tensor.is_cpu or tensor.dim() != 1:
+            return False
+        if sized and tensor.shape[0] != x.shape[1]:
             return False
     return True
 
 
-def _fits(residual: Tensor, x: Tensor) -> bool:
+def fits(residual: Tensor, x: Tensor) -> bool:
+    """Whether fastbn can add it."""
     return (
         residual.shape == x.shape
         and residual.dtype is x.dtype
         and residual.is_cpu
         and residual.layout is torch.strided
-        and not residual.is_neg()
     )
 
 
