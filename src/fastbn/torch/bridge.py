@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from .. import activation as activations
-from .. import functional, threads
+from .. import functional
 from ..checks import BFLOAT16_BITS
 from ..passes import SERIAL, Cache
-from ..threads import get_num_threads
+from ..threads import get_num_threads, threads
 
 Array = NDArray[Any]
 Result = TypeVar("Result")
@@ -104,7 +104,7 @@ def limited(size: int, call: Callable[[], Result]) -> Result:
     Where both share an OpenMP runtime, fastbn knows of `torch.set_num_threads` by itself; elsewhere it does not.
     """
     if size > SERIAL and torch.get_num_threads() < get_num_threads():
-        with threads.threads(torch.get_num_threads()):
+        with threads(torch.get_num_threads()):
             return call()
     return call()
 
@@ -165,7 +165,7 @@ def forward(
     statistics = limited(source.size, call)
     if later and source.size:
         assert running_mean is not None and running_var is not None and statistics is not None
-        update(running_mean, running_var, statistics.mean, statistics.variance, x.numel() // x.shape[1], momentum)
+        update(running_mean, running_var, statistics.mean, statistics.variance, values_per_channel(x), momentum)
     elif training and running_mean is not None:
         changed(running_mean, running_var)
     return y, statistics

@@ -212,8 +212,7 @@ def _by_operators(
         return operators.batch_norm_eval(x, running_mean, running_var, weight, bias, residual, eps, name, slope)
     y, mean, variance = operators.batch_norm_train(x, weight, bias, residual, eps, name, slope)
     if running_mean is not None and running_var is not None:
-        count = bridge.values_per_channel(x)
-        operators.batch_norm_update(running_mean, running_var, mean, variance, count, momentum, batches)
+        operators.batch_norm_update(running_mean, running_var, mean, variance, x.detach(), momentum, batches)
     return y
 
 

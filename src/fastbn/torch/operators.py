@@ -107,21 +107,22 @@ def _(
     "fastbn::batch_norm_update",
     mutates_args=("running_mean", "running_var"),
     device_types="cpu",
-    schema="(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, SymInt count, "
-    "float momentum, Tensor? batches) -> ()",
+    schema="(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, Tensor x, float momentum, "
+    "Tensor? batches) -> ()",
 )
 def batch_norm_update(
     running_mean: Tensor,
     running_var: Tensor,
     mean: Tensor,
     variance: Tensor,
-    count: int,
+    x: Tensor,
     momentum: float,
     batches: Optional,
 ) -> None:
-    """Update running statistics; with `batches`, a counter, its reciprocal is the momentum."""
+    """Update running statistics; with `batches`, a counter, its reciprocal is the momentum. Of x only the shape counts."""
     if batches is not None:
         momentum = 1.0 / float(batches)
+    count = bridge.values_per_channel(x)
     bridge.update(running_mean, running_var, mean.detach().numpy(), variance.detach().numpy(), count, momentum)
 
 
@@ -131,7 +132,7 @@ def _(
     running_var: Tensor,
     mean: Tensor,
     variance: Tensor,
-    count: int,
+    x: Tensor,
     momentum: float,
     batches: Optional,
 ) -> None:
