@@ -201,8 +201,9 @@ class _Synchronized(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("SyncBatchNorm has no second derivative: take the gradient without create_graph=True")
         x, weight = ctx.saved_tensors
         result = bridge.limited(x.numel(), lambda: _gradients(ctx, bridge.array(dy), x, weight))
         wanted = ctx.needs_input_grad
