@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from .. import activation as activations
-from .. import functional
+from .. import functional, passes
 from ..checks import BFLOAT16_BITS
+from ..kernels import _calls
 from ..passes import SERIAL, Cache
 from ..threads import get_num_threads, threads
 
@@ -109,6 +110,11 @@ def limited(size: int, call: Callable[[], Result]) -> Result:
     return call()
 
 
+def team(size: int) -> int:
+    """Return how many threads a call on so many values uses: no more than PyTorch does."""
+    return min(passes.team(size), torch.get_num_threads())
+
+
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -134,17 +140,28 @@ def forward(
     order, axis = in_order(source)
     if order is not None:
         source, target = source.transpose(order), target.transpose(order)
+    # 16-bit running statistics are read as float32 copies, and are written after the call.
+    later = training and running_mean is not None and running_mean.dtype.itemsize == 2
+    gamma, beta = vector(weight), vector(bias)
+    mean = None if later else vector(running_mean)
+    variance = None if later else vector(running_var)
+    if activation is None and residual is None:
+        plain = _calls.forward(
+            source, gamma, beta, mean, variance, training, 1.0 - momentum, eps, axis, 1, True, target,
+            keep or later, True, team, SERIAL,
+        )  # fmt: skip
+        if plain is not None and not later:
+            if training:
+                changed(running_mean, running_var)
+            return y, Statistics(*plain[1][3], not training) if keep else None
     added = None
     if residual is not None:
         added = array(residual) if order is None else array(residual).transpose(order)
-    # 16-bit running statistics are read as float32 copies, and are written after the call.
-    half = running_mean is not None and running_mean.dtype.itemsize == 2
-    later = half and training
     arguments: dict[str, Any] = {
-        "gamma": vector(weight),
-        "beta": vector(bias),
-        "moving_mean": None if later else vector(running_mean),
-        "moving_variance": None if later else vector(running_var),
+        "gamma": gamma,
+        "beta": beta,
+        "moving_mean": mean,
+        "moving_variance": variance,
         "training": training,
         "momentum": 1.0 - momentum,
         "epsilon": eps,
@@ -192,13 +209,21 @@ def backward(
         if tensor is not None:
             kept[name] = array(tensor) if order is None else array(tensor).transpose(order)
     if order is not None:
-        source, gradient, target = (a.transpose(order) for a in (source, gradient, target))
+        source, gradient, target = source.transpose(order), gradient.transpose(order), target.transpose(order)
+    gamma = vector(weight)
+    if activation is None and not has_residual:
+        plain = _calls.backward(
+            gradient, source, axis, gamma, statistics.mean, statistics.variance, eps, statistics.frozen, target,
+            team, SERIAL,
+        )  # fmt: skip
+        if plain is not None:
+            return dx, plain[1], plain[2], None
     cache = Cache(
         source,
         (axis,),
         "inference" if statistics.frozen else "train",
         statistics[:2],
-        vector(weight),
+        gamma,
         eps,
         activation=activations.resolved(activation),
         has_residual=has_residual,

@@ -23,7 +23,7 @@ from ..activation import named
 from . import bridge, operators
 
 Tensor = torch.Tensor
-_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+_TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def batch_norm(
@@ -122,11 +122,12 @@ def dispatch(
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    for tensor in (x, residual, weight, bias, running_mean, running_var):
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor.is_nested):
-            return _pytorch(
-                x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
-            )
+    if not (_plain(x) and (residual is None or _plain(residual)) and _TYPES.issuperset(
+        map(type, (weight, bias, running_mean, running_var))
+    )):
+        return _pytorch(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
+        )
     if batches is not None:
         momentum = 1.0 / float(batches)
     if torch.is_grad_enabled() and (
@@ -135,7 +136,7 @@ def dispatch(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Function.apply(  # type: ignore[no-any-return]
+        return FastBatchNorm.apply(  # type: ignore[no-any-return]
             x, weight, bias, residual, (running_mean, running_var), training, momentum, eps, activation
         )
     return bridge.forward(
@@ -178,9 +179,13 @@ def takes(
                 return False
         if tensor.dtype is not dtype or not tensor.is_cpu or tensor.dim() != 1:
             return False
-        if sized and tensor.shape[0] != x.shape[1]:
+        if sized and tensor.shape != x.shape[1:2]:
             return False
     return True
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in _TYPES and not x.is_neg() and not x.is_nested
 
 
 def fits(residual: Tensor, x: Tensor) -> bool:
@@ -247,7 +252,7 @@ def activated(z: Tensor, activation: bridge.Activation) -> Tensor:
     return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}[name](z)
 
 
-class _Function(torch.autograd.Function):
+class FastBatchNorm(torch.autograd.Function):
     """The way at once. A second derivative is taken by the operators, which have one."""
 
     @staticmethod

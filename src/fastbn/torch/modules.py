@@ -41,23 +41,27 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
         if isinstance(input, fx.Proxy):
             return _leaf(self, input, residual)
         self._check_input_dim(input)
-        tracked = self.track_running_stats
-        batches = None
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and tracked and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                batches = self.num_batches_tracked
-        read = tracked or not self.training
-        training = self.training or (self.running_mean is None and self.running_var is None)
+        running_mean, running_var, training = self.running_mean, self.running_var, self.training
+        momentum, batches = self.momentum, None
+        if training:
+            if not self.track_running_stats:
+                running_mean = running_var = None
+            else:
+                counter = self.num_batches_tracked
+                if counter is not None:
+                    counter.add_(1)
+                    if momentum is None:
+                        batches = counter
+        elif running_mean is None and running_var is None:
+            training = True
         return dispatch(
             input,
-            self.running_mean if read else None,
-            self.running_var if read else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
             training,
-            momentum,
+            0.0 if momentum is None else momentum,
             self.eps,
             self.activation,
             residual,
@@ -135,7 +139,7 @@ class BatchNormAct1d(_Activated, BatchNorm1d):
     >>> bn = fastbn.torch.BatchNormAct1d(1, activation="relu", eps=1e-12)
     >>> bn(torch.tensor([[0.0], [2.0]]), residual=torch.tensor([[0.0], [5.0]]))
     tensor([[0.],
-            [6.]], grad_fn=<_FunctionBackward>)
+            [6.]], grad_fn=<FastBatchNormBackward>)
     """
 
 
