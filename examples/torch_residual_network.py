@@ -1,9 +1,9 @@
 """Train a small residual network with PyTorch's batch norm and with fastbn's: the same losses, in less time.
 
 Three models start from the same weights and see the same batches: PyTorch's own, the same after `convert`, and what
-`fuse` makes of it. Then one step of each is timed, in turns, and PyTorch's profiler says how much of it batch norm
-took, forward and backward; for `fuse` that includes the additions and activations that it took over, so these are
-counted for the others too in the last column. Images are made up: one pattern per class, and noise.
+`fuse` makes of it. Then their steps are timed, in turns, and how much of them batch norm takes, forward and backward.
+`fuse` also takes over additions and activations, so the last column counts these too. Images are made up: one pattern
+per class, and noise.
 
     pip install "fastbn[torch]"
     python torch_residual_network.py           # quick: fewer steps
@@ -18,16 +18,20 @@ from time import perf_counter
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import fastbn.torch
 
 FULL = "--full" in sys.argv
-STEPS, ROUNDS = (20, 15) if FULL else (6, 3)
+STEPS, ROUNDS = (20, 40) if FULL else (6, 3)
 BATCH, SIZE, CLASSES = 64, 32, 10
-# Events of the profiler: the modules' own (see `watched`), and nodes of autograd.
-NORMS = ("batch norm", "evaluate_function: NativeBatchNormBackward0", "evaluate_function: FastBatchNormBackward")
-OTHERS = ("aten::relu_", "aten::add_", "evaluate_function: ReluBackward0", "evaluate_function: AddBackward0")
+
+
+class Sum(nn.Module):
+    """A module of its own, so that it can be timed."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Add."""
+        return a + b
 
 
 class Block(nn.Module):
@@ -39,7 +43,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.sum, self.relu = Sum(), nn.ReLU()
         self.shortcut = nn.Sequential()
         if stride > 1:
             self.shortcut = nn.Sequential(nn.Conv2d(before, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
@@ -48,15 +52,14 @@ class Block(nn.Module):
         """Add what the convolutions make of x to x."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        return self.relu(out)
+        return self.relu(self.sum(out, self.shortcut(x)))
 
 
 def network() -> nn.Module:
     """Return a network of eight layers, as for CIFAR."""
     torch.manual_seed(0)
     blocks = (Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
-    first = (nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+    first = (nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
     return nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
 
 
@@ -81,30 +84,32 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, ta
     return loss.item()
 
 
-def watched(model: nn.Module) -> None:
-    """Let the profiler see what batch norm modules take, with all that is around their kernels."""
-    running = []
+class Clock:
+    """Sums what modules of some kinds take in a step: forward by hooks, backward by hooks of their autograd node."""
 
-    def enter(*_: object) -> None:
-        running.append(record_function("batch norm"))
-        running[-1].__enter__()
+    def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+        self.total = self.start = 0.0
+        for module in model.modules():
+            if isinstance(module, kinds):
+                module.register_forward_pre_hook(self.enter)
+                module.register_forward_hook(self.leave)
 
-    def leave(*_: object) -> None:
-        running.pop().__exit__(None, None, None)
+    def enter(self, *_: object) -> None:
+        """Begin."""
+        self.start = perf_counter()
 
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
+    def leave(self, *arguments: object) -> None:
+        """End; after a module's forward, watch its backward."""
+        self.total += perf_counter() - self.start
+        node = getattr(arguments[-1], "grad_fn", None)
+        if node is not None:
+            node.register_prehook(self.enter)
+            node.register_hook(self.leave)
 
-
-def shares(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, target: torch.Tensor) -> list[float]:
-    """Return how long batch norm took in a step, and batch norm, additions and activations, in milliseconds."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        step(model, optimizer, x, target)
-    events = profiler.key_averages()
-    times = [sum(e.cpu_time_total for e in events if e.key.endswith(names)) / 1e3 for names in (NORMS, OTHERS)]
-    return [times[0], sum(times)]
+    def read(self) -> float:
+        """Return the milliseconds since the last look."""
+        total, self.total = self.total * 1e3, 0.0
+        return total
 
 
 def main() -> None:
@@ -124,21 +129,22 @@ def main() -> None:
         print(f", largest difference between the models {max(differences):.1e}")
         assert max(differences) < 1e-3
 
-        times: dict[str, list[float]] = {name: [] for name in models}
-        parts: dict[str, list[list[float]]] = {name: [] for name in models}
-        for model in models.values():
-            watched(model)
+        norms = {name: Clock(model, (nn.BatchNorm2d,)) for name, model in models.items()}
+        others = {name: Clock(model, (nn.ReLU, Sum)) for name, model in models.items()}
+        rows: dict[str, list[list[float]]] = {name: [] for name in models}
         for _ in range(ROUNDS):
             for name, model in models.items():
-                start = perf_counter()
-                for _ in range(3):
+                for _ in range(2):  # the first one finds the caches as another model left them
+                    norms[name].read(), others[name].read()
+                    start = perf_counter()
                     step(model, optimizers[name], *data[0])
-                times[name].append((perf_counter() - start) / 3 * 1e3)
-                parts[name].append(shares(model, optimizers[name], *data[0]))
-        print("           step ms   batch norm ms   + addition and activation ms")
-        rows = {name: [median(times[name]), *map(median, zip(*parts[name]))] for name in models}
-        for name, row in rows.items():
-            ratios = [f"{value:8.2f} {rows['torch'][i] / value:5.2f}x" for i, value in enumerate(row)]
+                    whole = (perf_counter() - start) * 1e3
+                norm, other = norms[name].read(), others[name].read()
+                rows[name].append([whole, norm, norm + other])
+        print("                step ms   batch norm ms   with additions and activations")
+        medians = {name: [median(column) for column in zip(*values)] for name, values in rows.items()}
+        for name, row in medians.items():
+            ratios = [f"{value:8.2f} {medians['torch'][i] / value:5.2f}x" for i, value in enumerate(row)]
             print(f"{name:8s} {'  '.join(ratios)}")
 
 

@@ -14,8 +14,14 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 3
 
 
+# What an example needs beside the extra `test`.
+NEEDS = {"torch_residual_network": "torch"}
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
     run = subprocess.run(
         [sys.executable, "-W", "error", path],
         cwd=tmp_path,

@@ -35,6 +35,7 @@ PARAMETER_TYPES: Final = {
     torch.float16: (torch.float32, torch.float16),
     torch.bfloat16: (torch.float32, torch.bfloat16),
 }
+_HALVES: Final = (torch.float16, torch.bfloat16)
 _TO_LAST: Final = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
 
@@ -58,7 +59,7 @@ def vector(tensor: torch.Tensor | None) -> Array | None:
     """Return a parameter as an array that fastbn takes: of 16-bit ones a float32 copy."""
     if tensor is None:
         return None
-    if tensor.dtype.itemsize == 2:
+    if tensor.dtype in _HALVES:
         return tensor.detach().float().numpy()  # type: ignore[no-any-return]
     return tensor.detach().numpy()  # type: ignore[no-any-return]
 
@@ -141,7 +142,7 @@ def forward(
     if order is not None:
         source, target = source.transpose(order), target.transpose(order)
     # 16-bit running statistics are read as float32 copies, and are written after the call.
-    later = training and running_mean is not None and running_mean.dtype.itemsize == 2
+    later = training and running_mean is not None and running_mean.dtype in _HALVES
     gamma, beta = vector(weight), vector(bias)
     mean = None if later else vector(running_mean)
     variance = None if later else vector(running_var)
@@ -151,8 +152,6 @@ def forward(
             keep or later, True, team, SERIAL,
         )  # fmt: skip
         if plain is not None and not later:
-            if training:
-                changed(running_mean, running_var)
             return y, Statistics(*plain[1][3], not training) if keep else None
     added = None
     if residual is not None:
@@ -183,8 +182,6 @@ def forward(
     if later and source.size:
         assert running_mean is not None and running_var is not None and statistics is not None
         update(running_mean, running_var, statistics.mean, statistics.variance, values_per_channel(x), momentum)
-    elif training and running_mean is not None:
-        changed(running_mean, running_var)
     return y, statistics
 
 
@@ -279,7 +276,7 @@ def update(
     """Update running statistics of any dtype in place."""
     if not count:
         return
-    half = running_mean.dtype.itemsize == 2
+    half = running_mean.dtype in _HALVES
     targets = [t.detach().float() if half else t.detach() for t in (running_mean, running_var)]
     functional.update_moving(
         targets[0].numpy(), targets[1].numpy(), mean, variance, momentum=1.0 - momentum, count=count, ddof=1
@@ -287,14 +284,6 @@ def update(
     if half:
         for tensor, target in zip((running_mean, running_var), targets):
             tensor.detach().copy_(target)
-    changed(running_mean, running_var)
-
-
-def changed(*tensors: torch.Tensor | None) -> None:
-    """Tell autograd that tensors were written behind its back."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
 
 
 def tensor_of(values: Array) -> torch.Tensor:

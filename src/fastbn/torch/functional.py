@@ -17,12 +17,17 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 from torch.nn import functional as F
 
 from ..activation import named
 from . import bridge, operators
 
 Tensor = torch.Tensor
+# How PyTorch says what goes on around a call. There is no public way to ask for these.
+_transforms = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+_trace = torch._C._get_tracing_state
 _TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -114,11 +119,11 @@ def dispatch(
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if _transforms() is not None or _forward_ad._current_level >= 0:
         return _pytorch(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if _modes() or _trace() is not None:
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
@@ -161,7 +166,7 @@ def takes(
     if (running_mean is None) != (running_var is None):
         return False
     # torch.jit.trace warns of every look at a size.
-    sized = torch.compiler.is_compiling() or torch._C._get_tracing_state() is None
+    sized = torch.compiler.is_compiling() or _trace() is None
     if training:
         if eps <= 0.0 or (sized and x.numel() == x.shape[1]):
             return False
@@ -286,7 +291,7 @@ class FastBatchNorm(torch.autograd.Function):
         x, weight, bias, residual, y = ctx.saved_tensors
         statistics = ctx.statistics
         result: tuple[Tensor, Tensor, Tensor, Tensor]
-        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        if torch.is_grad_enabled() or _modes():
             name, slope = operators.encoded(ctx.activation)
             mean, variance = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.variance)
             result = operators.gradients(

@@ -38,7 +38,7 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
         return self._normalize(input, None)
 
     def _normalize(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(input, fx.Proxy):
+        if type(input) is not torch.Tensor and isinstance(input, fx.Proxy):
             return _leaf(self, input, residual)
         self._check_input_dim(input)
         running_mean, running_var, training = self.running_mean, self.running_var, self.training
