@@ -124,7 +124,10 @@ def main() -> None:
         optimizers = {name: torch.optim.SGD(model.parameters(), 0.05, 0.9) for name, model in models.items()}
         data = batches(STEPS, form)
         losses = {name: [step(model, optimizers[name], *batch) for batch in data] for name, model in models.items()}
-        print(f"\n{str(form).removeprefix('torch.')}: losses {losses['torch'][0]:.4f} to {losses['torch'][-1]:.4f}", end="")
+        print(
+            f"\n{str(form).removeprefix('torch.')}: losses {losses['torch'][0]:.4f} to {losses['torch'][-1]:.4f}",
+            end="",
+        )
         differences = [abs(a - b) for name in models for a, b in zip(losses[name], losses["torch"])]
         print(f", largest difference between the models {max(differences):.1e}")
         assert max(differences) < 1e-3

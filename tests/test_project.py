@@ -53,7 +53,9 @@ def test_numpy_is_the_only_requirement():
 
 
 def test_pytorch_is_never_installed_unasked():
-    assert not [r for extra in EXTRAS.values() for r in extra if re.match(r"torch\b", r)]
+    """It is large: only the extra of its name brings it, and no other extra brings that one."""
+    assert {name for name, extra in EXTRAS.items() if any(re.match(r"torch\b", r) for r in extra)} == {"torch"}
+    assert not [r for extra in EXTRAS.values() for r in extra if re.match(r"fastbn\[.*\btorch\b", r)]
 
 
 def test_make_targets_and_extras_exist():

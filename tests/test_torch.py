@@ -1,4 +1,4 @@
-"""fastbn.torch computes what PyTorch's batch norm computes, keeps its flags, layouts and errors, and says what it copies.
+"""fastbn.torch computes what PyTorch's batch norm computes, and keeps its flags, layouts and errors.
 
 PyTorch's own modules are the reference for behaviour; for values that is PyTorch in float64.
 """
@@ -405,15 +405,13 @@ def test_errors_of_the_function_are_pytorchs(change):
         "input": torch.zeros(4, 3), "running_mean": torch.zeros(3), "running_var": torch.ones(3),
         "weight": torch.ones(3), "bias": torch.zeros(3), "training": True, **change,
     }  # fmt: skip
-    try:
-        F.batch_norm(**arguments)
-    except Exception as error:
-        with pytest.raises(type(error)) as got:
-            ft.batch_norm(**arguments)
-        assert str(got.value) == str(error)
-        assert torch.equal(arguments["weight"], change.get("weight", torch.ones(3)))
-    else:
-        ft.batch_norm(**arguments)
+    outcomes = []
+    for function in (F.batch_norm, ft.batch_norm):
+        try:
+            outcomes.append(function(**arguments).shape)
+        except Exception as error:
+            outcomes.append((type(error), str(error)))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_what_fastbn_does_not_take_goes_to_pytorch():
@@ -532,6 +530,8 @@ class Rows(torch.utils.data.Dataset):
 def test_in_forked_workers():
     """After the parent's team of threads has started: it does not survive the fork."""
     ft.BatchNorm2d(16)(torch.randn(16, 16, 40, 40))
-    loader = torch.utils.data.DataLoader(Rows(), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(
+        Rows(), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
     rows = torch.cat(list(loader))
     close(rows[:, 0], torch.arange(6.0) / np.sqrt(1 + 1e-5))

@@ -33,7 +33,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = None
         if stride != 1 or before != channels:
-            self.downsample = nn.Sequential(nn.Conv2d(before, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
@@ -244,7 +246,9 @@ def test_patterns(name):
         assert type(fused.bn) is (ft.BatchNorm2d if activation is None else ft.BatchNormAct2d)
     for training in (True, False):
         x = torch.randn(2, 3, 4, 4)
-        torch.testing.assert_close(fused.train(training)(x.clone()), plain.train(training)(x.clone()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            fused.train(training)(x.clone()), plain.train(training)(x.clone()), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_one_of_two_batch_norms_is_fused():

@@ -60,7 +60,9 @@ def test_without_a_group_it_is_a_batch_norm():
 
 
 def test_conversion_and_back():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), ft.BatchNorm1d(3), nn.Sequential(nn.BatchNorm3d(2).eval()))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), ft.BatchNorm1d(3), nn.Sequential(nn.BatchNorm3d(2).eval())
+    )
     before = copy.deepcopy(model)
     tensors = [id(t) for t in (*model.parameters(), *model.buffers())]
     assert ft.SyncBatchNorm.convert_sync_batchnorm(model, "a group") is model

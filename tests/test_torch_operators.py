@@ -68,9 +68,7 @@ def test_opcheck_backward(format, frozen):
     y, mean, variance = ops.batch_norm_train(*detached, None, 1e-3, "", 0.0)
     torch.library.opcheck(ops.batch_norm_backward.default, (dy, x, mean, variance, weight, 1e-3, frozen))
     for kept, name in (((y.relu(), None, None, None), "relu"), ((None, weight, bias, dy), "silu")):
-        torch.library.opcheck(
-            ops.batch_norm_gate.default, (dy, x, mean, variance, *kept, 1e-3, name, 0.0, frozen)
-        )
+        torch.library.opcheck(ops.batch_norm_gate.default, (dy, x, mean, variance, *kept, 1e-3, name, 0.0, frozen))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -91,9 +89,7 @@ def by_operators(x, mean, variance, weight, bias, residual, training, activation
 
 
 def at_once(x, mean, variance, weight, bias, residual, training, activation):
-    return ft.batch_norm(
-        x, mean, variance, weight, bias, training, 0.0, 1e-3, activation=activation, residual=residual
-    )
+    return ft.batch_norm(x, mean, variance, weight, bias, training, 0.0, 1e-3, activation=activation, residual=residual)
 
 
 @pytest.mark.parametrize("way", (by_operators, at_once))
@@ -194,7 +190,9 @@ def test_compiled_with_sizes_that_change():
 def test_export(tmp_path, training, strict):
     model = Model().train(training)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(copy.deepcopy(model), (torch.randn(4, 3, 8, 8),), dynamic_shapes=({0: batch},), strict=strict)
+    program = torch.export.export(
+        copy.deepcopy(model), (torch.randn(4, 3, 8, 8),), dynamic_shapes=({0: batch},), strict=strict
+    )
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     x = torch.randn(7, 3, 8, 8)

@@ -52,7 +52,7 @@ def array(tensor: torch.Tensor) -> Array:
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.detach().view(torch.int16).numpy()
         return bits.view(BFLOAT16_BITS)
-    return tensor.detach().numpy()  # type: ignore[no-any-return]
+    return tensor.detach().numpy()
 
 
 def vector(tensor: torch.Tensor | None) -> Array | None:
@@ -60,8 +60,8 @@ def vector(tensor: torch.Tensor | None) -> Array | None:
     if tensor is None:
         return None
     if tensor.dtype in _HALVES:
-        return tensor.detach().float().numpy()  # type: ignore[no-any-return]
-    return tensor.detach().numpy()  # type: ignore[no-any-return]
+        return tensor.detach().float().numpy()
+    return tensor.detach().numpy()
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_channels_last(x: torch.Tensor, order: tuple[int, ...]) -> bool:
-    """Whether PyTorch takes the strides for channels_last: growing from the channels over the last axis to the first."""
+    """Whether PyTorch takes the strides for channels_last: they grow from the channels outwards."""
     shape, strides = x.shape, x.stride()
     if strides[1] == 0:
         return False
@@ -152,7 +152,7 @@ def forward(
             keep or later, True, team, SERIAL,
         )  # fmt: skip
         if plain is not None and not later:
-            return y, Statistics(*plain[1][3], not training) if keep else None
+            return y, Statistics(plain[1][3][0], plain[1][3][1], not training) if keep else None
     added = None
     if residual is not None:
         added = array(residual) if order is None else array(residual).transpose(order)
@@ -176,11 +176,13 @@ def forward(
             functional.batch_norm(source, **arguments)
             return None
         _, cache = functional.batch_norm_forward(source, **arguments)
-        return Statistics(*cache.statistics, not training)
+        return Statistics(cache.statistics.mean, cache.statistics.variance, not training)
 
     statistics = limited(source.size, call)
     if later and source.size:
-        assert running_mean is not None and running_var is not None and statistics is not None
+        assert running_mean is not None
+        assert running_var is not None
+        assert statistics is not None
         update(running_mean, running_var, statistics.mean, statistics.variance, values_per_channel(x), momentum)
     return y, statistics
 
@@ -227,9 +229,7 @@ def backward(
         beta=vector(bias),
         **kept,
     )
-    _, dweight, dbias, *rest = limited(
-        source.size, lambda: functional.batch_norm_backward(gradient, cache, out=target)
-    )
+    _, dweight, dbias, *rest = limited(source.size, lambda: functional.batch_norm_backward(gradient, cache, out=target))
     dresidual = None
     if rest:
         dresidual = tensor_of(rest[0] if order is None else rest[0].transpose(np.argsort(order)))

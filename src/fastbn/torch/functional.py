@@ -2,8 +2,8 @@
 
 There are three:
 
-- *At once*: a plain tensor in eager mode goes through a ``torch.autograd.Function`` to the kernels, or to them alone where
-  nothing asks for a gradient. That is the cheapest.
+- *At once*: a plain tensor in eager mode goes through a ``torch.autograd.Function`` to the kernels, or to them alone
+  where nothing asks for a gradient. That is the cheapest.
 - *By operators*, ``torch.ops.fastbn``, wherever the call is recorded rather than carried out: torch.compile,
   torch.export, torch.jit.trace, make_fx, fake tensors. An autograd.Function could be baked in as a constant there, or
   differentiated silently wrong; an operator is opaque, and says what it changes and what shape and strides come out.
@@ -127,9 +127,11 @@ def dispatch(
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    if not (_plain(x) and (residual is None or _plain(residual)) and _TYPES.issuperset(
-        map(type, (weight, bias, running_mean, running_var))
-    )):
+    if not (
+        _plain(x)
+        and (residual is None or _plain(residual))
+        and _TYPES.issuperset(map(type, (weight, bias, running_mean, running_var)))
+    ):
         return _pytorch(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
@@ -141,7 +143,7 @@ def dispatch(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return FastBatchNorm.apply(  # type: ignore[no-any-return]
+        return FastBatchNorm.apply(
             x, weight, bias, residual, (running_mean, running_var), training, momentum, eps, activation
         )
     return bridge.forward(
@@ -196,10 +198,7 @@ def _plain(x: Tensor) -> bool:
 def fits(residual: Tensor, x: Tensor) -> bool:
     """Whether fastbn can add it."""
     return (
-        residual.shape == x.shape
-        and residual.dtype is x.dtype
-        and residual.is_cpu
-        and residual.layout is torch.strided
+        residual.shape == x.shape and residual.dtype is x.dtype and residual.is_cpu and residual.layout is torch.strided
     )
 
 
@@ -218,7 +217,8 @@ def _by_operators(
 ) -> Tensor:
     name, slope = operators.encoded(activation)
     if not training:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         return operators.batch_norm_eval(x, running_mean, running_var, weight, bias, residual, eps, name, slope)
     y, mean, variance = operators.batch_norm_train(x, weight, bias, residual, eps, name, slope)
     if running_mean is not None and running_var is not None:
@@ -261,7 +261,7 @@ class FastBatchNorm(torch.autograd.Function):
     """The way at once. A second derivative is taken by the operators, which have one."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -273,9 +273,7 @@ class FastBatchNorm(torch.autograd.Function):
         eps: float,
         activation: bridge.Activation,
     ) -> Tensor:
-        y, ctx.statistics = bridge.forward(
-            x, weight, bias, residual, *running, training, momentum, eps, activation
-        )
+        y, ctx.statistics = bridge.forward(x, weight, bias, residual, *running, training, momentum, eps, activation)
         ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
         if activation is None:
             ctx.save_for_backward(x, weight, None, None, None)
@@ -287,7 +285,7 @@ class FastBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, y = ctx.saved_tensors
         statistics = ctx.statistics
         result: tuple[Tensor, Tensor, Tensor, Tensor]

@@ -71,7 +71,7 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
 
 def _leaf(module: nn.Module, input: fx.Proxy, residual: Any) -> Any:
     """Record a call of the module instead of its insides, as torch.fx does with PyTorch's own."""
-    tracer = input.tracer
+    tracer: Any = input.tracer
     arguments = (input,) if residual is None else (input, residual)
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
@@ -79,8 +79,9 @@ def _leaf(module: nn.Module, input: fx.Proxy, residual: Any) -> Any:
 class BatchNorm1d(_Fast, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` (N, C) or (N, C, L), computed by fastbn.
 
-    The arguments, the state dictionary, results within float error and errors are PyTorch's; ``isinstance(module,
-    torch.nn.BatchNorm1d)`` holds. Also under torch.compile, torch.export, DistributedDataParallel, and in forked processes.
+    The arguments, the state dictionary, results within float error and errors are PyTorch's, and ``isinstance(module,
+    torch.nn.BatchNorm1d)`` holds. Also under torch.compile, torch.export, DistributedDataParallel, and in forked
+    processes.
 
     Parameters
     ----------

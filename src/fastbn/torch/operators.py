@@ -1,9 +1,9 @@
 """The operators ``torch.ops.fastbn``: what compilers, exporters and tracers see, and the second derivative.
 
-Each is a function of tensors without side effects, but for `batch_norm_update`, which writes the running statistics. An
-activation is a name ("" for none) and a slope, which only leaky_relu looks at. Statistics go from one operator to the next
-as float64 tensors; they are functions of x that no gradient is taken of by themselves: the gradients of `batch_norm_train`
-and `batch_norm_backward` go through them.
+Each is a function of tensors without side effects, but for `batch_norm_update`, which writes the running statistics.
+An activation is a name ("" for none) and a slope, which only leaky_relu looks at. Statistics go from one operator to
+the next as float64 tensors; they are functions of x that no gradient is taken of by themselves: the gradients of
+`batch_norm_train` and `batch_norm_backward` go through them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def batch_norm_update(
     momentum: float,
     batches: Optional,
 ) -> None:
-    """Update running statistics; with `batches`, a counter, its reciprocal is the momentum. Of x only the shape counts."""
+    """Update running statistics; of x only the shape counts. `batches`: a counter, its reciprocal is the momentum."""
     if batches is not None:
         momentum = 1.0 / float(batches)
     count = bridge.values_per_channel(x)
@@ -256,8 +256,15 @@ def _train_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _train_backward(ctx: Any, dy: Tensor, _mean: Any, _variance: Any) -> tuple[Any, ...]:
-    result = gradients(dy, *ctx.saved_tensors, ctx.eps, ctx.activation, ctx.slope, False)
+    result = _gradients(ctx, dy, False)
     return (result[0], *as_asked(result, ctx.types), None, None, None)
+
+
+def _gradients(ctx: Any, dy: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, mean, variance, y, weight, bias, residual = ctx.saved_tensors
+    return gradients(
+        dy, x, mean, variance, y, weight, bias, residual, ctx.eps, ctx.activation, ctx.slope, frozen
+    )  # fmt: skip
 
 
 def _eval_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -270,7 +277,7 @@ def _eval_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _eval_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    result = gradients(dy, *ctx.saved_tensors, ctx.eps, ctx.activation, ctx.slope, True)
+    result = _gradients(ctx, dy, True)
     return (result[0], None, None, *as_asked(result, ctx.types), None, None, None)
 
 
@@ -352,7 +359,7 @@ def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gate_backward(ctx: Any, gz: Tensor) -> tuple[Any, ...]:
     """Differentiate dy * f'(z), z being the value before the activation f."""
     dy, x, mean, variance, y, weight, bias, residual = ctx.saved_tensors
-    eps, activation, slope, frozen = ctx.rest
+    eps, activation, _, frozen = ctx.rest
     ddy = batch_norm_gate(gz, x, mean, variance, y, weight, bias, residual, *ctx.rest)
     fixed = _FIXED.get(activation)
     dx = dweight = dbias = dresidual = None

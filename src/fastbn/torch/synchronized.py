@@ -1,8 +1,8 @@
 """Statistics of all processes of a group: synchronized batch norm for CPUs, over gloo.
 
-Forward, every process sends 2C + 1 float64 numbers, its count, means and sums of squared deviations, and merges those of
-all in the order of ranks by Chan's formula. So every process has the same statistics, to the bit, and those of the whole
-batch however unevenly it is divided. Backward, 2C numbers go the same way: sum(dy) and sum(dy * (x - mean)).
+Forward, every process sends 2C + 1 float64 numbers, its count, means and sums of squared deviations, and merges those
+of all in the order of ranks by Chan's formula. So every process has the same statistics, to the bit, and those of the
+whole batch however unevenly it is divided. Backward, 2C numbers go the same way: sum(dy) and sum(dy * (x - mean)).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class SyncBatchNorm(_Fast):
 
     Notes
     -----
-    It is no subclass of `torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on CPUs. The gradients of weight
-    and bias are those of a process's own part; DistributedDataParallel averages them. There is no second derivative, and
-    torch.compile leaves the graph here.
+    It is no subclass of `torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on CPUs. The gradients of
+    weight and bias are those of a process's own part; DistributedDataParallel averages them. There is no second
+    derivative, and torch.compile leaves the graph here.
 
     Examples
     --------
@@ -118,7 +118,7 @@ class SyncBatchNorm(_Fast):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return _Synchronized.apply(  # type: ignore[no-any-return]
+        return _Synchronized.apply(
             input, self.weight, self.bias, (running_mean, running_var), momentum, self.eps, self.process_group
         )
 
@@ -164,7 +164,7 @@ def _pooled(x: Array, group: Any) -> Moments:
 
 class _Synchronized(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor | None,
@@ -201,7 +201,7 @@ class _Synchronized(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("SyncBatchNorm has no second derivative: take the gradient without create_graph=True")
         x, weight = ctx.saved_tensors
@@ -253,8 +253,6 @@ def _gradients(ctx: Any, dy: Array, x: torch.Tensor, weight: torch.Tensor | None
         mean_dy, mean_product = everywhere / ctx.count
         scale = np.ones(x.shape[1]) if gamma is None else gamma.astype(np.float64)
         options: dict[str, Any] = {"epsilon": ctx.eps, "axis": 1}
-        second = functional.normalize(
-            source, ctx.mean, ctx.variance, gamma=-scale * r * r * mean_product, **options
-        )
+        second = functional.normalize(source, ctx.mean, ctx.variance, gamma=-scale * r * r * mean_product, **options)
         functional.normalize(dy, mean_dy, ctx.variance, gamma=gamma, residual=second, out=target, **options)
     return result, torch.from_numpy(sums[1] * r), torch.from_numpy(sums[0])
