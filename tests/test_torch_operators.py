@@ -68,7 +68,10 @@ def test_opcheck_backward(format, frozen):
     y, mean, variance = ops.batch_norm_train(*detached, None, 1e-3, "", 0.0)
     torch.library.opcheck(ops.batch_norm_backward.default, (dy, x, mean, variance, weight, 1e-3, frozen))
     for kept, name in (((y.relu(), None, None, None), "relu"), ((None, weight, bias, dy), "silu")):
-        torch.library.opcheck(ops.batch_norm_gate.default, (dy, x, mean, variance, *kept, 1e-3, name, 0.0, frozen))
+        operands_of_both = (dy, x, mean, variance, *kept, 1e-3, name, 0.0, frozen)
+        torch.library.opcheck(ops.batch_norm_gate.default, operands_of_both)
+        for keep in (False, True):
+            torch.library.opcheck(ops.batch_norm_backward_fused.default, (*operands_of_both, keep))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

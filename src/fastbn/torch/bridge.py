@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import activation as activations
-from .. import functional, passes
+from .. import functional, kernels, layout, passes
 from ..checks import BFLOAT16_BITS
 from ..kernels import _calls
 from ..passes import SERIAL, Cache
@@ -248,20 +248,30 @@ def gate(
     activation: Activation,
 ) -> torch.Tensor:
     """Return the gradient before the activation."""
-    cache = Cache(
-        array(x),
-        (1,),
-        "inference" if statistics.frozen else "train",
-        statistics[:2],
-        vector(weight),
-        eps,
-        activation=activations.resolved(activation),
-        beta=vector(bias),
-        residual=None if residual is None else array(residual),
-        y=None if y is None else array(y),
-    )
-    result = empty_like(x)
-    limited(x.numel(), lambda: functional._gate(array(dy), cache, array(x), array(result)))
+    resolved = activations.resolved(activation)
+    assert resolved is not None
+    source, result = array(x), empty_like(x)
+    other = residual if y is None else y
+    first, second = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    if source.size:
+        passes.run(
+            kernels.FROZEN,
+            (1,),
+            source,
+            dy=array(dy),
+            out=layout.like(source),
+            gamma=vector(weight),
+            beta=vector(bias),
+            mean=statistics.mean,
+            variance=statistics.variance,
+            epsilon=eps,
+            first=first,
+            second=second,
+            residual=None if other is None else array(other),
+            bend=resolved.bend,
+            by_output=y is not None,
+            kept=array(result),
+        )
     return result
 
 
@@ -293,10 +303,16 @@ def tensor_of(values: Array) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
-def from_output(activation: Activation) -> bool:
-    """Whether the derivative of an activation is found in its result (else in what went in)."""
+def kept(
+    activation: Activation, y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return what of y, bias and residual the derivative of an activation is found from."""
     resolved = activations.resolved(activation)
-    return resolved is not None and resolved.from_output
+    if resolved is None:
+        return None, None, None
+    if resolved.from_output and residual is not None:
+        return y, None, None
+    return None, bias, residual
 
 
 def values_per_channel(x: torch.Tensor) -> int:

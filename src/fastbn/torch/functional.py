@@ -275,12 +275,8 @@ class FastBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         y, ctx.statistics = bridge.forward(x, weight, bias, residual, *running, training, momentum, eps, activation)
         ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
-        if activation is None:
-            ctx.save_for_backward(x, weight, None, None, None)
-        elif bridge.from_output(activation):
-            ctx.save_for_backward(x, weight, None, None, y)
-        else:
-            ctx.save_for_backward(x, weight, bias, residual, None)
+        kept = bridge.kept(activation, y, bias, residual)
+        ctx.save_for_backward(x, weight, kept[1], kept[2], kept[0])
         ctx.bias_type = None if bias is None else bias.dtype
         return y
 
@@ -293,8 +289,9 @@ class FastBatchNorm(torch.autograd.Function):
             name, slope = operators.encoded(ctx.activation)
             mean, variance = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.variance)
             result = operators.gradients(
-                dy, x, mean, variance, y, weight, bias, residual, ctx.eps, name, slope, statistics.frozen
-            )
+                dy, x, mean, variance, y, weight, bias, residual, ctx.eps, name, slope, statistics.frozen,
+                ctx.has_residual,
+            )  # fmt: skip
         else:
             dx, dweight, dbias, dresidual = bridge.backward(
                 dy, x, weight, bias, residual, y, statistics, ctx.eps, ctx.activation, ctx.has_residual

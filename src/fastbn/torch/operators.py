@@ -163,8 +163,6 @@ def batch_norm_gate(
     """Return the gradient before the activation: dy times the activation's derivative, found from y or from x."""
     statistics = _vectors(mean, variance, frozen)
     act = decoded(activation, slope)
-    if not x.numel():
-        return bridge.empty_like(x)
     return bridge.gate(dy, x, weight, bias, residual, y, statistics, eps, act)
 
 
@@ -211,6 +209,61 @@ def _(
     return bridge.empty_like(x), dweight, dbias
 
 
+@torch.library.custom_op(
+    "fastbn::batch_norm_backward_fused",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dy, Tensor x, Tensor mean, Tensor variance, Tensor? y, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, float eps, str activation, float slope, bool frozen, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def batch_norm_backward_fused(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    y: Optional,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+    frozen: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dweight, dbias and, if that is to be kept (else it is empty), the gradient before the activation."""
+    statistics = _vectors(mean, variance, frozen)
+    act = decoded(activation, slope)
+    # The kernels find a derivative in y only where they keep what comes out.
+    keeps = keep or y is not None
+    dx, dweight, dbias, dz = bridge.backward(dy, x, weight, bias, residual, y, statistics, eps, act, keeps)
+    if dz is None or not keep:
+        dz = x.new_empty(0)
+    return dx, torch.from_numpy(dweight), torch.from_numpy(dbias), dz
+
+
+@batch_norm_backward_fused.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    y: Optional,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+    frozen: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
+    return bridge.empty_like(x), dweight, dbias, bridge.empty_like(x) if keep else x.new_empty(0)
+
+
 def gradients(
     dy: Tensor,
     x: Tensor,
@@ -224,33 +277,22 @@ def gradients(
     activation: str,
     slope: float,
     frozen: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dweight, dbias and dresidual by operators, so that they can be differentiated again."""
+    """Return dx, dweight, dbias and, to be kept, dresidual, by operators: they can be differentiated again."""
     if activation:
-        dy = batch_norm_gate(
-            dy, x, mean, variance, y, weight, bias, residual, eps, activation, slope, frozen
-        )  # fmt: skip
-    dx, dweight, dbias = batch_norm_backward(dy, x, mean, variance, weight, eps, frozen)
-    return dx, dweight, dbias, dy
-
-
-def _save_activation(
-    ctx: Any, activation: str, slope: float, y: Tensor, bias: Optional, residual: Optional
-) -> tuple[Optional, Optional, Optional]:
-    """Return what the gate needs of y, bias and residual."""
-    ctx.activation, ctx.slope = activation, slope
-    if not activation:
-        return None, None, None
-    if bridge.from_output(decoded(activation, slope)):
-        return y, None, None
-    return None, bias, residual
+        return batch_norm_backward_fused(
+            dy, x, mean, variance, y, weight, bias, residual, eps, activation, slope, frozen, keep
+        )
+    return (*batch_norm_backward(dy, x, mean, variance, weight, eps, frozen), dy)
 
 
 def _train_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, ctx.eps, activation, slope = inputs
     y, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
-    kept = _save_activation(ctx, activation, slope, y, bias, residual)
+    ctx.activation, ctx.slope = activation, slope
+    kept = bridge.kept(decoded(activation, slope), y, bias, residual)
     ctx.types = _types(weight, bias, residual)
     ctx.save_for_backward(x, mean, variance, kept[0], weight, *kept[1:])
 
@@ -262,14 +304,16 @@ def _train_backward(ctx: Any, dy: Tensor, _mean: Any, _variance: Any) -> tuple[A
 
 def _gradients(ctx: Any, dy: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, mean, variance, y, weight, bias, residual = ctx.saved_tensors
+    keep = ctx.types[2] is not None
     return gradients(
-        dy, x, mean, variance, y, weight, bias, residual, ctx.eps, ctx.activation, ctx.slope, frozen
-    )  # fmt: skip
+        dy, x, mean, variance, y, weight, bias, residual, ctx.eps, ctx.activation, ctx.slope, frozen, keep
+    )
 
 
 def _eval_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, running_mean, running_var, weight, bias, residual, ctx.eps, activation, slope = inputs
-    kept = _save_activation(ctx, activation, slope, output, bias, residual)
+    ctx.activation, ctx.slope = activation, slope
+    kept = bridge.kept(decoded(activation, slope), output, bias, residual)
     ctx.types = _types(weight, bias, residual)
     # Copies: training may change them before the gradient is taken.
     mean, variance = (t.detach().to(torch.float64, copy=True) for t in (running_mean, running_var))
@@ -304,7 +348,24 @@ def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor) -> tuple[Any, ...]:
-    """Differentiate the gradient, in float64.
+    dy, x, mean, variance, weight = ctx.saved_tensors
+    ddy, dx, dweight = _second(gx, gweight, gbias, dy, x, mean, variance, weight, ctx.eps, ctx.frozen)
+    return ddy, dx, None, None, dweight, None, None
+
+
+def _second(
+    gx: Tensor,
+    gweight: Tensor,
+    gbias: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Optional,
+    eps: float,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Optional]:
+    """Differentiate the gradient by dy, x and weight, in float64.
 
     With u the gradients that come in, xh the normalized batch, r = 1 / sqrt(variance + eps), M values per channel, and
     P(z) = r * (z - mean(z) - xh * mean(z * xh)), the gradient of a batch norm of weight 1::
@@ -317,7 +378,6 @@ def _double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor) -> tu
 
     Written in PyTorch's own operations on x itself, so that any further derivative is right too.
     """
-    dy, x, mean, variance, weight = ctx.saved_tensors
     axes = [axis for axis in range(x.dim()) if axis != 1]
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
     values = max(math.prod(x.shape[axis] for axis in axes), 1)
@@ -328,15 +388,15 @@ def _double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor) -> tu
     def total(t: Tensor) -> Tensor:
         return t.sum(axes, keepdim=True)
 
-    if ctx.frozen:
-        r = (variance + ctx.eps).rsqrt().reshape(shape)
+    if frozen:
+        r = (variance + eps).rsqrt().reshape(shape)
         xh = (wide_x - mean.reshape(shape)) * r
         ddy = w * r * gx + gw * xh + gb
         dx = gw * r * wide_dy
         dw = total(gx * wide_dy) * r
     else:
         deviation = wide_x - total(wide_x) / values
-        r = (total(deviation * deviation) / values + ctx.eps).rsqrt()
+        r = (total(deviation * deviation) / values + eps).rsqrt()
         xh = deviation * r
 
         def gradient(z: Tensor) -> Tensor:
@@ -348,7 +408,7 @@ def _double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor) -> tu
         h = (gw - w * r * (total(gx * xh) / values)) * wide_dy - w * r * (total(wide_dy * xh) / values) * gx
         dx = gradient(h) - w * dw * r * xh / values
     dweight = None if weight is None else dw.reshape(-1).to(weight.dtype)
-    return ddy.to(dy.dtype), dx.to(x.dtype), None, None, dweight, None, None
+    return ddy.to(dy.dtype), dx.to(x.dtype), dweight
 
 
 def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -357,21 +417,63 @@ def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gate_backward(ctx: Any, gz: Tensor) -> tuple[Any, ...]:
-    """Differentiate dy * f'(z), z being the value before the activation f."""
-    dy, x, mean, variance, y, weight, bias, residual = ctx.saved_tensors
-    eps, activation, _, frozen = ctx.rest
-    ddy = batch_norm_gate(gz, x, mean, variance, y, weight, bias, residual, *ctx.rest)
+    ddy, dx, *rest = _gate_second(gz, *ctx.saved_tensors, *ctx.rest)
+    return ddy, dx, None, None, None, *rest, None, None, None, None
+
+
+def _gate_second(
+    gz: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    y: Optional,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+    frozen: bool,
+) -> tuple[Optional, ...]:
+    """Differentiate dy * f'(z), z being the value before the activation f: by dy, x, weight, bias and residual."""
+    ddy = batch_norm_gate(
+        gz, x, mean, variance, y, weight, bias, residual, eps, activation, slope, frozen
+    )  # fmt: skip
     fixed = _FIXED.get(activation)
-    dx = dweight = dbias = dresidual = None
-    if fixed is not None and not fixed.from_output:  # the others are made of straight lines
-        if frozen:
-            z = batch_norm_eval(x, mean, variance, weight, bias, residual, eps, "", 0.0)
-        else:
-            z = batch_norm_train(x, weight, bias, residual, eps, "", 0.0)[0]
-        dz = (gz.to(torch.float64) * dy * _second_derivative(z.to(torch.float64), *fixed.bend[1][:2])).to(x.dtype)
-        result = gradients(dz, x, mean, variance, None, weight, bias, residual, eps, "", 0.0, frozen)
-        dx, (dweight, dbias, dresidual) = result[0], as_asked(result, _types(weight, bias, residual))
-    return ddy, dx, None, None, None, dweight, dbias, dresidual, None, None, None, None
+    if fixed is None or fixed.from_output:  # made of straight lines
+        return ddy, None, None, None, None
+    if frozen:
+        z = batch_norm_eval(x, mean, variance, weight, bias, residual, eps, "", 0.0)
+    else:
+        z = batch_norm_train(x, weight, bias, residual, eps, "", 0.0)[0]
+    dz = (gz.to(torch.float64) * dy * _second_derivative(z.to(torch.float64), *fixed.bend[1][:2])).to(x.dtype)
+    result = gradients(dz, x, mean, variance, None, weight, bias, residual, eps, "", 0.0, frozen, True)
+    return ddy, result[0], *as_asked(result, _types(weight, bias, residual))
+
+
+def _fused_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dy, x, mean, variance, y, weight, bias, residual, *ctx.rest = inputs
+    ctx.save_for_backward(dy, x, mean, variance, y, weight, bias, residual)
+
+
+def _fused_double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor, gz: Tensor) -> tuple[Any, ...]:
+    """Differentiate the two steps, the gate and the gradient, one after the other."""
+    dy, x, mean, variance, y, weight, bias, residual = ctx.saved_tensors
+    *options, keep = ctx.rest
+    eps, frozen = options[0], options[-1]
+    before = batch_norm_gate(dy, x, mean, variance, y, weight, bias, residual, *options)
+    dbefore, dx, dweight = _second(gx, gweight, gbias, before, x, mean, variance, weight, eps, frozen)
+    if keep:
+        dbefore = dbefore + gz
+    ddy, dx2, dweight2, dbias, dresidual = _gate_second(
+        dbefore, dy, x, mean, variance, y, weight, bias, residual, *options
+    )
+    if dx2 is not None:
+        dx = dx + dx2
+    if dweight2 is not None:
+        dweight = dweight + dweight2
+    return ddy, dx, None, None, None, dweight, dbias, dresidual, *(5 * [None])
 
 
 def _second_derivative(z: Tensor, k1: float, k3: float) -> Tensor:
@@ -386,3 +488,4 @@ batch_norm_train.register_autograd(_train_backward, setup_context=_train_context
 batch_norm_eval.register_autograd(_eval_backward, setup_context=_eval_context)
 batch_norm_gate.register_autograd(_gate_backward, setup_context=_gate_context)
 batch_norm_backward.register_autograd(_double_backward, setup_context=_backward_context)
+batch_norm_backward_fused.register_autograd(_fused_double_backward, setup_context=_fused_context)
