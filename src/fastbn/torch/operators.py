@@ -305,9 +305,7 @@ def _train_backward(ctx: Any, dy: Tensor, _mean: Any, _variance: Any) -> tuple[A
 def _gradients(ctx: Any, dy: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, mean, variance, y, weight, bias, residual = ctx.saved_tensors
     keep = ctx.types[2] is not None
-    return gradients(
-        dy, x, mean, variance, y, weight, bias, residual, ctx.eps, ctx.activation, ctx.slope, frozen, keep
-    )
+    return gradients(dy, x, mean, variance, y, weight, bias, residual, ctx.eps, ctx.activation, ctx.slope, frozen, keep)
 
 
 def _eval_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -472,7 +470,7 @@ def _fused_double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor,
     if dx2 is not None:
         dx = dx + dx2
     if dweight2 is not None:
-        dweight = dweight + dweight2
+        dweight = dweight2 if dweight is None else dweight + dweight2
     return ddy, dx, None, None, None, dweight, dbias, dresidual, *(5 * [None])
 
 
