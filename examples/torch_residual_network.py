@@ -22,8 +22,8 @@ from torch.nn import functional as F
 import fastbn.torch
 
 FULL = "--full" in sys.argv
-STEPS, ROUNDS = (20, 40) if FULL else (6, 3)
-BATCH, SIZE, CLASSES = 64, 32, 10
+STEPS, ROUNDS, BATCH = (20, 40, 64) if FULL else (4, 2, 16)
+SIZE, CLASSES = 32, 10
 
 
 class Sum(nn.Module):
