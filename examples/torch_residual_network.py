@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import fastbn.torch
 
 FULL = "--full" in sys.argv
-STEPS, ROUNDS, BATCH = (20, 40, 64) if FULL else (4, 2, 16)
+STEPS, ROUNDS, BATCH = (10, 40, 64) if FULL else (4, 2, 16)
 SIZE, CLASSES = 32, 10
 
 
