@@ -36,12 +36,11 @@ def array(value: Any, name: str) -> Array:
     if hasattr(value, "detach"):  # a PyTorch tensor, which may need a gradient, be elsewhere, or be a bfloat16
         value = value.detach().cpu()
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    elif not isinstance(value, np.ndarray) and callable(getattr(value, "numpy", None)):  # a TensorFlow variable
-        value = value.numpy()
-    elif not isinstance(value, np.ndarray) and hasattr(value, "value") and not callable(value.value):
-        value = value.value  # a variable of Keras, flax or fastbn.compat
-        if hasattr(value, "detach"):
-            return array(value, name)
+    elif not hasattr(value, "__array__"):  # variables of TensorFlow, of a checkpoint, of fastbn.compat
+        if callable(getattr(value, "numpy", None)):
+            value = value.numpy()
+        elif hasattr(value, "value"):
+            value = value.value
     try:
         found = np.asarray(value)
     except Exception as error:
@@ -49,6 +48,25 @@ def array(value: Any, name: str) -> Array:
     if found.dtype.kind not in "iuf" and found.dtype.name != "bfloat16":
         raise TypeError(must(name, "be an array of real numbers", f"{type(value).__name__} of dtype {found.dtype}"))
     return found
+
+
+def flat(value: Array, name: str, axis: int | tuple[int, ...]) -> Array:
+    """Return a parameter with the channel axes alone, in the order given.
+
+    TensorFlow kept axes of one value beside them where there were several, and one more in front for virtual batches.
+    """
+    if name.endswith("_weight"):
+        return value.reshape(()) if value.size == 1 else value
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if value.ndim <= len(axes):
+        return value
+    for lead in (0, 1):  # without and with virtual batches
+        rank = value.ndim - lead
+        places = [(a % rank) + lead for a in axes if -rank <= a < rank]
+        others = [place for place in range(value.ndim) if place not in places]
+        if len(places) == len(axes) and all(value.shape[place] == 1 for place in others):
+            return value.transpose([*places, *others]).reshape([value.shape[place] for place in places])
+    raise ValueError(must(name, f"have one value per channel of axis {axis}", f"shape {value.shape}"))
 
 
 def listed(names: Iterable[object]) -> str:

@@ -108,13 +108,21 @@ def from_flax(
     for name, value in given.items():
         given[name] = _weights.chosen(value, _DEFAULTS[name] if module is None else getattr(module, name))
     if isinstance(given["axis"], Sequence):
-        given["axis"] = tuple(given["axis"])
+        given["axis"] = _sorted(given["axis"])
     return _weights.layer(
         {ours: found[theirs] for ours, theirs in _NAMES.items() if theirs in found},
         {ours: _weights.path(path, theirs, "/") for ours, theirs in _NAMES.items()},
         dtype=dtype,
         **given,
     )
+
+
+def _sorted(axes: Sequence[int]) -> tuple[int, ...]:
+    """Return several channel axes in the order of memory, which is that of flax's parameters."""
+    front, back = sorted(a for a in axes if a >= 0), sorted(a for a in axes if a < 0)
+    if front and back and front != list(range(len(front))):
+        raise ValueError(must("axis", "count all axes from the same end, or begin with axis 0", tuple(axes)))
+    return (*front, *back)
 
 
 def _merged(source: Mapping[Any, Any]) -> dict[str, Any]:

@@ -80,10 +80,12 @@ def from_keras(source: Any, config: Mapping[str, Any] | None = None, *, prefix: 
     else:
         raise TypeError(must("source", "be a layer, a list of arrays or a mapping", type(source).__name__))
     axis = given["axis"]
+    axis = tuple(axis) if isinstance(axis, Sequence) and len(axis) > 1 else _keras_config.axis(axis)
+    names = {name: _weights.path(prefix, name, "/") for name in found}
     return _weights.layer(
-        found,
-        {name: _weights.path(prefix, name, "/") for name in found},
-        axis=tuple(axis) if isinstance(axis, Sequence) and len(axis) > 1 else _keras_config.axis(axis),
+        {name: _weights.flat(_weights.array(value, names[name]), names[name], axis) for name, value in found.items()},
+        names,
+        axis=axis,
         momentum=given["momentum"],
         epsilon=given["epsilon"],
         ddof=ddof,

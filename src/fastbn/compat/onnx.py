@@ -229,8 +229,7 @@ def to_onnx(
         gamma / sqrt(moving_variance + epsilon) and an Add; "arrays" are the inputs of the operator by name (scale, B,
         input_mean, input_var), for which onnx need not be installed.
     rank : int, optional
-        Number of axes of the input. It may be missing for "arrays", where the channel axis is 1 and ``form`` is
-        "node", and where it is -1 and ``form`` is "folded".
+        Number of axes of the input. It may be missing for "arrays", and where the layer's layout tells it ("NCHW").
     name : str, default: "batch_normalization"
         Of the node, and the beginning of the names of its constants.
     input_name, output_name : str
@@ -239,7 +238,7 @@ def to_onnx(
     Returns
     -------
     ModelProto or dict
-        A model of operator set 15 with one input and one output of the layer's dtype, checked by ``onnx.checker``.
+        A model of operator set 15 with one input and one output of its dtype, checked by ``onnx.checker``.
 
     Raises
     ------
@@ -248,7 +247,7 @@ def to_onnx(
     TypeError
         If ``bn`` is not a BatchNorm.
     ValueError
-        If ONNX has no place for the layer, ``form`` is unknown, or ``rank`` is missing or has no channel axis.
+        If ONNX has no place for the layer, ``form`` is unknown, or ``rank`` is missing, or too small for the channel axis.
 
     Examples
     --------
@@ -272,12 +271,11 @@ def to_onnx(
         return {theirs: state[ours] for ours, theirs in _NAMES.items()}
     onnx = _package()
     made = _Graph(onnx, name, state["moving_mean"].dtype)
-    axis = _axis(bn, form_, rank)
+    axis, rank = _axis(bn, rank)
     last = "" if bn.activation is None else f"{name}/normalized"
     if form_ == "folded":
         scale, shift = bn.affine()
-        # Axes are counted from the last one: what is before them is broadcast.
-        trailing = [-1] + [1] * (-1 - axis)
+        trailing = [-1] + [1] * (rank - 1 - axis)  # what is before these axes is broadcast
         product = f"{name}/scaled"
         made.add("Mul", [input_name, made.constant("scale", scale.reshape(trailing))], product)
         made.add("Add", [product, made.constant("shift", shift.reshape(trailing))], last or output_name)
@@ -289,7 +287,6 @@ def to_onnx(
         if axis == 1:
             made.add("BatchNormalization", [input_name, *inputs], last or output_name, name, **attributes)
         else:
-            assert rank is not None
             there = [0, axis] + [a for a in range(1, rank) if a != axis] if axis else [1, 0, *range(2, rank)]
             made.add("Transpose", [input_name], f"{name}/first", perm=there)
             made.add("BatchNormalization", [f"{name}/first", *inputs], f"{name}/second", name, **attributes)
@@ -297,25 +294,19 @@ def to_onnx(
             made.add("Transpose", [f"{name}/second"], last or output_name, perm=back)
     if bn.activation is not None:
         _activation(made, bn.activation, last, output_name)
-    dims: list[Any] | None = None
-    if rank is not None:
-        dims = [None] * rank
-        dims[axis] = shape[0]
+    dims: list[Any] = [None] * rank
+    dims[axis] = shape[0]
     return made.model(input_name, output_name, dims)
 
 
-def _axis(bn: BatchNorm, form: str, rank: int | None) -> int:
-    """Return the channel axis: from the front for a node, from the end (so negative) for Mul and Add."""
+def _axis(bn: BatchNorm, rank: int | None) -> tuple[int, int]:
+    """Return the channel axis, counted from 0, and the rank, which some names of layouts tell."""
+    if rank is None and bn.layout is not None:
+        rank = layouts.LAYOUTS[bn.layout][1]
     if rank is None:
-        axis = bn.axis if bn.layout is None else None
-        if form == "node" and (axis == 1 or bn.layout in ("channels_first", "NCHW", "NCL", "NCDHW", "NC")):
-            return 1
-        if form == "folded" and (axis == -1 or bn.layout in ("channels_last", "NHWC", "NLC", "NDHWC", "NC")):
-            return -1
-        words = f"be given for a channel axis {bn.axis if bn.layout is None else bn.layout} and form {form!r}"
-        raise ValueError(must("rank", words, None))
-    (axis_,) = layouts.channel_axes(bn.axis, bn.layout, checks.count(rank, "rank"))
-    return axis_ if form == "node" else axis_ - rank
+        raise ValueError(must("rank", "be the number of axes of the input", None))
+    (axis,) = layouts.channel_axes(bn.axis, bn.layout, checks.count(rank, "rank"))
+    return axis, rank
 
 
 def _activation(made: _Graph, activation: Any, source: str, target: str) -> None:
@@ -349,7 +340,7 @@ class _Graph:
         name = name or f"{self._name}/{operator}_{len(self._nodes)}"
         self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name, **attributes))
 
-    def model(self, source: str, target: str, dims: list[Any] | None) -> Any:
+    def model(self, source: str, target: str, dims: list[Any]) -> Any:
         """Return the model, checked."""
         helper = self._onnx.helper
         ends = [helper.make_tensor_value_info(name, self._type, dims) for name in (source, target)]

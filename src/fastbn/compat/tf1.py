@@ -152,7 +152,9 @@ def from_tf1(
             )
         batches, arguments["zero_debias"] = int(step.item()), "mean"
     names = {name: _weights.path(scope, name, "/") for name in found}
-    arrays = {name: _flat(_weights.array(value, names[name]), names[name], axis) for name, value in found.items()}
+    arrays = {
+        name: _weights.flat(_weights.array(value, names[name]), names[name], axis) for name, value in found.items()
+    }
     return _weights.layer(
         arrays, names, batches, momentum=momentum, epsilon=epsilon, axis=axis, ddof=ddof, dtype=dtype, **arguments
     )
@@ -181,26 +183,6 @@ def _scopes(everything: Mapping[str, Any]) -> list[str]:
     """Return the scopes that have a moving variance, in the order of the variables."""
     end = "moving_variance"
     return [n[: -len(end)].rstrip("/") for n in everything if n == end or n.endswith("/" + end)]
-
-
-def _flat(value: Array, name: str, axis: int | tuple[int, ...]) -> Array:
-    """Return a parameter in fastbn's shape: TensorFlow kept axes of one value where it had several channel axes.
-
-    Parameters of a layer with virtual batches had one more of these in front of them.
-    """
-    if name.endswith("_weight"):
-        return value.reshape(()) if value.size == 1 else value
-    wanted = len(axis) if isinstance(axis, tuple) else 1
-    if value.ndim <= wanted:
-        return value
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    for lead in (0, 1):  # without and with virtual batches
-        rank = value.ndim - lead
-        places = sorted((a % rank) + lead for a in axes if -rank <= a < rank)
-        others = [n for place, n in enumerate(value.shape) if place not in places]
-        if len(places) == wanted and all(n == 1 for n in others):
-            return value.reshape([value.shape[place] for place in places])
-    raise ValueError(must(name, f"have one value per channel of axis {axis}", f"shape {value.shape}"))
 
 
 def from_tf1_many(variables: Any, scope: str = "", **arguments: Any) -> dict[str, BatchNorm]:
