@@ -21,7 +21,7 @@ SHAPES = (
     (2, 3, 2, 3, 4),
 )
 # For frameworks that compile for every shape and axis, about a second each.
-COMPILED = ((7, 3), (33, 5), (4, 3, 5), (3, 2, 4, 5), (2, 3, 2, 3, 4))
+COMPILED = ((33, 5), (4, 3, 5), (3, 2, 4, 5))
 EPSILONS = [1e-3, 1e-5, 2e-5, 0.1, 1.0]
 SHARES = [0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0]
 
@@ -81,9 +81,9 @@ def configurations(*, axes: str = "any", shapes=SHAPES, several: bool = False):
         if axes == "second":
             axis = 1
         elif several and len(shape) > 2 and draw(st.booleans()):
-            axis = draw(st.sampled_from([(1, 2), (0, -1), (-1, -2)]))
+            axis = draw(st.sampled_from([(1, 2), (0, -1)]))
         else:
-            axis = draw(st.sampled_from((-1, 1, -len(shape))) if few else st.integers(-len(shape), len(shape) - 1))
+            axis = draw(st.sampled_from((-1, 1)) if few else st.integers(-len(shape), len(shape) - 1))
         return Configuration(
             shape=shape,
             axis=axis,

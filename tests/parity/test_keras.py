@@ -9,44 +9,45 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from parity import frameworks
-from parity.configurations import COMPILED, configurations
+from parity.configurations import configurations
 from parity.tolerances import Moving, Step, assert_within
 
 import fastbn
 from fastbn.compat import from_keras, from_keras_many, keras_config, to_keras
 from fastbn.compat.keras import BatchNormalization
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
-jax = frameworks.load("jax", "pip install jax keras")
-keras = frameworks.load("keras", "pip install jax keras")
-if keras.backend.backend() != "jax":
-    pytest.skip(f"Keras runs on {keras.backend.backend()} here, not on JAX", allow_module_level=True)
+os.environ.setdefault("KERAS_BACKEND", "torch")
+INSTALL = "pip install keras torch==2.13.0"
+torch = frameworks.load("torch", INSTALL)
+keras = frameworks.load("keras", INSTALL)
+if keras.backend.backend() != "torch":
+    pytest.skip(f"Keras runs on {keras.backend.backend()} here, not on PyTorch", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of its get_weights
 
 CLIPPINGS = [None, {}, {"rmax": 1.5, "rmin": 0.5, "dmax": 0.75}, {"rmax": 2.0}, {"rmin": 0.9}, {"dmax": 0.1}]
-PENALTIES = [None, "L2", "L1L2", {"class_name": "L1", "config": {"l1": 0.5}, "module": "keras.regularizers"}, {"class_name": "L2", "config": {"l2": 0.5}, "module": "keras.regularizers"}]
+PENALTIES = [
+    None,
+    "L2",
+    "L1L2",
+    {"class_name": "L1", "config": {"l1": 0.5}, "module": "keras.regularizers"},
+    {"class_name": "L2", "config": {"l2": 0.5}, "module": "keras.regularizers"},
+]
 PROJECTIONS = [None, "non_neg", "unit_norm", "max_norm", "min_max_norm"]
 
 
-def called(layer, x, dy, training, mask=None):
-    """Result, gradients and weights afterwards of a layer of Keras, which keeps its weights."""
-    trainable = [v.value for v in layer.trainable_variables]
-    fixed = [v.value for v in layer.non_trainable_variables]
-    inputs = jax.numpy.asarray(x)
-
-    def run(weights, a):
-        y, after = layer.stateless_call(weights, fixed, a, training=training, mask=mask)
-        return y, after
-
-    y, back, after = jax.vjp(run, trainable, inputs, has_aux=True)
-    dweights, dx = back(jax.numpy.asarray(dy))
-    return np.asarray(y), np.asarray(dx), [np.asarray(g) for g in dweights], [np.asarray(v) for v in after]
+def called(layer, x, dy, training):
+    """Result and gradients of a layer of Keras on PyTorch."""
+    inputs = torch.from_numpy(x).requires_grad_()
+    weights = [v.value for v in layer.trainable_variables]
+    y = layer(inputs, training=training)
+    dx, *dweights = torch.autograd.grad(y, [inputs, *weights], torch.from_numpy(dy), allow_unused=True)
+    return y.detach().numpy(), dx.numpy(), [g.numpy() for g in dweights]
 
 
 @frameworks.configurations
 @given(
-    configuration=configurations(shapes=COMPILED),
+    configuration=configurations(),
     renorm=st.booleans(),
     clipping=st.sampled_from(CLIPPINGS),
     renorm_momentum=st.sampled_from((0.0, 0.5, 0.9, 0.99)),
@@ -56,6 +57,7 @@ def called(layer, x, dy, training, mask=None):
 )
 def test_layer(configuration, renorm, clipping, renorm_momentum, trainable, penalties, projections):
     c = configuration
+    c.epsilon = max(c.epsilon, 1e-3)  # the variance in one pass is noise where a channel is constant
     clipping = clipping if renorm else None
     arguments = {
         "axis": c.axis,
@@ -91,7 +93,7 @@ def test_layer(configuration, renorm, clipping, renorm_momentum, trainable, pena
     gamma, beta = gamma if c.scale else None, beta if c.center else None
     first = len(start) - 2 - 3 * renorm  # of the moving statistics
     moving = Moving(mean, variance)
-    penalty = [float(v) for v in theirs.losses]
+    penalty = [v.item() for v in theirs.losses]
     np.testing.assert_allclose(ours.losses, penalty, rtol=1e-5)
 
     for _ in range(c.steps):
@@ -101,12 +103,10 @@ def test_layer(configuration, renorm, clipping, renorm_momentum, trainable, pena
         x, dy = c.batch(), c.gradient()
         learns = trainable
         given_ = None if learns else before[first : first + 2]
-        step = Step(x, c.axis, c.epsilon, gamma, beta, given=given_)
+        step = Step(x, c.axis, c.epsilon, gamma, beta, given=given_, one_pass=True)
         if renorm and learns:
             step.renormalize(before[-2], before[-1], **(clipping or {}))
-        y, dx, dweights, after = called(theirs, x, dy, True)
-        for variable, value in zip(theirs.non_trainable_variables, after):
-            variable.assign(value)
+        y, dx, dweights = called(theirs, x, dy, True)
         bounds = step.gradients(dy)
         assert_within(ours(x, training=True), y, step.e_y, "y")
         assert_within(ours.backward(dy), dx, bounds[0], "dx")
@@ -124,8 +124,9 @@ def test_layer(configuration, renorm, clipping, renorm_momentum, trainable, pena
         if renorm:
             compare_renorm_weights(c, step, before, ours, theirs, renorm_momentum)
             continue
-        for name, bound in zip(("moving_mean", "moving_variance"), moving.bounds):
-            assert_within(getattr(ours, name), np.asarray(getattr(theirs, name)), bound, name)
+        theirs_ = dict(zip(("moving_mean", "moving_variance"), theirs.get_weights()[-2:]))
+        for name, bound in zip(theirs_, moving.bounds):
+            assert_within(getattr(ours, name), theirs_[name], bound, name)
 
     # From here on both have the same numbers.
     copy = from_keras(theirs)
@@ -145,7 +146,7 @@ def test_layer(configuration, renorm, clipping, renorm_momentum, trainable, pena
                 variable.assign(variable.constraint(variable))
         ours.apply_constraints()
         for mine, other_ in zip(ours.trainable_weights, theirs.trainable_weights):
-            np.testing.assert_allclose(mine, np.asarray(other_), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(mine, other_.numpy(), rtol=1e-5, atol=1e-6)
     frameworks.agreed(f"keras {keras.__version__}: layers.BatchNormalization")
 
 
@@ -158,7 +159,7 @@ def compare_renorm_weights(c, step, before, ours, theirs, renorm_momentum):
     old = dict(zip(names, before[-5:]))
 
     def bound(name, batch, error, keep):
-        rounding = 4 * step.u * (abs(keep * old[name]) + abs((1 - keep) * batch))
+        rounding = 5 * step.u * (abs(old[name]) + abs(batch))  # of products, sums and the share itself
         return 1.1 * ((1 - keep) * error + rounding) + 1e-37
 
     bounds = {
@@ -180,10 +181,10 @@ def test_policies(policy, rng):
         pytest.importorskip("ml_dtypes")
     x = rng.standard_normal((16, 4)).astype(np.float32)
     theirs, ours = keras.layers.BatchNormalization(dtype=policy), BatchNormalization(dtype=policy)
-    y, mine = np.asarray(theirs(x, training=True)), ours(x, training=True)
-    assert mine.dtype == y.dtype
+    y, mine = theirs(x, training=True).detach(), ours(x, training=True)
+    assert mine.dtype.name == str(y.dtype).removeprefix("torch.")
     assert [w.dtype for w in ours.weights] == [np.float32] * 4
-    np.testing.assert_allclose(mine.astype(np.float32), y.astype(np.float32), rtol=2**-7, atol=2**-8)
+    np.testing.assert_allclose(mine.astype(np.float32), y.float().numpy(), rtol=2**-7, atol=2**-8)
     assert theirs.compute_dtype == ours.compute_dtype
     assert theirs.variable_dtype == ours.variable_dtype
 

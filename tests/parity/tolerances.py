@@ -13,7 +13,7 @@ Statistics of a framework, computed in the type of x:
 The factor: with rho = (e_v + 2 u (v + epsilon)) / (v + epsilon), the relative error of r is at most
 e_r = rho / (2 (1 - rho)) + 4 u, the 4 u for a reciprocal square root that is approximated.
 
-x_hat, subtracted first (what flax, Keras and NumPy do), or as x * a + (beta - mu * a) (PyTorch, oneDNN, TensorFlow and
+x_hat, subtracted first (flax, NumPy), or as x * a + (beta - mu * a) (PyTorch, oneDNN, TensorFlow, Keras on JAX and
 ONNX Runtime):
 
     e_hat = (u |x - mu| + e_mu) * r + |x_hat| * (e_r + 2 u)
@@ -35,9 +35,10 @@ and 2 mu / m apart where the variance was computed in one pass:
 
 In inference the statistics are given: e_mu = e_v = 0, and dx = gamma r d. Moving statistics after a step:
 
-    e_s <- p e_s + (1 - p) e_b + 4 u (|p s| + |(1 - p) b|)
+    e_s <- p e_s + (1 - p) e_b + u (|s| + |b|) + 4 u (|p s| + |(1 - p) b|)
 
-where e_b is e_mu, or e_v with a factor of m / (m - 1) and two roundings more where the variance is that of m - 1.
+the first u for p itself, which may be rounded, the others for products and sums;
+e_b is e_mu, or e_v with a factor of m / (m - 1) and two roundings more where the variance is that of m - 1.
 Terms of second order are left out above: all bounds are taken times 1.1. They are for data whose bounds are small
 against 1.
 """
@@ -175,6 +176,7 @@ class Moving:
         errors = [step.flat(step.e_mean), step.flat(step.e_variance) * factor + 2 * step.u * batch[1]]
         for i in range(2):
             rounding = 4 * step.u * (abs(keep * self.values[i]) + abs((1 - keep) * batch[i]))
+            rounding = rounding + step.u * (abs(self.values[i]) + abs(batch[i]))
             self.errors[i] = keep * self.errors[i] + (1 - keep) * errors[i] + rounding
             self.values[i] = keep * self.values[i] + (1 - keep) * batch[i]
 

@@ -247,7 +247,7 @@ def to_onnx(
     TypeError
         If ``bn`` is not a BatchNorm.
     ValueError
-        If ONNX has no place for the layer, ``form`` is unknown, or ``rank`` is missing, or too small for the channel axis.
+        If ONNX has no place for the layer, ``form`` is unknown, or ``rank`` is missing or too small.
 
     Examples
     --------
