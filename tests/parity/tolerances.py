@@ -21,7 +21,8 @@ ONNX Runtime):
 
     e_y = |gamma| * e_hat + 3 u (|gamma * x_hat| + |beta|)          and e_y of fastbn: 4 u (|gamma * x_hat| + |beta|)
 
-fastbn's statistics are float64, and its products do not cancel: that is the second bound, of its four roundings.
+fastbn's statistics are float64, and its products do not cancel: that is the second bound, of its four roundings. Where
+x is float64 too, both sides round alike, and e_mu and e_v count twice.
 
 Gradients in training, with d = dy, over M values (M > m where a mask leaves some out), whether written by hand or by
 automatic differentiation, which forms the gradient of the variance and multiplies it by 2 (x - mu) / m, or by 2 x / m
@@ -89,6 +90,8 @@ class Step:
                 self.e_variance += self.u * (self.mean**2 + self.variance)
             else:
                 self.e_variance = self.g(self.size + 4) * (self.variance + self.e_mean**2) + self.e_mean**2
+        if x.dtype == np.float64:
+            self.e_mean, self.e_variance = 2 * self.e_mean, 2 * self.e_variance
         total = self.variance + epsilon
         rho = (self.e_variance + 2 * self.u * total) / total
         assert (rho < 0.5).all(), "data for which nothing follows from rounding errors"

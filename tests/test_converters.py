@@ -1,0 +1,643 @@
+"""Weights of other frameworks, as dicts of arrays: names, conventions, shapes, and every message. No framework needed.
+
+The live modules of the frameworks have their tests in `tests/parity`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.compat import (
+    flax_arguments,
+    from_flax,
+    from_flax_many,
+    from_keras,
+    from_keras_many,
+    from_onnx,
+    from_tf1,
+    from_tf1_many,
+    from_torch,
+    from_torch_many,
+    keras_config,
+    load_safetensors,
+    save_safetensors,
+    to_flax,
+    to_keras,
+    to_onnx,
+    to_torch,
+    torch_arguments,
+)
+from fastbn.compat.keras import BatchNormalization
+
+C = 3
+GAMMA, BETA, MEAN = (np.arange(1, C + 1, dtype=np.float32) * k for k in (1, 10, 100))
+VARIANCE = np.array([0.5, 1.0, 2.0], np.float32)
+STATE = dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), (GAMMA, BETA, MEAN, VARIANCE)))
+TORCH = dict(zip(("weight", "bias", "running_mean", "running_var"), STATE.values())) | {
+    "num_batches_tracked": np.array(7, np.int64)
+}
+ONNX = dict(zip(("scale", "B", "input_mean", "input_var"), STATE.values()))
+LINEN = {"params": {"scale": GAMMA, "bias": BETA}, "batch_stats": {"mean": MEAN, "var": VARIANCE}}
+TF1 = {f"net/bn/{name}:0": value for name, value in STATE.items()}
+SOURCES = {
+    "torch": lambda: from_torch(TORCH),
+    "keras": lambda: from_keras(list(STATE.values())),
+    "tf1": lambda: from_tf1(TF1),
+    "onnx": lambda: from_onnx(ONNX),
+    "flax": lambda: from_flax(LINEN),
+}
+
+
+def without(mapping, *names):
+    return {k: v for k, v in mapping.items() if k not in names}
+
+
+def prefixed(mapping, prefix):
+    return {prefix + k: v for k, v in mapping.items()}
+
+
+def layer(**arguments):
+    bn = fastbn.BatchNorm(C, **arguments)
+    has = {"gamma": bn.scale, "beta": bn.center, "moving_mean": bn.track, "moving_variance": bn.track}
+    for name, value in STATE.items():
+        if has[name]:
+            setattr(bn, name, value)
+    return bn
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_arrays_arrive_by_their_names_in_memory_of_their_own(source):
+    bn = SOURCES[source]()
+    for name, value in STATE.items():
+        np.testing.assert_array_equal(getattr(bn, name), value)
+        assert not np.shares_memory(getattr(bn, name), value)
+        assert getattr(bn, name).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("source", "momentum", "epsilon", "ddof", "axis"),
+    [
+        ("torch", 0.9, 1e-5, 1, 1),
+        ("keras", 0.99, 1e-3, 0, -1),
+        ("tf1", 0.99, 1e-3, 0, -1),
+        ("onnx", 0.9, 1e-5, 0, 1),
+        ("flax", 0.99, 1e-5, 0, -1),
+    ],
+)
+def test_conventions_are_those_of_the_framework(source, momentum, epsilon, ddof, axis):
+    bn = SOURCES[source]()
+    assert (bn.momentum, bn.epsilon, bn.ddof, bn.axis) == (momentum, epsilon, ddof, axis)
+
+
+def test_training_goes_on_with_the_share_of_pytorch(rng):
+    x = rng.standard_normal((5, C)).astype(np.float32)
+    bn = from_torch(TORCH, momentum=0.3)
+    bn(x, training=True)
+    np.testing.assert_allclose(bn.moving_mean, 0.7 * MEAN + 0.3 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(bn.moving_variance, 0.7 * VARIANCE + 0.3 * x.var(0, ddof=1), rtol=1e-5)
+    assert bn.batches == 8
+
+
+def test_average_of_all_batches(rng):
+    x = rng.standard_normal((5, C)).astype(np.float32)
+    bn = from_torch(TORCH, momentum=None)
+    assert bn.momentum is None
+    bn(x, training=True)
+    np.testing.assert_allclose(bn.moving_mean, MEAN + (x.mean(0) - MEAN) / 8, rtol=1e-5)
+    assert torch_arguments(bn)["momentum"] is None
+    assert to_torch(bn)["num_batches_tracked"] == 8
+
+
+@pytest.mark.parametrize("momentum", (0.1, 0.01, 0.003, 0.25, 0.0, 1.0))
+def test_momentum_survives_both_swaps(momentum):
+    assert torch_arguments(from_torch(TORCH, momentum=momentum))["momentum"] == momentum
+
+
+def test_torch_layers_with_less():
+    assert not from_torch(without(TORCH, "weight", "bias")).scale
+    assert not from_torch(without(TORCH, "bias")).center
+    assert from_torch(without(TORCH, "num_batches_tracked")).batches == 0  # as before PyTorch 0.4.1
+    untracked = from_torch(without(TORCH, "running_mean", "running_var", "num_batches_tracked"))
+    assert not untracked.track
+    x = np.arange(12, dtype=np.float32).reshape(4, C)
+    np.testing.assert_array_equal(untracked(x), untracked(x, training=True))
+    assert list(to_torch(untracked)) == ["weight", "bias"]
+    assert torch_arguments(untracked)["track_running_stats"] is False
+
+
+def test_torch_and_back():
+    back = to_torch(from_torch(TORCH), prefix="layer1.bn")
+    assert list(back) == [f"layer1.bn.{name}" for name in TORCH]
+    for name, value in TORCH.items():
+        np.testing.assert_array_equal(back[f"layer1.bn.{name}"], value)
+        assert back[f"layer1.bn.{name}"].dtype == value.dtype
+
+
+def test_pytorch_has_no_bias_without_weight():
+    state = to_torch(layer(scale=False))
+    np.testing.assert_array_equal(state["weight"], np.ones(C))
+    assert torch_arguments(layer(center=False))["bias"] is False
+    assert torch_arguments(layer(center=False, scale=False))["affine"] is False
+
+
+def test_float64_stays_and_float16_becomes_float32():
+    wide = {k: v.astype(np.float64) for k, v in without(TORCH, "num_batches_tracked").items()}
+    assert from_torch(wide).gamma.dtype == np.float64
+    assert from_torch(wide, dtype="float32").gamma.dtype == np.float32
+    assert from_torch({k: v.astype(np.float16) for k, v in wide.items()}).gamma.dtype == np.float32
+
+
+MODEL = {
+    "conv.weight": np.zeros((C, C, 1, 1), np.float32),
+    **prefixed(TORCH, "layer1.bn."),
+    **prefixed(without(TORCH, "weight", "bias"), "layer1.bn2."),
+}
+
+
+def test_models_of_torch():
+    assert {n: bn.scale for n, bn in from_torch_many(MODEL).items()} == {"layer1.bn": True, "layer1.bn2": False}
+    assert list(from_torch_many(MODEL, "layer1.bn")) == ["layer1.bn"]
+    assert list(from_torch_many(TORCH)) == [""]
+    assert from_torch_many(MODEL, "layer2") == {}
+    assert from_torch(MODEL, "layer1.bn.").batches == 7
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: from_torch(3), TypeError, "source must be a mapping of names to arrays, got int"),
+        (lambda: from_torch({1: GAMMA}), TypeError, "source must have strings as names, got 1"),
+        (lambda: from_torch(TORCH, 3), TypeError, "prefix must be a string, got 3"),
+        (lambda: from_torch({}), ValueError, "source must have 'weight', got none"),
+        (
+            lambda: from_torch(MODEL, "layer1"),
+            ValueError,
+            "source must have 'layer1.weight', got conv.weight, layer1.bn.bias, layer1.bn.num_batches_tracked, "
+            "layer1.bn.running_mean, layer1.bn.running_var, layer1.bn.weight, layer1.bn2.num_batches_tracked, "
+            "layer1.bn2.running_mean and 1 more",
+        ),
+        (
+            lambda: from_torch(without(TORCH, "running_var")),
+            ValueError,
+            "source must have 'running_var', got bias, num_batches_tracked, running_mean, weight",
+        ),
+        (
+            lambda: from_torch(without(TORCH, "num_batches_tracked"), momentum=None),
+            ValueError,
+            "source must have 'num_batches_tracked', got bias, running_mean, running_var, weight",
+        ),
+        (
+            lambda: from_torch(TORCH | {"extra": GAMMA}),
+            ValueError,
+            "source must have no other names than running_mean, running_var, weight, bias, num_batches_tracked, "
+            "got extra",
+        ),
+        (
+            lambda: from_torch(prefixed(TORCH, "a.") | {"a.extra": GAMMA}, "a"),
+            ValueError,
+            "source must have no other names than running_mean, running_var, weight, bias, num_batches_tracked "
+            "below a, got a.extra",
+        ),
+        (
+            lambda: from_torch(prefixed(TORCH | {"weight": GAMMA[:2]}, "a."), "a"),
+            ValueError,
+            "a.weight must have shape (3,) as a.running_mean, got (2,)",
+        ),
+        (
+            lambda: from_torch(TORCH | {"running_var": -VARIANCE}),
+            ValueError,
+            "running_var must not be negative, got -2.0",
+        ),
+        (
+            lambda: from_torch({k: v[0] for k, v in TORCH.items() if k != "num_batches_tracked"}),
+            ValueError,
+            "running_mean must have an axis of channels, got shape ()",
+        ),
+        (
+            lambda: from_torch(TORCH | {"weight": ["a", "b", "c"]}),
+            TypeError,
+            "weight must be an array of real numbers, got list of dtype <U1",
+        ),
+        (
+            lambda: from_torch(TORCH | {"weight": [[1], [1, 2], []]}),
+            TypeError,
+            "weight must be an array, got list: ",
+        ),
+        (
+            lambda: from_torch(TORCH | {"num_batches_tracked": np.array([1, 2])}),
+            ValueError,
+            "num_batches_tracked must be one integer, at least 0, got [1, 2]",
+        ),
+        (lambda: from_torch(TORCH, momentum=1.5), ValueError, "momentum must be in [0, 1], got 1.5"),
+        (lambda: from_torch(TORCH, momentum="a"), TypeError, "momentum must be a real number, got 'a'"),
+        (lambda: from_torch(TORCH, eps=-1), ValueError, "epsilon must be finite and at least 0, got -1.0"),
+        (lambda: to_torch(3), TypeError, "bn must be a fastbn.BatchNorm, got int"),
+        (
+            lambda: to_torch(fastbn.BatchNorm()),
+            ValueError,
+            "bn must be built by a call or by build(num_features), got one that is not",
+        ),
+        (
+            lambda: to_torch(fastbn.BatchNorm((2, 3), axis=(1, 2))),
+            ValueError,
+            "bn must have one channel axis for PyTorch, got parameters of shape (2, 3)",
+        ),
+        (
+            lambda: to_torch(layer(activation="relu")),
+            ValueError,
+            "bn must have no activation for PyTorch, which has none here, got 'relu'",
+        ),
+        (lambda: to_torch(layer(), object()), TypeError, "module must be a batch norm module, got object"),
+        (
+            lambda: from_keras(3),
+            TypeError,
+            "source must be a layer, a list of arrays or a mapping, got int",
+        ),
+        (
+            lambda: from_keras([GAMMA] * 3),
+            ValueError,
+            "source must be 4 arrays (gamma, beta, moving_mean, moving_variance); config says which there are, got 3",
+        ),
+        (
+            lambda: from_keras([GAMMA] * 4, {"scale": False}),
+            ValueError,
+            "source must be 3 arrays (beta, moving_mean, moving_variance); config says which there are, got 4",
+        ),
+        (
+            lambda: from_keras([GAMMA, BETA, MEAN, VARIANCE[:2]]),
+            ValueError,
+            "moving_variance must have shape (3,) as moving_mean, got (2,)",
+        ),
+        (lambda: from_keras([GAMMA] * 4, 3), TypeError, "config must be a mapping, got int"),
+        (
+            lambda: from_keras([GAMMA] * 4, {"fused": None, "other": 1}),
+            ValueError,
+            "config must have no entry 'other', got 1",
+        ),
+        (
+            lambda: from_keras([GAMMA] * 4, {"virtual_batch_size": 2}),
+            ValueError,
+            "config must have no entry 'virtual_batch_size' but None, got 2",
+        ),
+        (
+            lambda: from_keras(without(STATE, "moving_mean")),
+            ValueError,
+            "source must have 'moving_mean', got beta, gamma, moving_variance",
+        ),
+        (
+            lambda: from_keras(prefixed(STATE, "bn/"), prefix="other"),
+            ValueError,
+            "source must have 'other/moving_mean', got bn/beta, bn/gamma, bn/moving_mean, bn/moving_variance",
+        ),
+        (
+            lambda: from_keras(STATE | {"kernel": GAMMA}),
+            ValueError,
+            "source must have no other names than gamma, beta, moving_mean, moving_variance, got kernel",
+        ),
+        (
+            lambda: from_keras(BatchNormalization()),
+            ValueError,
+            "source must be a layer that is built, got one without weights",
+        ),
+        (lambda: from_keras_many(3), TypeError, "model must have layers, got int"),
+        (
+            lambda: to_keras(layer(track=False)),
+            ValueError,
+            "bn must keep moving statistics for Keras, got one with track=False",
+        ),
+        (
+            lambda: to_keras(layer(momentum=None)),
+            ValueError,
+            "bn must have a momentum for Keras, which knows no average of all batches, got None",
+        ),
+        (
+            lambda: to_keras(layer(renorm=True, renorm_scheme="tf1")),
+            ValueError,
+            "bn must have the renorm_scheme 'keras', got 'tf1'",
+        ),
+        (
+            lambda: keras_config(layer(layout="NCHW")),
+            ValueError,
+            "bn must name its channel axis by axis for Keras, got layout 'NCHW'",
+        ),
+        (lambda: to_keras(layer(), 3), TypeError, "layer must be a layer of Keras, got int"),
+        (
+            lambda: to_keras(layer(), BatchNormalization(momentum=0.5)),
+            ValueError,
+            "momentum of layer must be 0.99, got 0.5",
+        ),
+        (
+            lambda: to_keras(layer(), BatchNormalization()),
+            ValueError,
+            "layer must be built with weights of shape (3,), (3,), (3,), (3,), got none",
+        ),
+        (
+            lambda: from_tf1(3),
+            TypeError,
+            "variables must be a mapping, variables with names, or a reader of a checkpoint, got int",
+        ),
+        (
+            lambda: from_tf1([3]),
+            TypeError,
+            "variables must be a mapping, variables with names, or a reader of a checkpoint, got an iterable with int",
+        ),
+        (lambda: from_tf1(TF1, 3), TypeError, "scope must be a string, got 3"),
+        (lambda: from_tf1(TF1, "other"), ValueError, "scope must be one of net/bn, got 'other'"),
+        (lambda: from_tf1({}), ValueError, "scope must be one of none, got ''"),
+        (
+            lambda: from_tf1(TF1 | prefixed(STATE, "net/bn_1/")),
+            ValueError,
+            "scope must name one layer; from_tf1_many takes several, got net/bn, net/bn_1",
+        ),
+        (
+            lambda: from_tf1(without(TF1, "net/bn/moving_variance:0"), "net/bn"),
+            ValueError,
+            "source must have 'net/bn/moving_variance', got net/bn/beta, net/bn/gamma, net/bn/moving_mean",
+        ),
+        (
+            lambda: from_tf1(TF1 | {"net/bn/renorm_mean:0": MEAN}),
+            ValueError,
+            "source must have 'net/bn/renorm_mean_weight', got net/bn/beta, net/bn/gamma, net/bn/moving_mean, "
+            "net/bn/moving_variance, net/bn/renorm_mean",
+        ),
+        (
+            lambda: from_tf1(TF1 | {"net/bn/kernel:0": MEAN}),
+            ValueError,
+            "source must have no other names than moving_mean, moving_variance, gamma, beta below net/bn, "
+            "got net/bn/kernel",
+        ),
+        (
+            lambda: from_tf1(TF1 | {"net/bn/moving_mean/biased": MEAN, "net/bn/moving_mean/local_step": 1.5}),
+            ValueError,
+            "net/bn/moving_mean/local_step must be one integer, at least 0, got 1.5",
+        ),
+        (
+            lambda: from_tf1(TF1 | {"net/bn/gamma:0": np.ones((3, 3))}),
+            ValueError,
+            "net/bn/gamma must have one value per channel of axis -1, got shape (3, 3)",
+        ),
+        (
+            lambda: from_flax(3),
+            TypeError,
+            "source must be variables of linen, or a layer or state of nnx, got int",
+        ),
+        (
+            lambda: from_flax({"params": 3}),
+            TypeError,
+            "source must have mappings as params and batch_stats, got int",
+        ),
+        (
+            lambda: from_flax(LINEN, "bn"),
+            ValueError,
+            "source must have 'bn/mean', got bias, mean, scale, var",
+        ),
+        (
+            lambda: from_flax({"mean": MEAN, "var": VARIANCE, "kernel": MEAN}),
+            ValueError,
+            "source must have no other names than mean, var, scale, bias, got kernel",
+        ),
+        (
+            lambda: from_flax({"mean": np.ones((2, 3)), "var": np.ones((2, 3))}, axis=(-1, 1)),
+            ValueError,
+            "axis must count all axes from the same end, or begin with axis 0, got (-1, 1)",
+        ),
+        (
+            lambda: from_flax_many(3),
+            TypeError,
+            "source must be variables of linen or a state of nnx, got int",
+        ),
+        (lambda: to_flax(layer(), api="jax"), ValueError, "api must be one of linen, nnx, got 'jax'"),
+        (lambda: to_flax(layer(), object()), TypeError, "layer must be an nnx.BatchNorm, got object"),
+        (
+            lambda: to_flax(layer(), object(), path="a"),
+            ValueError,
+            "path must not be given with a layer, got 'a'",
+        ),
+        (
+            lambda: to_flax(layer(track=False)),
+            ValueError,
+            "bn must keep moving statistics for flax, got one with track=False",
+        ),
+        (
+            lambda: to_flax(layer(activation="relu")),
+            ValueError,
+            "bn must have no activation for flax, which has none here, got 'relu'",
+        ),
+        (
+            lambda: to_flax(layer(momentum=None)),
+            ValueError,
+            "bn must have a momentum for flax, which knows no average of all batches, got None",
+        ),
+        (
+            lambda: flax_arguments(layer(layout="NCHW")),
+            ValueError,
+            "bn must name its channel axis by axis for flax, got layout 'NCHW'",
+        ),
+        (lambda: from_onnx(ONNX, "bn"), ValueError, "node must not be given with a mapping, got 'bn'"),
+        (
+            lambda: from_onnx(without(ONNX, "B")),
+            ValueError,
+            "source must have 'B', got input_mean, input_var, scale",
+        ),
+        (
+            lambda: to_onnx(layer(), form="other"),
+            ValueError,
+            "form must be one of node, folded, arrays, got 'other'",
+        ),
+        (
+            lambda: to_onnx(layer(activation="relu"), form="arrays"),
+            ValueError,
+            "bn must have no activation for arrays, got 'relu'",
+        ),
+        (
+            lambda: to_onnx(layer(track=False), form="arrays"),
+            ValueError,
+            "bn must keep moving statistics for ONNX, got one with track=False",
+        ),
+        (
+            lambda: to_onnx(fastbn.BatchNorm((2, 3), axis=(1, 2)), form="arrays"),
+            ValueError,
+            "bn must have one channel axis for ONNX, got parameters of shape (2, 3)",
+        ),
+    ],
+)
+def test_messages(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message or (message.endswith(": ") and str(caught.value).startswith(message))
+
+
+def test_keras_lists_and_names():
+    assert not from_keras([BETA, MEAN, VARIANCE], {"scale": False}).scale
+    assert not from_keras(prefixed(without(STATE, "gamma"), "bn/"), prefix="bn").scale
+    renormed = from_keras([*STATE.values(), np.sqrt(VARIANCE), MEAN, np.sqrt(VARIANCE)], {"renorm": True})
+    assert renormed.renorm
+    assert renormed.renorm_scheme == "keras"
+    assert [w.tolist() for w in to_keras(renormed)][4] == np.sqrt(VARIANCE).tolist()
+    named = dict(zip(("moving_stddev", "renorm_mean", "renorm_stddev"), to_keras(renormed)[4:]))
+    assert from_keras(STATE | named).renorm
+    assert from_keras(list(STATE.values()), ddof=1).ddof == 1
+
+
+def test_lists_of_axes_of_older_keras():
+    assert from_keras(list(STATE.values()), {"axis": [3], "fused": True}).axis == 3
+    grid = np.arange(6, dtype=np.float32).reshape(1, 2, 1, 3)
+    bn = from_keras([grid, grid, grid, grid], {"axis": [1, 3]})
+    assert bn.axis == (1, 3)
+    np.testing.assert_array_equal(bn.gamma, grid.reshape(2, 3))
+
+
+def test_keras_layer_there_and_back():
+    theirs = BatchNormalization(axis=1, epsilon=0.5, gamma_regularizer="L2", name="bn", trainable=False)
+    theirs.build((None, C, 4))
+    theirs.set_weights(list(STATE.values()))
+    bn = from_keras(theirs)
+    assert (bn.axis, bn.epsilon, bn.gamma_regularizer, bn.name, bn.trainable) == (1, 0.5, ("l2", 0.01), "bn", False)
+    assert keras_config(bn) == theirs.get_config()
+    again = BatchNormalization.from_config(keras_config(bn))
+    again.build((None, C, 4))
+    assert to_keras(bn, again) is again
+    np.testing.assert_array_equal(again.moving_variance, VARIANCE)
+
+
+def test_tf1_scopes(rng):
+    variables = TF1 | prefixed(without(STATE, "gamma"), "net/bn_1/") | {"net/dense/kernel:0": np.ones((2, 3))}
+    layers = from_tf1_many(variables, momentum=0.9, ddof=1)
+    assert {n: (bn.scale, bn.momentum, bn.ddof) for n, bn in layers.items()} == {
+        "net/bn": (True, 0.9, 1),
+        "net/bn_1": (False, 0.9, 1),
+    }
+    assert list(from_tf1_many(variables, "net/bn_1/")) == ["net/bn_1"]
+    assert from_tf1(variables, "net/bn").scale
+
+
+def test_tf1_optimizer_slots_are_left_out():
+    slots = {"net/bn/gamma/Adam": GAMMA, "net/bn/gamma/Adam_1": GAMMA, "net/bn/beta/Momentum:0": GAMMA}
+    np.testing.assert_array_equal(from_tf1(TF1 | slots).gamma, GAMMA)
+
+
+def test_tf1_renorm_and_zero_debias():
+    old = {"renorm_mean": MEAN, "renorm_mean_weight": 0.5, "renorm_stddev": GAMMA, "renorm_stddev_weight": 0.5}
+    bn = from_tf1(TF1 | prefixed(old, "net/bn/"), renorm_momentum=0.9, renorm_clipping={"rmax": 2.0})
+    assert (bn.renorm_scheme, bn.renorm_momentum, bn.renorm_clipping) == ("tf1", 0.9, {"rmax": 2.0})
+    assert bn.renorm_state["renorm_mean_weight"] == 0.5
+    new = {"moving_stddev": GAMMA, "renorm_mean": MEAN, "renorm_stddev": GAMMA}
+    assert from_tf1(TF1 | prefixed(new, "net/bn/")).renorm_scheme == "keras"
+    debiased = {"net/bn/moving_mean/biased": MEAN, "net/bn/moving_mean/local_step": np.float32(4)}
+    bn = from_tf1(TF1 | debiased)
+    assert (bn.zero_debias, bn.batches) == ("mean", 4)
+
+
+def test_tf1_axes_and_virtual_batches():
+    grid = np.arange(6, dtype=np.float32).reshape(1, 2, 1, 3)
+    np.testing.assert_array_equal(from_tf1(dict.fromkeys(STATE, grid), axis=(1, 3)).gamma, grid.reshape(2, 3))
+    np.testing.assert_array_equal(from_tf1(dict.fromkeys(STATE, grid), axis=(3, 1)).gamma, grid.reshape(2, 3).T)
+    virtual = {name: value.reshape(1, 1, C) for name, value in STATE.items()}
+    np.testing.assert_array_equal(from_tf1(virtual).gamma, GAMMA)
+
+
+class Variable:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+
+class Reader:
+    """Like a reader of a checkpoint, which must not read what is not asked for."""
+
+    def get_variable_to_shape_map(self):
+        return {"a/" + n: list(v.shape) for n, v in STATE.items()} | {"huge": [10**9], "a/gamma/Adam": [C]}
+
+    def get_tensor(self, name):
+        return STATE[name.removeprefix("a/")]
+
+
+def test_tf1_variables_and_checkpoints():
+    for source in ([Variable(f"a/{n}:0", v) for n, v in STATE.items()], Reader()):
+        bn = from_tf1(source, "a")
+        np.testing.assert_array_equal(bn.moving_variance, VARIANCE)
+    assert list(from_tf1_many(Reader())) == ["a"]
+
+
+def test_flax_there_and_back():
+    bn = from_flax({name: {"block": {"bn": tree}} for name, tree in LINEN.items()}, "block/bn", momentum=0.5)
+    assert bn.momentum == 0.5
+    back = to_flax(bn, path="block/bn")
+    assert list(back["params"]["block"]["bn"]) == ["scale", "bias"]
+    np.testing.assert_array_equal(back["batch_stats"]["block"]["bn"]["var"], VARIANCE)
+    assert set(to_flax(bn, api="nnx")) == {"scale", "bias", "mean", "var"}
+    assert "params" not in to_flax(layer(center=False, scale=False))
+    assert list(from_flax_many({"a": to_flax(bn, api="nnx"), "b": {"kernel": MEAN}})) == ["a"]
+    assert flax_arguments(bn) == {
+        "momentum": 0.5, "epsilon": 1e-5, "axis": -1, "use_scale": True, "use_bias": True,
+    }  # fmt: skip
+
+
+def test_onnx_arrays():
+    arrays = to_onnx(layer(scale=False), form="arrays")
+    np.testing.assert_array_equal(arrays["scale"], np.ones(C))
+    np.testing.assert_array_equal(arrays["input_var"], VARIANCE)
+    older = dict(zip(("scale", "bias", "mean", "var"), STATE.values()))
+    np.testing.assert_array_equal(from_onnx(older).beta, BETA)
+
+
+def test_safetensors_there_and_back(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, MODEL, metadata={"format": "np"})
+    assert set(load_safetensors(path)) == set(MODEL)
+    part = load_safetensors(path, "layer1.bn.")
+    assert list(part) == [f"layer1.bn.{n}" for n in sorted(TORCH)]
+    np.testing.assert_array_equal(from_torch(part, "layer1.bn").moving_mean, MEAN)
+    for wrong, message in [
+        ({"a": "b"}, "a must be an array of real numbers, got str of dtype <U1"),
+        ([1], "arrays must be a mapping of names to arrays, got list"),
+    ]:
+        with pytest.raises(TypeError) as caught:
+            save_safetensors(path, wrong)
+        assert str(caught.value) == message
+    with pytest.raises(TypeError, match=r"^metadata must be a mapping of strings to strings, got 'a': 1$"):
+        save_safetensors(path, {}, metadata={"a": 1})
+    assert set(load_safetensors(path)) == set(MODEL)  # nothing was written
+    with pytest.raises(fastbn.StateError, match=r"has no tensor whose name begins with 'layer2'$"):
+        load_safetensors(path, "layer2")
+    path.write_bytes(b"no tensors")
+    with pytest.raises(fastbn.StateError, match=r"model\.safetensors: "):
+        load_safetensors(path)
+    with pytest.raises(FileNotFoundError):
+        load_safetensors(tmp_path / "none")
+
+
+def test_safetensors_bfloat16(tmp_path):
+    pytest.importorskip("safetensors")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    path = tmp_path / "half.safetensors"
+    save_safetensors(path, {"a": GAMMA.astype(ml_dtypes.bfloat16), "b": GAMMA.astype(np.float16)})
+    found = load_safetensors(path)
+    assert (found["a"].dtype, found["b"].dtype) == (np.float32, np.float16)
+    np.testing.assert_array_equal(found["a"], GAMMA)
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    for name in ("onnx", "safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'^onnx must be installed for this: pip install "fastbn\[onnx\]"$'):
+        to_onnx(layer())
+    message = r'^safetensors must be installed for this: pip install "fastbn\[safetensors\]"$'
+    with pytest.raises(ImportError, match=message):
+        load_safetensors(tmp_path / "a")
+    with pytest.raises(ImportError, match=message):
+        save_safetensors(tmp_path / "a", {})
+
+
+def test_import_loads_numpy_only():
+    code = """
+import sys, fastbn.compat
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"torch", "keras", "tensorflow", "onnx", "jax", "flax", "safetensors"}, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
