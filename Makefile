@@ -34,7 +34,7 @@ EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproj
 # asv keeps its machine file in HOME: give it one inside the clone.
 ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
 
-.PHONY: help demo test test-all test-clang test-versions lint types bench asv-check numbers compare install-dev clean
+.PHONY: help demo test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -52,6 +52,20 @@ test-all: $(WHEEL)-test ## all tests, the slow ones too
 test-clang: $(WHEEL)-test $(VENV)/.clang ## a build by Clang: its instructions, and the same bits as the other build's
 	FASTBN_OTHER_BUILD=$(abspath $(VENV))/clang/installed \
 	    $(VENV)/bin/pytest tests/test_levels.py -m "not slow" $(PYTEST_ARGS)
+
+# Two environments of their own: PyTorch, Keras, flax, JAX, ONNX and scikit-learn in one, TensorFlow, whose requirements
+# conflict with these, in the other. A framework that cannot be installed or imported is an error here, not a skip.
+PARITY_EXAMPLES ?= 500
+PARITY_TF := $(wildcard tests/parity/test_tf*.py)
+PARITY_OTHERS := $(filter-out $(PARITY_TF),$(wildcard tests/parity/test_*.py))
+
+parity: .venv-parity/.parity $(if $(PARITY_TF),.venv-parity-tf/.parity) ## compare with the real frameworks, 500 random configurations per test
+	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=torch,keras,jax,flax,onnx,onnxruntime,sklearn \
+	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py $(PYTEST_ARGS)
+ifneq ($(PARITY_TF),)
+	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=tensorflow,tf_keras,tf_slim TF_USE_LEGACY_KERAS=1 \
+	    .venv-parity-tf/bin/pytest $(PARITY_TF) $(PYTEST_ARGS)
+endif
 
 test-versions: ## build and test with every Python of $(VERSIONS) that is at hand
 	@tested=(); missing=(); \
@@ -111,6 +125,19 @@ $(PY):
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
 	    $(PYTHON) -m venv --clear --without-pip $(VENV); \
 	    $(PYTHON) -m pip --python $(PY) install --quiet pip; }
+
+# The wheel is that of $(VENV); the frameworks, which are large, are installed once, whatever changes in the library.
+.venv-parity/.parity .venv-parity-tf/.parity: %/.parity: $(WHEEL) %/.frameworks
+	$*/bin/python -m pip --disable-pip-version-check --quiet install --force-reinstall --no-deps $(VENV)/wheels/fastbn-*.whl
+	@touch $@
+
+.venv-parity/.frameworks .venv-parity-tf/.frameworks: %/.frameworks: pyproject.toml | $(WHEEL)
+	@$(MAKE) --no-print-directory $*/bin/python VENV=$*
+	@echo "installing the frameworks of $*"
+	$(if $(findstring -tf,$*),,$*/bin/python -m pip --disable-pip-version-check --quiet install torch==2.13.0)
+	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); \
+	    $*/bin/python -m pip --disable-pip-version-check --quiet install "$$wheel[$(patsubst .venv-%,%,$*)]"
+	@touch $@
 
 # Built once in isolation, which brings Meson, Ninja, Cython and NumPy; the targets install this same wheel.
 $(WHEEL): $(SOURCES) | $(PY)
