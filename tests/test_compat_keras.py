@@ -276,3 +276,44 @@ def test_messages(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message or str(caught.value).endswith(" " + message)
+
+
+@pytest.mark.skipif(
+    "mask" not in inspect.signature(fastbn.BatchNorm.__call__).parameters, reason="BatchNorm takes no mask"
+)
+class TestMask:
+    def test_masked_rows_take_no_part(self, x):
+        mask = np.arange(16) < 10
+        layer, part = built(momentum=0.0), built(momentum=0.0)
+        spoiled = np.where(mask[:, np.newaxis], x, np.nan).astype(np.float32)
+        y = layer(spoiled, training=True, mask=mask)
+        np.testing.assert_allclose(y[:10], part(x[:10], training=True), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(layer.moving_mean, part.moving_mean, rtol=1e-6)
+        np.testing.assert_allclose(layer.moving_variance, part.moving_variance, rtol=1e-6)
+
+    def test_masked_values_are_normalized_all_the_same(self, x):
+        mask = np.arange(16) < 10
+        y = built()(x, training=True, mask=mask)
+        seen = x[:10]
+        np.testing.assert_allclose(y, (x - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-3), rtol=1e-4, atol=1e-5)
+
+    def test_rows_of_a_sequence(self):
+        """Two sequences, the second one padded: the rows (1, 5), (2, 5) count, with momentum 0."""
+        x = np.array([[[1.0, 5.0], [2.0, 5.0]], [[0.0, 0.0], [0.0, 0.0]]], np.float32)
+        layer = BatchNormalization(momentum=0.0)
+        layer(x, training=True, mask=np.array([[1, 1], [0, 0]]))
+        np.testing.assert_allclose(layer.moving_mean, [1.5, 5.0])
+        np.testing.assert_allclose(layer.moving_variance, [0.25, 0.0])
+
+    def test_any_axis_and_masks_that_broadcast(self, rng):
+        x = rng.standard_normal((6, 3, 4)).astype(np.float32)
+        layer = BatchNormalization(axis=1, momentum=0.0)
+        mask = rng.random((6, 1)) < 0.5
+        mask[0] = True
+        layer(x, training=True, mask=mask)
+        np.testing.assert_allclose(layer.moving_mean, x[mask[:, 0]].mean((0, 2)), rtol=1e-4, atol=1e-6)
+
+    def test_inference_ignores_it(self, x):
+        layer = built()
+        layer(x, training=True)
+        np.testing.assert_array_equal(layer(x, mask=np.zeros(16, bool)), layer(x))

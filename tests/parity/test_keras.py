@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from parity import frameworks
-from parity.configurations import configurations
+from parity.configurations import SHAPES, configurations
 from parity.tolerances import Moving, Step, assert_within
 
 import fastbn
@@ -173,6 +174,40 @@ def compare_renorm_weights(c, step, before, ours, theirs, renorm_momentum):
     mine, other = (dict(zip(names, layer.get_weights()[-5:])) for layer in (ours, theirs))
     for name in names:
         assert_within(mine[name], np.asarray(other[name]), bounds[name], name)
+
+
+@pytest.mark.skipif(
+    "mask" not in inspect.signature(fastbn.BatchNorm.__call__).parameters, reason="BatchNorm takes no mask"
+)
+@frameworks.configurations
+@given(configuration=configurations(shapes=tuple(s for s in SHAPES if s[0] > 2 or len(s) > 2)))
+def test_mask(configuration):
+    c = configuration
+    c.axis, c.axes, c.channels = -1, (len(c.shape) - 1,), (c.shape[-1],)
+    x, dy, mask = c.batch(), c.gradient(), c.mask()
+    gamma, beta, mean, variance = c.parameters()
+    theirs, ours = (
+        kind(momentum=c.momentum, epsilon=c.epsilon) for kind in (keras.layers.BatchNormalization, BatchNormalization)
+    )
+    for layer in (theirs, ours):
+        layer.build(c.shape)
+        layer.set_weights([gamma, beta, mean, variance])
+    inputs = torch.from_numpy(x).requires_grad_()
+    y = theirs(inputs, training=True, mask=torch.from_numpy(mask))
+    weights = [v.value for v in theirs.trainable_variables]
+    dx, *dweights = (g.numpy() for g in torch.autograd.grad(y, [inputs, *weights], torch.from_numpy(dy)))
+    # Keras divides by the number of values and 1e-7, in float32.
+    step = Step(x, -1, c.epsilon, gamma, beta, mask=mask[..., np.newaxis], divisor=1e-7)
+    assert_within(ours(x, training=True, mask=mask), y.detach().numpy(), step.e_y, "y")
+    bounds = step.gradients(dy)
+    assert_within(ours.backward(dy), dx, bounds[0], "dx")
+    for name, value, bound in zip(("gamma", "beta"), dweights, bounds[1:]):
+        assert_within(ours.grads[name], value, bound, f"d{name}")
+    moving = Moving(mean, variance)
+    moving.update(step, c.momentum)
+    for mine, other, bound in zip(ours.get_weights()[2:], theirs.get_weights()[2:], moving.bounds):
+        assert_within(mine, other, bound, "moving statistics")
+    frameworks.agreed(f"keras {keras.__version__}: layers.BatchNormalization with a mask")
 
 
 @pytest.mark.parametrize("policy", ("mixed_float16", "mixed_bfloat16"))

@@ -10,6 +10,8 @@ Statistics of a framework, computed in the type of x:
     e_v  = g(m + 4) * (v + e_mu^2) + e_mu^2                         two passes: squares of x - (mu + e_mu)
     e_v  = g(m + 3) * mean(x^2) + 2 |mu| e_mu + e_mu^2 + u (mu^2 + v)     one pass: E[x^2] - E[x]^2
 
+Keras adds 1e-7 to m where there is a mask: e_mu and e_v grow by |mu| and v times 1e-7 / m.
+
 The factor: with rho = (e_v + 2 u (v + epsilon)) / (v + epsilon), the relative error of r is at most
 e_r = rho / (2 (1 - rho)) + 4 u, the 4 u for a reciprocal square root that is approximated.
 
@@ -65,7 +67,20 @@ class Step:
     All arrays have the rank of x, and broadcast against it.
     """
 
-    def __init__(self, x, axis, epsilon, gamma=None, beta=None, *, mask=None, given=None, one_pass=False, folded=False):
+    def __init__(
+        self,
+        x,
+        axis,
+        epsilon,
+        gamma=None,
+        beta=None,
+        *,
+        mask=None,
+        divisor=0.0,
+        given=None,
+        one_pass=False,
+        folded=False,
+    ):
         self.u = unit(x.dtype)
         axes = (axis,) if isinstance(axis, int) else axis
         self.channels = tuple(sorted(a % x.ndim for a in axes))
@@ -90,6 +105,9 @@ class Step:
                 self.e_variance += self.u * (self.mean**2 + self.variance)
             else:
                 self.e_variance = self.g(self.size + 4) * (self.variance + self.e_mean**2) + self.e_mean**2
+        if divisor:  # is added to m
+            self.e_mean = self.e_mean + abs(self.mean) * divisor / self.m
+            self.e_variance = self.e_variance + self.variance * divisor / self.m + self.e_mean**2
         if x.dtype == np.float64:
             self.e_mean, self.e_variance = 2 * self.e_mean, 2 * self.e_variance
         total = self.variance + epsilon

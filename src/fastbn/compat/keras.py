@@ -385,7 +385,9 @@ class BatchNormalization:
             raise ValueError(must("inputs", f"have {self._ndim} axes, as the layer was built with", x.ndim))
         options: dict[str, Any] = {}
         if mask is not None:
-            options["mask"] = _mask(mask, x.shape)
+            weights = _mask(mask, x.shape)
+            if self._core.mode(training) == "train":  # otherwise there are no statistics that it could be for
+                options["mask"] = weights
         y = self._core(_cast(x, self.compute_dtype), training, **options)
         self._ndim = x.ndim
         return y
