@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import compat
 
 # What numpydoc's validation must not find. Left out: rules of taste (capitals, blank lines) and those that
 # want sections where one sentence says it all.
@@ -29,16 +30,28 @@ CHECKS = {
 }
 
 
+PUBLIC = {
+    "": (fastbn, fastbn.__all__),
+    "compat.": (compat, compat.__all__),
+    "compat.keras.": (compat.keras, ["BatchNormalization"]),
+}
+
+
 def public_names():
-    for name in fastbn.__all__:
-        value = getattr(fastbn, name)
+    for prefix, (module, names) in PUBLIC.items():
+        yield from names_of(prefix, module, names)
+
+
+def names_of(prefix, module, names):
+    for name in names:
+        value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value):
-            yield name
+            yield prefix + name
         if inspect.isclass(value) and not issubclass(value, BaseException):
             for member in dir(value):  # those that are inherited as well
                 what = inspect.getattr_static(value, member)
                 if not member.startswith("_") and (callable(what) or isinstance(what, classmethod | property)):
-                    yield f"{name}.{member}"
+                    yield f"{prefix}{name}.{member}"
 
 
 NAMES = list(public_names())

@@ -415,13 +415,42 @@ class BatchNormalization:
         return self._core.grads
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
-        """Return the shape of the result, which is that of the inputs; ValueError without a channel axis in it."""
+        """Return the shape of the result, which is that of the inputs.
+
+        Parameters
+        ----------
+        input_shape : sequence of ints or None
+            Shape of a batch.
+
+        Returns
+        -------
+        tuple
+            The same.
+
+        Raises
+        ------
+        ValueError
+            If there is no channel axis in it.
+        """
         shape = tuple(input_shape)
         layouts.channel_axes(self._core.axis, None, len(shape))
         return shape
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        """Return the mask for the layers that follow, which is the one that came in."""
+        """Return the mask for the layers that follow, which is the one that came in.
+
+        Parameters
+        ----------
+        inputs : object
+            Not looked at.
+        previous_mask : object, optional
+            The mask.
+
+        Returns
+        -------
+        object
+            The mask.
+        """
         return previous_mask
 
     # -- configuration -----------------------------------------------------------------------------------------------
