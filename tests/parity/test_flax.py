@@ -157,3 +157,24 @@ def test_models():
     }
     with pytest.raises(ValueError, match=r"^source must have 'Dense_0/mean', got "):
         from_flax(variables, "Dense_0")
+
+
+def nnx_layer(features=3, **arguments):
+    return nnx.BatchNorm(features, **arguments, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bn: to_flax(bn, nnx_layer(4)), "scale of layer must have shape (3,), got (4,)"),
+        (
+            lambda bn: to_flax(bn, nnx_layer(use_bias=False)),
+            "layer must have bias, mean, scale, var, got mean, scale, var",
+        ),
+        (lambda bn: from_flax(nnx_layer(), "a"), "path must not be given with a live layer, got 'a'"),
+    ],
+)
+def test_messages(call, message):
+    with pytest.raises(ValueError) as caught:
+        call(from_flax(nnx_layer()))
+    assert str(caught.value) == message

@@ -6,6 +6,7 @@ PyTorch's CPU build normalizes through its own kernels and oneDNN's: what holds 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from parity import frameworks
@@ -112,3 +113,54 @@ def test_half_precision_weights_and_devices():
     module = torch.nn.BatchNorm1d(3, dtype=torch.bfloat16)
     assert from_torch(module).gamma.dtype == np.float32
     assert from_torch(module.half()).moving_mean.dtype == np.float32
+
+
+BN = torch.nn.BatchNorm1d
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: from_torch(torch.nn.Sequential(BN(3))),
+            TypeError,
+            "source must be a batch norm module, or name one by prefix, or go to from_torch_many, "
+            "got Sequential with these: 0",
+        ),
+        (
+            lambda: from_torch(torch.nn.Sequential(BN(3)), "1"),
+            ValueError,
+            "prefix must name a batch norm of the model: 0, got '1'",
+        ),
+        (
+            lambda: from_torch(torch.nn.LazyBatchNorm1d()),
+            ValueError,
+            "source must have its parameters, got LazyBatchNorm1d before its first batch",
+        ),
+        (
+            lambda: to_torch(from_torch(BN(3)), BN(4)),
+            ValueError,
+            "weight of module must have shape (3,), got (4,)",
+        ),
+        (
+            lambda: to_torch(from_torch(BN(3)), BN(3, affine=False)),
+            ValueError,
+            "module must have bias, num_batches_tracked, running_mean, running_var, weight, "
+            "got num_batches_tracked, running_mean, running_var",
+        ),
+        (
+            lambda: to_torch(from_torch(BN(3)), torch.nn.Linear(3, 3)),
+            TypeError,
+            "module must be a batch norm module, got Linear",
+        ),
+        (
+            lambda: to_torch(from_torch(BN(3)), BN(3), prefix="a"),
+            ValueError,
+            "prefix must not be given with a module, got 'a'",
+        ),
+    ],
+)
+def test_messages(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
