@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ from parity import frameworks
 from parity.configurations import COMPILED, configurations
 from parity.tolerances import Moving, Step, assert_within
 
+import fastbn
 from fastbn.compat import flax_arguments, from_flax, from_flax_many, to_flax
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it compiles for every shape
@@ -140,6 +142,30 @@ def test_nnx(configuration, fast):
     y = other(jax.numpy.asarray(x), use_running_average=True)
     assert_within(ours(x), np.asarray(y), step.e_y, "y of inference")
     frameworks.agreed("flax: nnx.BatchNorm")
+
+
+@pytest.mark.skipif(
+    "mask" not in inspect.signature(fastbn.BatchNorm.__call__).parameters, reason="BatchNorm takes no mask"
+)
+@frameworks.configurations
+@given(configuration=configurations(shapes=COMPILED))
+def test_mask(configuration):
+    c = configuration
+    c.axis, c.axes, c.channels = -1, (len(c.shape) - 1,), (c.shape[-1],)
+    x, mask = c.batch(), c.mask()[..., np.newaxis]
+    gamma, beta, mean, variance = c.parameters()
+    module = linen.BatchNorm(momentum=c.momentum, epsilon=c.epsilon, use_fast_variance=False)
+    statistics = {"mean": mean, "var": variance}
+    variables = {"params": {"scale": gamma, "bias": beta}, "batch_stats": statistics}
+    ours = from_flax(variables, module=module)
+    y, after = module.apply(variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"])
+    step = Step(x, -1, c.epsilon, gamma, beta, mask=mask)
+    assert_within(ours(x, True, mask=np.broadcast_to(mask, x.shape)), np.asarray(y), step.e_y, "y")
+    moving = Moving(mean, variance)
+    moving.update(step, c.momentum)
+    assert_within(ours.moving_mean, np.asarray(after["batch_stats"]["mean"]), moving.bounds[0], "mean")
+    assert_within(ours.moving_variance, np.asarray(after["batch_stats"]["var"]), moving.bounds[1], "var")
+    frameworks.agreed("flax: linen.BatchNorm with a mask")
 
 
 def test_models():
