@@ -237,8 +237,8 @@ def _fill(bn: BatchNorm, layer: Any, state: Mapping[str, Array]) -> Any:
     if not _is_nnx(layer):
         raise TypeError(must("layer", "be an nnx.BatchNorm", type(layer).__name__))
     targets = {ours: getattr(layer, theirs) for ours, theirs in _NAMES.items()}
-    has = {ours for ours, target in targets.items() if target is not None and np.ndim(target)}
-    if has != set(state) & set(_NAMES):
+    has = [ours for ours, target in targets.items() if target is not None and np.ndim(target)]
+    if set(has) != set(state) & set(_NAMES):
         wanted = _weights.listed(_NAMES[ours] for ours in _NAMES if ours in state)
         raise ValueError(must("layer", "have " + wanted, _weights.listed(_NAMES[ours] for ours in has)))
     for ours in has:
