@@ -492,6 +492,14 @@ def test_lists_of_axes_of_older_keras():
     np.testing.assert_array_equal(bn.gamma, grid.reshape(2, 3))
 
 
+def test_configurations_of_older_keras():
+    """As tf.keras writes them: resolved axes, initializers with a dtype, names of fused kernels."""
+    initializer = {"module": "keras.initializers", "class_name": "Ones", "config": {"dtype": "float32"}}
+    config = {"axis": [1], "fused": True, "virtual_batch_size": None, "gamma_initializer": initializer}
+    bn = from_keras(list(STATE.values()), config | {"dtype": "float32", "beta_regularizer": None})
+    assert (bn.axis, bn.gamma_initializer) == (1, "ones")
+
+
 def test_keras_layer_there_and_back():
     theirs = BatchNormalization(axis=1, epsilon=0.5, gamma_regularizer="L2", name="bn", trainable=False)
     theirs.build((None, C, 4))

@@ -142,7 +142,7 @@ def _from_config(argument: str, name: Any, config: Any, value: Any) -> Any:
     if name not in classes or not isinstance(config, Mapping):
         raise ValueError(must(argument, "be the configuration of one of " + ", ".join(classes), repr(value)))
     known = classes[name]
-    rest = dict(known.rest)
+    rest = dict(known.rest) | {"dtype": None}  # of initializers in older versions
     for key, given in config.items():
         if key not in rest and key not in dict(known.numbers):
             raise ValueError(must(f"{name} of {argument}", "have no entry " + repr(key), repr(given)))
