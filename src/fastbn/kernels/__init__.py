@@ -9,13 +9,14 @@ from ._plan import BENDS, KINDS, OPERATIONS, Plan
 
 Array = NDArray[Any]
 
-__all__ = ["BENDS", "FROZEN", "GRADIENT", "KINDS", "MOMENTS", "NORMALIZE", "TRAIN", "Plan", "run"]
+__all__ = ["BENDS", "FROZEN", "GRADIENT", "KINDS", "MOMENTS", "NORMALIZE", "POOLED", "TRAIN", "Plan", "run"]
 
 MOMENTS = OPERATIONS["moments"]
 NORMALIZE = OPERATIONS["normalize"]
 TRAIN = OPERATIONS["train"]
 GRADIENT = OPERATIONS["gradient"]
 FROZEN = OPERATIONS["frozen"]
+POOLED = OPERATIONS["pooled"]
 
 _drivers = dispatch.drivers(dispatch.level)
 _run = tuple(driver.run for driver in _drivers)
@@ -48,7 +49,7 @@ def run(
     plan : Plan
         What to do; see `fastbn.layout.plan`.
     operation : int
-        `MOMENTS`, `NORMALIZE`, `TRAIN`, `GRADIENT` or `FROZEN`.
+        `MOMENTS`, `NORMALIZE`, `TRAIN`, `GRADIENT`, `FROZEN` or `POOLED`.
     u, v, y : ndarray or None
         x, None and the result; in a gradient dy, x and dx.
     gamma, beta, mean, variance : one-dimensional ndarray or None
@@ -57,6 +58,7 @@ def run(
         Added to the variance.
     first, second : contiguous ndarray of float64, or None
         Results per channel: mean and sum of squared deviations; in a gradient sum(dy) and sum(dy * (x - mean)).
+        `POOLED` reads them instead: those sums, over the count.
     threads : int
         Size of the team.
     w : ndarray or None

@@ -2,13 +2,14 @@
 cimport numpy as cnp
 
 from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
-from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Job, Operand, Operation, Parameter
+from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter
 from .lanes cimport BENT, SMOOTH, STRAIGHT, Form
 
 cnp.import_array()
 
 OPERATIONS = {"moments": <int> MOMENTS, "normalize": <int> NORMALIZE, "train": <int> TRAIN,
-              "gradient": <int> GRADIENT, "frozen": <int> FROZEN}
+              "gradient": <int> GRADIENT, "frozen": <int> FROZEN,
+              "pooled": <int> POOLED}
 # What an activation is made of: see `Bend` in lanes.pxd.
 BENDS = {"bent": <int> BENT, "smooth": <int> SMOOTH}
 
@@ -52,10 +53,10 @@ cdef class Plan:
         bend is None or (a number of BENDS, three numbers), in a gradient that of the gate.
         """
         job.operation = operation
-        job.reduces = operation != NORMALIZE
+        job.reduces = operation != NORMALIZE and operation != POOLED
         job.applies = y is not None
         job.reads_pair = operation == GRADIENT or operation == FROZEN
-        job.writes_pair = operation == GRADIENT
+        job.writes_pair = operation == GRADIENT or operation == POOLED
         job.gated = job.reads_pair and bend is not None
         job.by_output = by_output
         cdef Form form

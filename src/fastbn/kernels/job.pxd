@@ -10,6 +10,7 @@ cdef enum Operation:
     TRAIN      # x -> (mean, m2) -> y
     GRADIENT   # dy, x, mean, variance -> (sum dy, sum dy * (x - mean)) -> dx through the batch statistics
     FROZEN     # the same sums, but dx is dy scaled: the statistics were constants
+    POOLED     # dy, x, mean, variance, first and second -> dx, as in GRADIENT, but of sums that are given, over the count
 
 
 cdef struct Operand:
@@ -133,7 +134,7 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
     cdef double[BATCH] beta
     cdef double[BATCH] gamma
     cdef double k, slope
-    cdef double count = <double> job.outer * <double> job.inner
+    cdef double count = 1 if job.operation == POOLED else <double> job.outer * <double> job.inner
     cdef Py_ssize_t c = c0, i, n
     cdef floating* p
     cdef floating* a
@@ -161,12 +162,12 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
             for i in range(n):
                 p[i] = q[i] = b[i] = shift[i] = 0
                 a[i] = <floating> (gamma[i] * scale[i])
-        elif job.operation == GRADIENT:
+        elif job.operation == GRADIENT or job.operation == POOLED:
             # dx = gamma r (dy - sum(dy) / m - (x - mean) r dgamma / m); never r^3, which data far from 1 would take
             # out of range
             for i in range(n):
                 k = job.first[c + i] / count
-                slope = -scale[i] * (job.second[c + i] * scale[i] / count)
+                slope = -scale[i] * (job.second[c + i] / count * scale[i])
                 a[i] = <floating> (gamma[i] * scale[i])
                 p[i] = <floating> k
                 q[i] = <floating> mean[i]

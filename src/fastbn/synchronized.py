@@ -1,0 +1,288 @@
+"""Batch norm over several processes, whatever connects them: what is sent, and in which order it is put together.
+
+Everything that depends on other processes comes in through one function, ``gather``: it takes a vector of float64,
+of the same length on every rank, and returns the vectors of all ranks, in rank order, as the rows of a matrix. Every
+rank then puts the same rows together in the same order, so all of them get the same bits; how the vectors travelled
+does not matter.
+
+Forward      a rank sends (count, mean, m2) of its part, 2 C + 1 numbers; they merge by Chan's formula
+             (kernels/moments.pxd).
+Gradient     a rank sends (0, sum(dy), sum(dy * (x - mean))) of its part, 2 C + 1 numbers; they add up.
+
+A rank without data takes part like any other: it sends zeros. A rank whose arguments do not fit sends a count of -1
+before it raises, so that the others raise too, instead of waiting for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import activation as activations
+from . import checks, kernels, passes
+from . import layout as layouts
+from .errors import must
+from .kernels import _channels
+from .moments import Moments, moments
+from .passes import Cache
+
+Array = NDArray[Any]
+Gather = Callable[[Array], Array]
+
+FAILED: Final = -1.0  # in place of a count: this rank has raised
+
+
+def refuse_failed(rows: Iterable[Array]) -> None:
+    """Raise a RuntimeError if a rank has sent that it failed."""
+    for rank, row in enumerate(rows):
+        if row[0] == FAILED:
+            raise RuntimeError(f"rank {rank} has raised an error in this call, so no rank goes on")
+
+
+def to_row(part: Moments) -> Array:
+    """Return what a rank sends of its part: count, means, m2, as one vector of float64."""
+    return np.concatenate(([part.count], part.mean, part.m2))
+
+
+def merged(rows: Iterable[Array]) -> Moments:
+    """Return the moments of all parts, merged in the order of the rows."""
+    total: Moments | None = None
+    for row in rows:
+        part = Moments((len(row) - 1) // 2)
+        part.count = int(row[0])
+        part.mean[:], part.m2[:] = np.split(row[1:], 2)
+        total = part if total is None else total.merge(part)
+    assert total is not None
+    return total
+
+
+def added(rows: Iterable[Array]) -> Array:
+    """Return the sum of the rows, added one after the other."""
+    first, *others = rows
+    total = first.copy()
+    for row in others:  # not np.sum, which adds in another order where rows are short
+        total += row
+    return total
+
+
+def forward(
+    x: Any,
+    gather: Gather,
+    *,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    epsilon: float = 1e-3,
+    axis: int | tuple[int, ...] = -1,
+    layout: str | None = None,
+    activation: Any = None,
+    residual: Any = None,
+    out: Array | None = None,
+    keep: Literal["nothing", "always", "unless in place"] = "unless in place",
+    channels: int | None = None,
+) -> tuple[Array, Cache | None, Moments]:
+    """Normalize a part of a batch with the statistics of the whole.
+
+    Parameters
+    ----------
+    x : array_like
+        This rank's part, maybe without values.
+    gather : callable
+        Sends a vector of float64 to all ranks, and returns those of all ranks as the rows of a matrix.
+    gamma, beta, epsilon, axis, layout, activation, residual, out
+        As in `batch_norm`.
+    keep : {"unless in place", "always", "nothing"}
+        What the cache is to hold.
+    channels : int, optional
+        Number of channels, where it is known before x is. With it, a rank whose arguments do not fit tells the others
+        before it raises, so that they raise too, instead of waiting for ever.
+
+    Returns
+    -------
+    y : ndarray
+        This rank's part of the result.
+    cache : Cache or None
+        For `backward`.
+    pooled : Moments
+        Of the whole batch, the same bits on every rank.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm`.
+    RuntimeError
+        If another rank has raised.
+    """
+    try:
+        data = checks.data(x, "x")
+        axes = layouts.channel_axes(axis, layout, data.ndim)
+        shape = layouts.channel_shape(data.shape, axes)
+        if channels is not None and math.prod(shape) != channels:
+            raise ValueError(must("x", f"have {channels} channels", math.prod(shape)))
+        if residual is not None:
+            checks.like(residual, "residual", data)
+        if out is not None:
+            y = checks.output(out, data.shape, checks.result_dtype(data.dtype))
+            checks.in_place_or_apart(y, "out", data, "x")
+        activations.resolved(activation)
+        row = to_row(moments(data, axis=axes))
+    except Exception:
+        if channels is not None:
+            failure = np.zeros(2 * channels + 1)
+            failure[0] = FAILED
+            gather(failure)
+        raise
+    rows = gather(row)
+    refuse_failed(rows)
+    pooled = merged(rows)
+    y, cache = passes.forward(
+        data,
+        gamma=gamma,
+        beta=beta,
+        moving_mean=pooled.mean.reshape(shape),
+        moving_variance=(pooled.variance() if pooled.count else pooled.m2).reshape(shape),
+        training=False,
+        momentum=0.0,
+        epsilon=epsilon,
+        axis=axes,
+        layout=None,
+        ddof=0,
+        update=False,
+        activation=activation,
+        residual=residual,
+        out=out,
+        keep=keep,
+    )
+    if cache is not None:
+        cache.mode = "batch"  # the statistics are those of the batch, though not found by this call
+    return y, cache, pooled
+
+
+def backward(dy: Any, cache: Cache, gather: Gather, count: int, *, out: Array | None = None) -> tuple[Array, ...]:
+    """Return the gradient of `forward`, through the statistics of the whole batch.
+
+    Parameters
+    ----------
+    dy : array_like of y's shape and dtype
+        Gradient with respect to this rank's y.
+    cache : Cache
+        Of `forward`.
+    gather : callable
+        As in `forward`.
+    count : int
+        Values per channel of the whole batch.
+    out : array, optional
+        As in `batch_norm_backward`.
+
+    Returns
+    -------
+    dx, dgamma, dbeta : ndarray
+        As of `batch_norm_backward`. dx is that of the whole; dgamma and dbeta are this rank's share, which a training
+        program adds up over the ranks like every other gradient.
+    dresidual : ndarray, only if the call had a residual
+        Gradient with respect to the residual.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm_backward`.
+    RuntimeError
+        If another rank has raised.
+    """
+    variance = cache.statistics.variance
+    channels = len(variance)
+    sent = np.empty(2 * channels + 1)  # the first number says whether this rank is well
+    try:
+        x, gradient, dx = _prepared(dy, cache, out)
+        if cache.activation is not None:  # it goes through dx where nobody else wants it
+            before = layouts.like(x, gradient.dtype) if cache.has_residual or out is not None else dx
+        else:
+            before = gradient.copy() if cache.has_residual else gradient
+        sums = local_sums(gradient, x, cache, before)
+    except Exception:
+        sent[:] = 0
+        sent[0] = FAILED
+        gather(sent)
+        raise
+    sent[0] = 0
+    sent[1:] = sums.reshape(-1)
+    rows = gather(sent)
+    refuse_failed(rows)
+    apply_sums(before, x, cache, added(rows)[1:].reshape(2, channels), count, dx)
+    dgamma, dbeta = (np.empty(channels, checks.parameter_dtype(x.dtype)) for _ in range(2))
+    _channels.parameter_gradients(sums[0], sums[1], variance, cache.epsilon, dgamma, dbeta)
+    shape = layouts.channel_shape(x.shape, cache.axes)
+    gradients = dx, dgamma.reshape(shape), dbeta.reshape(shape)
+    return (*gradients, before) if cache.has_residual else gradients
+
+
+def _prepared(dy: Any, cache: Cache, out: Array | None) -> tuple[Array, Array, Array]:
+    """Return x, dy, and the array for dx, all checked."""
+    x = cache.x
+    if x is None:
+        raise ValueError(must("out", "not be x in a forward call whose gradient is taken", "x, overwritten"))
+    if cache.lost_residual:
+        raise ValueError(
+            must("out", "not be residual in a forward call whose gradient is taken", "residual, overwritten")
+        )
+    gradient = checks.like(dy, "dy", x)
+    if out is None:
+        dx = layouts.like(x, gradient.dtype)
+    else:
+        dx = checks.output(out, x.shape, gradient.dtype)
+        for source, name in ((gradient, "dy"), (x, "x"), (cache.y, "y"), (cache.residual, "residual")):
+            if source is not None:
+                checks.in_place_or_apart(dx, "out", source, name)
+    return x, gradient, dx
+
+
+def local_sums(dy: Array, x: Array, cache: Cache, before: Array) -> Array:
+    """Return (sum(dy), sum(dy * (x - mean))) per channel, of checked arrays, as two rows of float64.
+
+    After an activation dy stands for the gradient before it, which is written to `before`.
+    """
+    mean, variance = cache.statistics
+    sums = np.zeros((2, len(mean)))
+    if x.size:
+        activation = cache.activation
+        passes.run(
+            kernels.FROZEN,
+            cache.axes,
+            x,
+            dy=dy,
+            gamma=cache.gamma,
+            beta=cache.beta,
+            mean=mean,
+            variance=variance,
+            epsilon=cache.epsilon,
+            first=sums[0],
+            second=sums[1],
+            residual=None if activation is None else cache.residual if cache.y is None else cache.y,
+            bend=None if activation is None else activation.bend,
+            by_output=cache.y is not None,
+            kept=None if activation is None else before,
+        )
+    return sums
+
+
+def apply_sums(dy: Array, x: Array, cache: Cache, sums: Array, count: int, dx: Array) -> None:
+    """Write ``dx = gamma r (dy - sums[0] / count - (x - mean) r^2 sums[1] / count)``, of checked arrays."""
+    if x.size:
+        first, second = (_channels.variance(row, count) for row in sums)
+        mean, variance = cache.statistics
+        passes.run(
+            kernels.POOLED,
+            cache.axes,
+            x,
+            dy=dy,
+            out=dx,
+            gamma=cache.gamma,
+            mean=mean,
+            variance=variance,
+            epsilon=cache.epsilon,
+            first=first,
+            second=second,
+        )
