@@ -1,0 +1,200 @@
+"""Statistics of columns that arrive in pieces, as exact far from zero as around it.
+
+`fastbn.Moments` keeps a mean as one float64. At 1e15 the next one is 0.125 away, so single rows of deviation 1 would no
+longer move it. Here a mean is a sum of two float64, and a count is one per column, because values may be missing and
+rows may have weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .moments import Moments, moments
+
+Array = NDArray[Any]
+
+# From here on the rounding of a mean to one float64 shows in what is relative to a deviation: the mean is 1e10 of them.
+FAR: Final = 1e20
+BLOCK: Final = 65536  # values that are converted at a time
+
+
+@dataclass
+class Running:
+    """Count, mean (mean + low) and sum of squared deviations per column, all of shape (columns,), in float64."""
+
+    count: Array
+    mean: Array
+    low: Array
+    m2: Array
+
+    @classmethod
+    def nothing(cls, columns: int) -> Self:
+        """Return the statistics of no data."""
+        return cls(*np.zeros((4, columns)))
+
+    @classmethod
+    def of(cls, x: Array, weight: Array | None = None) -> tuple[Self, Array]:
+        """Return the statistics of a table, and which columns have values that are not finite.
+
+        Parameters
+        ----------
+        x : ndarray of float16, float32 or float64, shape (rows, columns)
+            NaN is a missing value. Memory is read once, but for columns with missing values or far from zero.
+        weight : ndarray of float64, shape (rows,), optional
+            Weights of rows, not negative.
+
+        Returns
+        -------
+        Running
+            The statistics; NaN where a value is infinite.
+        ndarray of bool, shape (columns,)
+            Columns in which a value is NaN or infinite.
+        """
+        plain = moments(x)
+        result = cls.from_moments(plain)
+        finite = np.isfinite(plain.mean) & np.isfinite(plain.m2)
+        if weight is not None:
+            return _with_care(cls, x, weight), ~finite
+        with np.errstate(all="ignore"):
+            far = (plain.mean * plain.mean * plain.count > FAR * plain.m2) & (plain.m2 > 0)
+        careful = ~finite | far
+        if careful.any():
+            part = _with_care(cls, x[:, careful], None)
+            for name in ("count", "mean", "low", "m2"):
+                getattr(result, name)[careful] = getattr(part, name)
+        return result, ~finite
+
+    @classmethod
+    def from_moments(cls, part: Moments) -> Self:
+        """Return the same statistics in this form."""
+        columns = len(part.mean)
+        count = np.broadcast_to(np.asarray(part.count, np.float64), columns).copy()
+        return cls(count, part.mean.copy(), np.zeros(columns), part.m2.copy())
+
+    def to_moments(self) -> Moments:
+        """Return the same statistics as `fastbn.Moments`, whose columns have one count.
+
+        Raises
+        ------
+        ValueError
+            If the counts differ, or are no integers.
+        """
+        count = self.count[0] if len(self.count) else 0
+        if (self.count != count).any() or count % 1:
+            raise ValueError("moments must have one whole count for all columns, got missing values or weights")
+        return Moments.from_dict({"count": int(count), "mean": self.mean + self.low, "m2": self.m2})
+
+    def copy(self) -> Self:
+        """Return a copy."""
+        return type(self)(self.count.copy(), self.mean.copy(), self.low.copy(), self.m2.copy())
+
+    def decay(self, share: float) -> None:
+        """Let everything seen so far count for less."""
+        self.count = self.count * share
+        self.m2 = self.m2 * share
+
+    def merge(self, other: Running) -> Self:
+        """Add what another object has seen, by Chan's formula, with a mean of two parts.
+
+        Returns
+        -------
+        Running
+            This object.
+        """
+        total = self.count + other.count
+        with np.errstate(all="ignore"):
+            share = np.where(total > 0, other.count / total, 0.0)
+            d = (other.mean - self.mean) + (other.low - self.low)
+            mean, low = two_sum(self.mean, self.low + d * share)
+            m2 = self.m2 + other.m2 + d * d * (self.count * share)
+        new, same = self.count == 0, other.count == 0
+        self.mean = np.where(new, other.mean, np.where(same, self.mean, mean))
+        self.low = np.where(new, other.low, np.where(same, self.low, low))
+        self.m2 = np.where(new, other.m2, np.where(same, self.m2, m2))
+        self.count = total
+        return self
+
+    def variance(self) -> Array:
+        """Return m2 / count, NaN where there are no data."""
+        with np.errstate(all="ignore"):
+            return np.where(self.count > 0, self.m2 / self.count, np.nan)
+
+
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return a + b as its float64 and what that rounding left over (Knuth)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def _with_care(kind: type[Running], x: Array, weight: Array | None) -> Any:
+    """Two passes over each block of rows in float64, with what the first mean left over as its second part."""
+    total = kind.nothing(x.shape[1])
+    rows = max(1, BLOCK // max(1, x.shape[1]))
+    with np.errstate(all="ignore"):
+        for start in range(0, len(x), rows):
+            z = x[start : start + rows].astype(np.float64)
+            missing = np.isnan(z)
+            w = ~missing if weight is None else ~missing * weight[start : start + rows, None]
+            z[missing] = 0
+            count = w.sum(axis=0, dtype=np.float64)
+            some = count > 0
+            mean = np.where(some, (w * z).sum(axis=0) / count, 0)
+            z -= mean
+            z[missing] = 0
+            low = np.where(some, (w * z).sum(axis=0) / count, 0)
+            z -= low
+            m2 = np.where(some, (w * z * z).sum(axis=0), 0)
+            total.merge(kind(count, *two_sum(mean, low), m2))
+    return total
+
+
+def of_sparse(x: Any, weight: Array | None = None) -> Running:
+    """Return the statistics of the columns of a CSR or CSC matrix, zeros included, in blocks of its stored values.
+
+    Parameters
+    ----------
+    x : sparse matrix or array in CSR or CSC form
+        NaN is a missing value.
+    weight : ndarray of float64, shape (rows,), optional
+        Weights of rows.
+    """
+    rows, columns = x.shape
+    everything = float(rows) if weight is None else float(weight.sum())
+
+    def stored() -> Any:
+        """Blocks of (column, value, weight) of what is stored and not missing; and the weights of what is missing."""
+        for start in range(0, len(x.data), BLOCK):
+            piece = slice(start, min(start + BLOCK, len(x.data)))
+            minor = x.indices[piece]
+            major = np.searchsorted(x.indptr, np.arange(piece.start, piece.stop), side="right") - 1
+            column, row = (minor, major) if x.format == "csr" else (major, minor)
+            value = x.data[piece].astype(np.float64)
+            w = np.ones(len(value)) if weight is None else weight[row]
+            yield column, value, w, np.isnan(value)
+
+    def summed(what: Any) -> Array:
+        total = np.zeros(columns)
+        for column, value, w, missing in stored():
+            keep = ~missing
+            total += np.bincount(column[keep], what(column[keep], value[keep], w[keep]), minlength=columns)
+        return total
+
+    present = summed(lambda column, value, w: w)
+    lost = np.zeros(columns)
+    if np.isnan(x.data).any():
+        for column, _, w, missing in stored():
+            lost += np.bincount(column[missing], w[missing], minlength=columns)
+    count = everything - lost
+    with np.errstate(all="ignore"):
+        mean = np.where(count > 0, summed(lambda column, value, w: w * value) / count, 0)
+        # What the mean's rounding left over is its second part, and is taken out of the squares.
+        rest = summed(lambda column, value, w: w * (value - mean[column])) - (count - present) * mean
+        m2 = summed(lambda column, value, w: w * (value - mean[column]) ** 2) + (count - present) * mean * mean
+        low = np.where(count > 0, rest / count, 0)
+        m2 = np.where(count > 0, np.maximum(m2 - rest * low, 0), 0)
+    return Running(count, *two_sum(mean, low), m2)

@@ -1,0 +1,363 @@
+"""What BatchNormScaler computes: StandardScaler's results, and what that does not have."""
+
+from __future__ import annotations
+
+import tracemalloc
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import reference as ref
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("sklearn", minversion="1.6")
+
+from scipy import sparse
+from sklearn.preprocessing import StandardScaler
+
+import fastbn
+from fastbn.running import FAR
+from fastbn.sklearn import BatchNormScaler
+
+DTYPES = [np.float32, np.float64]
+
+
+def table(rng, dtype=np.float64, rows=200):
+    x = rng.normal([0, 3, -100, 1e4], [1, 0.1, 5, 1], (rows, 4)).astype(dtype)
+    return np.column_stack([x, np.full(rows, 14.62, dtype)])  # a constant column
+
+
+def assert_alike(ours, theirs, rtol=1e-6):
+    for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            # A variance is no more exact than the mean that it is relative to: sqrt(u) of it here.
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("with_mean", [True, False])
+@pytest.mark.parametrize("with_std", [True, False])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float16, *DTYPES, np.int32])
+def test_standard_scaler(dtype, order, with_std, with_mean, rng):
+    x = table(rng, np.float64 if dtype is np.float16 else dtype)
+    x = np.asarray(x / 16 if dtype is np.float16 else x, dtype, order=order)
+    options = {"with_mean": with_mean, "with_std": with_std}
+    ours, theirs = BatchNormScaler(**options).fit(x), StandardScaler(**options).fit(x)
+    assert_alike(ours, theirs)
+    y, z = ours.transform(x), theirs.transform(x)
+    assert y.dtype == z.dtype
+    # StandardScaler sums one value after the other (n u64) and rounds the mean to the type of the data (u): that moves
+    # all of a column. Its variance is relative to that mean.
+    u = np.finfo(y.dtype).eps
+    error = (u + len(x) * ref.U64) * abs(x.astype(float)).max(axis=0)
+    error = error / (1 if theirs.scale_ is None else theirs.scale_)
+    size = abs(z.astype(np.float64))
+    assert (abs(y - z.astype(np.float64)) <= 4 * u * (size + 1) + error + error**2 * size + 1e-12 * size).all()
+    back = ours.inverse_transform(y)
+    assert back.dtype == y.dtype
+    np.testing.assert_allclose(back, x, rtol=4 * u, atol=4 * u * 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_are_scaled_within_the_tolerance_of_batch_norm(dtype, rng):
+    x = table(rng, dtype)[:, :4]
+    scaler = BatchNormScaler().fit(x)
+    exact = ref.moments(x)
+    ref.assert_within(scaler.mean_, exact.mean, ref.mean_tolerance(x))
+    ref.assert_within(scaler.var_, exact.variance(), ref.variance_tolerance(x))
+    ref.assert_within(scaler.transform(x), ref.train(x, epsilon=0.0), ref.train_tolerance(x, epsilon=0.0))
+
+
+@given(st.integers(1, 60), st.lists(st.integers(1, 59), max_size=6), st.sampled_from([0.0, 1e4, -1e15]))
+def test_any_split_is_the_whole(rows, cuts, offset):
+    x = np.random.default_rng(rows).normal(offset, 3, (rows, 3))
+    pieces = [p for p in np.split(x, sorted(min(c, rows) for c in cuts)) if len(p)]
+    streamed, merged = BatchNormScaler(), BatchNormScaler()
+    for piece in pieces:
+        streamed.partial_fit(piece)
+        merged.merge(BatchNormScaler().fit(piece))
+    whole = BatchNormScaler().fit(x)
+    for scaler in (streamed, merged):
+        assert scaler.n_samples_seen_ == rows
+        np.testing.assert_allclose(scaler.mean_, whole.mean_, rtol=1e-15, atol=1e-14)
+        np.testing.assert_allclose(scaler.var_, whole.var_, rtol=1e-12, atol=1e-12 if offset == 0 else 1e-9)
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_rows_at_1e15(step, rng):
+    """Where neighbouring float64 are 0.125 apart, single rows of deviation 1 still count."""
+    x = rng.normal(1e15, 1, (1000, 2))
+    scaler = BatchNormScaler(epsilon=1e-20)  # StandardScaler's rule has 1e15 + 1 for a constant
+    for start in range(0, len(x), step):
+        scaler.partial_fit(x[start : start + step])
+    for j in range(2):
+        values = [Fraction(v) for v in x[:, j]]
+        mean = sum(values) / len(values)
+        variance = float(sum((v - mean) ** 2 for v in values) / len(values))
+        got = Fraction(scaler._running.mean[j]) + Fraction(scaler._running.low[j])
+        assert abs(float(got - mean)) < 1e-12
+        assert scaler.mean_[j] == float(mean)
+        assert abs(scaler.var_[j] / variance - 1) < 1e-12
+        y = scaler.transform(x)[:, j]
+        np.testing.assert_allclose(y, [float(v - mean) / variance**0.5 for v in values], rtol=1e-12, atol=1e-12)
+    assert FAR > 1
+
+
+def test_weights_are_repetitions(rng):
+    x, w = table(rng), rng.integers(0, 4, 200)
+    weighted, repeated = BatchNormScaler().fit(x, sample_weight=w), BatchNormScaler().fit(np.repeat(x, w, axis=0))
+    np.testing.assert_allclose(weighted.mean_, repeated.mean_, rtol=1e-12)
+    np.testing.assert_allclose(weighted.var_, repeated.var_, rtol=1e-9, atol=1e-20)
+    np.testing.assert_array_equal(weighted.n_samples_seen_, float(w.sum()))
+    assert isinstance(weighted.n_samples_seen_, float)
+    theirs = StandardScaler().fit(x, sample_weight=w.astype(float))
+    assert_alike(weighted, theirs)
+
+
+def test_missing_values(rng):
+    x = table(rng)
+    x[rng.random(x.shape) < 0.2] = np.nan
+    x[:3] = np.nan
+    ours, theirs = BatchNormScaler(), StandardScaler()
+    for rows in (slice(0, 50), slice(50, 60), slice(60, 200)):
+        ours.partial_fit(x[rows])
+        theirs.partial_fit(x[rows])
+    assert_alike(ours, theirs)
+    np.testing.assert_array_equal(ours.n_samples_seen_, (~np.isnan(x)).sum(axis=0))
+    y = ours.transform(x)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
+    np.testing.assert_allclose(y, theirs.transform(x), atol=1e-7)
+
+
+def test_a_feature_may_begin_with_nothing_but_missing_values():
+    scaler = BatchNormScaler().partial_fit([[1.0, np.nan], [3.0, np.nan]])
+    assert np.isnan(scaler.mean_[1])
+    scaler.partial_fit([[2.0, 5.0], [2.0, 7.0]])
+    np.testing.assert_array_equal(scaler.mean_, [2.0, 6.0])
+    np.testing.assert_array_equal(scaler.n_samples_seen_, [4, 2])
+
+
+def test_infinity_is_refused_and_changes_nothing(rng):
+    x = rng.normal(size=(20, 3)).astype(np.float32)
+    scaler = BatchNormScaler().fit(x)
+    before = scaler.mean_.copy(), scaler.n_samples_seen_
+    bad = x.copy()
+    bad[4, 1] = np.inf
+    bad[5, 0] = np.nan
+    for call in (scaler.partial_fit, scaler.transform, scaler.inverse_transform):
+        with pytest.raises(ValueError, match=r"Input X contains infinity or a value too large for dtype\('float32'\)"):
+            call(bad)
+    kept = bad.copy()
+    with pytest.raises(ValueError, match="infinity"):
+        scaler.transform(bad, copy=False)
+    np.testing.assert_array_equal(bad, kept)
+    np.testing.assert_array_equal(scaler.mean_, before[0])
+    assert scaler.n_samples_seen_ == before[1]
+
+
+def test_momentum_forgets():
+    """Equal batches: the average with weights momentum^age."""
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(i, 1, (10, 2)) for i in range(5)]
+    scaler = BatchNormScaler(momentum=0.5)
+    for batch in batches:
+        scaler.partial_fit(batch)
+    x, w = np.concatenate(batches), np.repeat(0.5 ** np.arange(4, -1, -1), 10)
+    mean = np.average(x, axis=0, weights=w)
+    np.testing.assert_allclose(scaler.mean_, mean, rtol=1e-13)
+    np.testing.assert_allclose(scaler.var_, np.average((x - mean) ** 2, axis=0, weights=w), rtol=1e-12)
+    assert scaler.n_samples_seen_ == 50
+    all_kept, plain = BatchNormScaler(momentum=1.0), BatchNormScaler()
+    only_last = BatchNormScaler(momentum=0.0)
+    for batch in batches:
+        all_kept.partial_fit(batch)
+        plain.partial_fit(batch)
+        only_last.partial_fit(batch)
+    np.testing.assert_array_equal(all_kept.var_, plain.var_)
+    np.testing.assert_allclose(only_last.mean_, batches[-1].mean(axis=0), rtol=1e-14)
+
+
+def test_momentum_with_single_rows():
+    """The variance is that of the weighted rows, not the average of the variances of rows, which are 0."""
+    x = np.random.default_rng(1).normal(7, 2, (3000, 1))
+    scaler = BatchNormScaler(momentum=0.999)
+    for row in x:
+        scaler.partial_fit(row[None])
+    assert abs(scaler.mean_[0] - 7) < 0.3
+    assert abs(scaler.scale_[0] - 2) < 0.2
+
+
+def test_epsilon_is_batch_norms(rng):
+    x = table(rng)
+    y = BatchNormScaler(epsilon=1e-3).fit_transform(x)
+    np.testing.assert_allclose(y, fastbn.batch_norm(x, training=True, epsilon=1e-3), rtol=1e-9, atol=1e-9)
+    assert not y[:, 4].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_range(dtype, rng):
+    x = table(rng, dtype)[:, :4]
+    gamma, beta = [1.0, 2.0, -3.0, 0.5], [0.0, 10.0, 1.0, -1.0]
+    scaler = BatchNormScaler(gamma=gamma, beta=beta).fit(x)
+    y = scaler.transform(x)
+    np.testing.assert_allclose(y.mean(axis=0, dtype=float), beta, atol=1e-5)
+    np.testing.assert_allclose(y.std(axis=0, dtype=float), np.abs(gamma), rtol=1e-5)
+    np.testing.assert_allclose(scaler.inverse_transform(y), x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        BatchNormScaler(gamma=2.0, beta=5.0).fit_transform(x), BatchNormScaler().fit_transform(x) * 2 + 5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("gamma", [1.0, 2.0], "gamma must be a number or have shape (4,), got (2,)"),
+    ("beta", [[1.0]], "beta must be a number or have shape (4,), got (1, 1)"),
+    ("beta", float("nan"), "beta must be finite, got nan"),
+])  # fmt: skip
+def test_messages_of_the_range(name, value, message, rng):
+    with pytest.raises(ValueError) as error:
+        BatchNormScaler(**{name: value}).fit(rng.normal(size=(5, 4)))
+    assert str(error.value) == message
+
+
+def test_gamma_of_zero_has_no_inverse(rng):
+    scaler = BatchNormScaler(gamma=[1.0, 0.0]).fit(rng.normal(size=(5, 2)))
+    with pytest.raises(ValueError, match="gamma must have no zeros in inverse_transform, got one in feature 1"):
+        scaler.inverse_transform(np.ones((2, 2)))
+    with pytest.raises(ValueError, match="X must have 2 features, got 3"):
+        BatchNormScaler().fit(np.eye(2)).inverse_transform(np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("container", [sparse.csr_array, sparse.csc_array, sparse.csr_matrix, sparse.csc_matrix])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse(dtype, weights, container, rng):
+    dense = np.where(rng.random((300, 5)) < 0.3, rng.normal(2, 1, (300, 5)), 0).astype(dtype)
+    dense[0, 1] = dense[7, 3] = np.nan
+    x, w = container(dense), rng.uniform(0, 2, 300) if weights else None
+    scaler = BatchNormScaler(with_mean=False)
+    for rows in (slice(0, 100), slice(100, 300)):
+        scaler.partial_fit(x[rows], sample_weight=None if w is None else w[rows])
+    plain = BatchNormScaler(with_mean=False).fit(dense, sample_weight=w)
+    np.testing.assert_allclose(scaler.mean_, plain.mean_, rtol=1e-12)
+    np.testing.assert_allclose(scaler.var_, plain.var_, rtol=1e-11)
+    np.testing.assert_allclose(scaler.n_samples_seen_, plain.n_samples_seen_)
+    before = x.copy()
+    y = scaler.transform(x)
+    assert y.format == x.format
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.toarray(), plain.transform(dense), rtol=1e-5)
+    np.testing.assert_allclose(scaler.inverse_transform(y).toarray(), dense, rtol=1e-5)
+    np.testing.assert_array_equal(x.toarray(), before.toarray())
+
+
+def test_sparse_is_not_centered(rng):
+    x = sparse.csr_array(np.eye(4))
+    with pytest.raises(ValueError, match="Cannot center sparse matrices: pass `with_mean=False`"):
+        BatchNormScaler().fit(x)
+    fitted = BatchNormScaler().fit(np.eye(4))
+    for call in (fitted.transform, fitted.inverse_transform):
+        with pytest.raises(ValueError, match="Cannot center sparse matrices"):
+            call(x)
+    with pytest.raises(ValueError, match=r"beta must be None or 0 for sparse data, got 1\.0"):
+        BatchNormScaler(with_mean=False, beta=1.0).fit(x)
+    scaled = BatchNormScaler(with_mean=False, gamma=2.0).fit(x)
+    np.testing.assert_allclose(scaled.transform(x).toarray(), 2 * np.eye(4) / scaled.scale_)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_in_place(order, dtype, rng):
+    x = np.asarray(table(rng, dtype), order=order)
+    wanted = BatchNormScaler().fit_transform(x)
+    scaler = BatchNormScaler(copy=False).fit(x)
+    buffer = x.copy(order=order)
+    assert scaler.transform(buffer) is buffer
+    ref.assert_same_bits(buffer, wanted)
+    assert scaler.inverse_transform(buffer) is buffer
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    ref.assert_same_bits(np.ascontiguousarray(scaler.transform(frozen)), np.ascontiguousarray(wanted))
+
+
+def test_the_order_of_memory_stays(rng):
+    x = np.asfortranarray(rng.normal(size=(40, 6)).astype(np.float32))
+    assert BatchNormScaler().fit_transform(x).flags.f_contiguous
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_temporary_copies(dtype, rng):
+    x = rng.normal(size=(20000, 20)).astype(dtype)
+    scaler = BatchNormScaler().fit(x)
+
+    def peak(call):
+        tracemalloc.start()
+        try:
+            kept = call()
+            return tracemalloc.get_traced_memory()[1], kept
+        finally:
+            tracemalloc.stop()
+
+    assert peak(lambda: scaler.partial_fit(x))[0] < x.nbytes / 8
+    assert peak(lambda: scaler.transform(x))[0] < x.nbytes * 9 / 8
+    assert peak(lambda: scaler.transform(x, copy=False))[0] < x.nbytes / 8
+
+
+def test_the_same_bits_for_any_number_of_threads(rng):
+    x = rng.normal(1000, 1, (70000, 8)).astype(np.float32)
+    results = []
+    for n in (1, 2, 3):
+        with fastbn.threads(n):
+            scaler = BatchNormScaler().fit(x)
+            results.append((scaler.mean_.tobytes(), scaler.var_.tobytes(), scaler.transform(x).tobytes()))
+    assert len(set(results)) == 1
+
+
+def test_merging(rng):
+    x = table(rng)
+    a, b = BatchNormScaler(gamma=2.0).fit(x[:70]), BatchNormScaler().fit(x[70:])
+    both = a + b
+    assert both.gamma == 2.0
+    assert_alike(both, BatchNormScaler().fit(x), rtol=1e-11)
+    assert a.n_samples_seen_ == 70
+    assert a.merge(b) is a
+    np.testing.assert_array_equal(a.var_, both.var_)
+    assert a.merge(BatchNormScaler()) is a  # has seen nothing
+    moments = fastbn.moments(x)
+    from_moments = BatchNormScaler().merge(moments)
+    np.testing.assert_array_equal(from_moments.mean_, moments.mean)
+    np.testing.assert_array_equal(from_moments.transform(x), BatchNormScaler().fit_transform(x))
+    assert b.to_moments() == fastbn.moments(x[70:])
+    with pytest.raises(TypeError):
+        a + 1
+    with pytest.raises(TypeError, match="other must be a BatchNormScaler or Moments, got int"):
+        a.merge(1)
+    with pytest.raises(ValueError, match="other must have 5 features, got 2"):
+        a.merge(BatchNormScaler().fit(np.eye(2)))
+    with pytest.raises(ValueError, match="moments must have one whole count for all columns"):
+        BatchNormScaler().fit([[1.0, np.nan], [1.0, 2.0]]).to_moments()
+
+
+def test_merging_takes_names_over(rng):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(rng.normal(size=(5, 2)), columns=["a", "b"])
+    merged = BatchNormScaler().merge(BatchNormScaler().fit(frame))
+    assert list(merged.feature_names_in_) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"other must have the features \['a', 'b'\], got \['b', 'a'\]"):
+        merged.merge(BatchNormScaler().fit(frame[["b", "a"]]))
+
+
+def test_a_map_of_jobs_merges(rng):
+    """The recipe for joblib: a scaler per part, then their sum."""
+    joblib = pytest.importorskip("joblib")
+    x = rng.normal(3, 2, (1000, 4)).astype(np.float32)
+    parts = np.array_split(x, 5)
+    fitted = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(BatchNormScaler().fit)(p) for p in parts)
+    total = sum(fitted[1:], start=fitted[0])
+    assert_alike(total, BatchNormScaler().fit(x), rtol=1e-12)
+    jobs = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(fastbn.moments)(p) for p in parts)
+    moments = sum(jobs, start=fastbn.Moments())
+    assert moments.count == 1000
+    np.testing.assert_allclose(moments.mean, total.mean_, rtol=1e-14)
