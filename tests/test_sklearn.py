@@ -59,6 +59,8 @@ LEFT_OUT = [
 @pytest.mark.parametrize("name", LEFT_OUT)
 @pytest.mark.parametrize("copy", [True, False], ids=["copy", "in place"])
 def test_checks_that_check_estimator_leaves_out(name, copy):
+    if not copy and "output" in name:
+        pytest.skip("these checks transform the same data again: in place, StandardScaler fails them too")
     check = getattr(estimator_checks, name, None)
     if check is None:
         pytest.skip(f"scikit-learn {sklearn.__version__} has no {name}")

@@ -1,0 +1,148 @@
+"""BatchNormScaler on Dask arrays and data frames: what the plain scaler computes of all of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+dask = pytest.importorskip("dask")
+da = pytest.importorskip("dask.array")
+pytest.importorskip("sklearn", minversion="1.6")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import fastbn.sklearn  # noqa: E402
+from fastbn.dask import BatchNormScaler  # noqa: E402
+
+Plain = fastbn.sklearn.BatchNormScaler
+
+
+@pytest.fixture(autouse=True)
+def synchronous():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def assert_alike(a, b, rtol=1e-12):
+    for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=1e-18, err_msg=name)
+
+
+@given(st.integers(1, 50), st.lists(st.integers(0, 50), max_size=12), st.booleans(), st.booleans())
+def test_any_chunks(rows, cuts, weighted, missing):
+    rng = np.random.default_rng(rows)
+    x = rng.normal(1e3, 2, (rows, 3))
+    if missing:
+        x[rng.random(x.shape) < 0.2] = np.nan
+    w = rng.uniform(0.5, 2, rows) if weighted else None
+    chunks = tuple(np.diff([0, *sorted(min(c, rows) for c in cuts), rows]))
+    d = da.from_array(x, chunks=(chunks, (2, 1)))
+    with dask.config.set(scheduler="synchronous"):
+        scaler = BatchNormScaler().fit(d, sample_weight=None if w is None else da.from_array(w, chunks=7))
+        plain = Plain().fit(x, sample_weight=w)
+        assert_alike(scaler, plain, rtol=1e-9)
+        y = scaler.transform(d)
+        assert y.shape == x.shape
+        np.testing.assert_allclose(y.compute(), plain.transform(x), rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(scaler.inverse_transform(y).compute(), x, rtol=1e-12)
+
+
+def test_batches_of_batches(rng):
+    x = rng.normal(size=(90, 3)).astype(np.float32)
+    streamed = BatchNormScaler(momentum=0.8)
+    plain = Plain(momentum=0.8)
+    for part in np.split(x, 3):
+        streamed.partial_fit(da.from_array(part, chunks=(8, 3)))
+        plain.partial_fit(part)
+    assert_alike(streamed, plain)
+    streamed.partial_fit(x)  # a plain array
+    assert streamed.n_samples_seen_ == 180
+    assert isinstance(streamed.transform(x), np.ndarray)
+    assert streamed.transform(da.from_array(x)).dtype == np.float32
+    assert isinstance(streamed.inverse_transform(x), np.ndarray)
+    streamed.fit(da.from_array(x, chunks=(8, 3)))
+    assert streamed.n_samples_seen_ == 90
+
+
+def test_unknown_chunk_sizes_and_empty_blocks(rng):
+    x = rng.normal(2, 1, (100, 3))
+    x[20:40, 0] = 0  # a block of which nothing is left
+    d = da.from_array(x, chunks=(20, 3))
+    keep = d[:, 0] > 2
+    kept = x[x[:, 0] > 2]
+    scaler = BatchNormScaler().fit(d[keep])
+    assert_alike(scaler, Plain().fit(kept))
+    np.testing.assert_allclose(scaler.transform(d[keep]).compute(), Plain().fit_transform(kept), rtol=1e-12)
+    weights = da.from_array(rng.uniform(1, 2, 100), chunks=20)
+    assert BatchNormScaler().fit(d[keep], sample_weight=weights[keep]).n_samples_seen_ > len(kept)
+
+
+def test_data_frames(rng):
+    pandas = pytest.importorskip("pandas")
+    frames = pytest.importorskip("dask.dataframe")
+    x = rng.normal(5, 2, (60, 2)).astype(np.float32)
+    frame = pandas.DataFrame(x, columns=["a", "b"], index=np.arange(100, 160))
+    d = frames.from_pandas(frame, npartitions=4)
+    scaler = BatchNormScaler().fit(d)
+    assert list(scaler.feature_names_in_) == ["a", "b"]
+    result = scaler.transform(d).compute()
+    assert isinstance(result, pandas.DataFrame)
+    assert list(result.columns) == ["a", "b"]
+    assert (result.index == frame.index).all()
+    assert (result.dtypes == np.float32).all()
+    np.testing.assert_allclose(result.to_numpy(), Plain().fit_transform(x), rtol=1e-5, atol=1e-6)
+    back = scaler.inverse_transform(scaler.transform(d)).compute()
+    np.testing.assert_allclose(back.to_numpy(), x, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"X must have the feature names \['a', 'b'\], got \['b', 'a'\]"):
+        scaler.transform(d[["b", "a"]])
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda d: BatchNormScaler().fit(d[:, 0]), ValueError, "X must have two dimensions, got shape (10,)"),
+    (lambda d: BatchNormScaler().fit(d.astype(complex)), TypeError, "X must have a real dtype, got complex128"),
+    (lambda d: BatchNormScaler().fit(d).transform(d[:, :1]), ValueError, "X must have 3 features, got 1"),
+    (lambda d: BatchNormScaler().fit(d).partial_fit(d[:, :1]), ValueError, "X must have 3 features, got 1"),
+    (lambda d: BatchNormScaler().fit(d, sample_weight=[1.0]), ValueError,
+     "sample_weight must have shape (10,), got (1,)"),
+    (lambda d: BatchNormScaler().fit(d, sample_weight=[-1.0] * 10), ValueError,
+     "sample_weight must be finite and not negative, got other values"),
+    (lambda d: BatchNormScaler().fit(d, sample_weight=[0.0] * 10), ValueError,
+     "Sample weights must contain at least one non-zero number."),
+    (lambda d: BatchNormScaler().fit(d[d[:, 0] > 0], sample_weight=[0.0] * 10), ValueError,
+     "sample_weight must be a dask array where chunk sizes are unknown, got another"),
+    (lambda d: BatchNormScaler().fit(d[d[:, 0] > 0], sample_weight=da.ones(10, chunks=10)), ValueError,
+     "sample_weight must have 3 chunks, got 1"),
+    (lambda d: BatchNormScaler().fit(dask.delayed(1)), TypeError,
+     "X must be a dask array or data frame, got Delayed"),
+])  # fmt: skip
+def test_messages(call, error, message):
+    with pytest.raises(error) as raised:
+        call(da.ones((10, 3), chunks=(4, 3)))
+    assert str(raised.value) == message
+
+
+def test_infinity_raises_where_it_is(rng):
+    x = rng.normal(size=(20, 2))
+    x[13, 1] = np.inf
+    d = da.from_array(x, chunks=(5, 2))
+    scaler = BatchNormScaler().fit(d[:10])
+    mean = scaler.mean_.copy()
+    for fit in (scaler.partial_fit, scaler.fit):
+        with pytest.raises(ValueError, match="infinity"):
+            fit(d)
+        np.testing.assert_array_equal(scaler.mean_, mean)
+    with pytest.raises(ValueError, match="infinity"):
+        scaler.transform(d).compute()
+
+
+@pytest.mark.filterwarnings("ignore")  # of dask-ml, about versions
+def test_dask_ml(rng):
+    wrappers = pytest.importorskip("dask_ml.wrappers", exc_type=ImportError)
+    x = rng.normal(5, 2, (100, 3))
+    d = da.from_array(x, chunks=(20, 3))
+    parallel = wrappers.ParallelPostFit(Plain().fit(x))
+    np.testing.assert_allclose(parallel.transform(d).compute(), Plain().fit_transform(x))
+    # Incremental wants a score of everything; a scaler has none.
+    incremental = wrappers.Incremental(Plain(), scoring=lambda *_: 0.0, shuffle_blocks=False).fit(d)
+    assert_alike(incremental.estimator_, Plain().fit(x))
