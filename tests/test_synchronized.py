@@ -72,7 +72,7 @@ def test_one_rank_has_the_bits_of_the_plain_call(shape, axis, activation, dtype,
 def test_any_split_merges_to_the_same_moments(rows, cuts, seed):
     x = np.random.default_rng(seed).normal(1e4, 1, (rows, 3))
     rows_sent = [synchronized.to_row(fastbn.moments(part)) for part in parts_of(x, sorted(min(c, rows) for c in cuts))]
-    pooled, exact = synchronized.merged(rows_sent), ref.moments(x)
+    pooled, exact = synchronized.merged(np.array(rows_sent)), ref.moments(x)
     assert pooled.count == rows
     ref.assert_within(pooled.mean, exact.mean, ref.mean_tolerance(x))
     ref.assert_within(pooled.variance(), exact.variance(), ref.variance_tolerance(x))

@@ -16,7 +16,7 @@ before it raises, so that the others raise too, instead of waiting for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -36,11 +36,11 @@ Gather = Callable[[Array], Array]
 FAILED: Final = -1.0  # in place of a count: this rank has raised
 
 
-def refuse_failed(rows: Iterable[Array]) -> None:
+def refuse_failed(rows: Array) -> None:
     """Raise a RuntimeError if a rank has sent that it failed."""
-    for rank, row in enumerate(rows):
-        if row[0] == FAILED:
-            raise RuntimeError(f"rank {rank} has raised an error in this call, so no rank goes on")
+    failed = np.flatnonzero(rows[:, 0] == FAILED)
+    if failed.size:
+        raise RuntimeError(f"rank {failed[0]} has raised an error in this call, so no rank goes on")
 
 
 def to_row(part: Moments) -> Array:
@@ -48,25 +48,18 @@ def to_row(part: Moments) -> Array:
     return np.concatenate(([part.count], part.mean, part.m2))
 
 
-def merged(rows: Iterable[Array]) -> Moments:
+def merged(rows: Array) -> Moments:
     """Return the moments of all parts, merged in the order of the rows."""
-    total: Moments | None = None
-    for row in rows:
-        part = Moments((len(row) - 1) // 2)
-        part.count = int(row[0])
-        part.mean[:], part.m2[:] = np.split(row[1:], 2)
-        total = part if total is None else total.merge(part)
-    assert total is not None
+    row = _channels.merge_rows(np.ascontiguousarray(rows, np.float64))
+    total = Moments((len(row) - 1) // 2)
+    total.count = int(row[0])
+    total.mean, total.m2 = (half.copy() for half in np.split(row[1:], 2))
     return total
 
 
-def added(rows: Iterable[Array]) -> Array:
+def added(rows: Array) -> Array:
     """Return the sum of the rows, added one after the other."""
-    first, *others = rows
-    total = first.copy()
-    for row in others:  # not np.sum, which adds in another order where rows are short
-        total += row
-    return total
+    return _channels.add_rows(np.ascontiguousarray(rows, np.float64))
 
 
 def forward(

@@ -88,3 +88,42 @@ def merge_moments(double count, mean, m2, double other_count, other_mean, other_
         m2[...] = other_m2
     else:
         merge(count, a, b, other_count, c, d, mean.shape[0])
+
+
+def merge_rows(rows):
+    """Merge parts in their order, by Chan's formula; each row is count, means, m2.
+
+    Returns
+    -------
+    ndarray of float64
+        The same numbers of the whole.
+    """
+    cdef const double[:, ::1] parts = rows
+    cdef Py_ssize_t channels = (parts.shape[1] - 1) // 2
+    cdef Py_ssize_t r
+    result = np.zeros(parts.shape[1])
+    cdef double[::1] total = result
+    cdef double* t = &total[0]
+    with nogil:
+        for r in range(parts.shape[0]):
+            if parts[r, 0] == 0:
+                continue
+            if t[0] == 0:
+                total[:] = parts[r]
+                continue
+            merge(t[0], t + 1, t + 1 + channels, parts[r, 0], &parts[r, 0] + 1, &parts[r, 0] + 1 + channels, channels)
+            t[0] += parts[r, 0]
+    return result
+
+
+def add_rows(rows):
+    """Add rows in their order."""
+    cdef const double[:, ::1] parts = rows
+    cdef Py_ssize_t r, i
+    result = np.zeros(parts.shape[1])
+    cdef double[::1] total = result
+    with nogil:
+        for r in range(parts.shape[0]):
+            for i in range(parts.shape[1]):
+                total[i] += parts[r, i]
+    return result

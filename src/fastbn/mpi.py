@@ -1,0 +1,210 @@
+"""Batch norm over MPI: statistics and gradients of the batches of all ranks together.
+
+Needs mpi4py and an MPI library: ``pip install "fastbn[mpi]"``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import layer, passes, synchronized
+from .errors import must
+
+Array = NDArray[Any]
+
+__all__ = ["BatchNorm", "Communicator"]
+
+
+class Communicator(Protocol):
+    """What `BatchNorm` uses of a communicator: mpi4py's, or anything that has these."""
+
+    def Get_size(self) -> int:
+        """Return the number of ranks."""
+
+    def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Fill the rows of recvbuf, float64 of shape (ranks, n), with the n numbers that each rank sends, by rank."""
+
+
+class _Pooled(NamedTuple):
+    """What the gradient needs: the cache of this rank's part, and the values per channel of all parts."""
+
+    cache: passes.Cache
+    count: int
+
+
+class BatchNorm(layer.BatchNorm):
+    """`fastbn.BatchNorm` whose batch is spread over the ranks of a communicator.
+
+    In training all ranks call the layer together, each with its part of the batch, in the same order of layers. Every
+    rank sends count, mean and sum of squares of its part, and merges those of all ranks in rank order: so all have the
+    same statistics to the bit, and the same moving statistics. Parts may differ in size, and be empty. Inference sends
+    nothing.
+
+    Parameters
+    ----------
+    num_features
+        As of `fastbn.BatchNorm`, and so are all other parameters but comm.
+    comm : communicator, optional
+        By default ``mpi4py.MPI.COMM_WORLD``. Anything with ``Get_size()`` and ``Allgather(sendbuf, recvbuf)`` will do.
+    **options
+        Of `fastbn.BatchNorm`.
+
+    Notes
+    -----
+    `backward` gives the gradient of x through the statistics of the whole batch. The gradients of gamma and beta in
+    `grads` are this rank's share: add them up over the ranks, with those of all other parameters of the model.
+
+    A rank whose arguments do not fit raises, and so do the others: a built layer tells them before. With
+    ``on_nonfinite="raise"`` all ranks raise, since all have the same statistics.
+
+    Pickles, copies and files hold no communicator; what is loaded has the default one, or that given to `comm`.
+
+    Examples
+    --------
+    ::
+
+        # mpiexec -n 2 python program.py
+        from mpi4py import MPI
+        import numpy as np
+        import fastbn.mpi
+
+        bn = fastbn.mpi.BatchNorm(64, comm=MPI.COMM_WORLD)
+        x = np.random.default_rng(MPI.COMM_WORLD.Get_rank()).normal(size=(32, 64)).astype(np.float32)
+        y = bn(x, training=True)  # normalized with the statistics of all 64 rows
+        dx = bn.backward(y)
+    """
+
+    def __init__(
+        self, num_features: int | tuple[int, ...] | None = None, *, comm: Communicator | None = None, **options: Any
+    ) -> None:
+        self.comm = comm
+        super().__init__(num_features, **options)
+
+    @property
+    def comm(self) -> Communicator:
+        """The communicator."""
+        if self._comm is None:
+            self._comm = _world()
+        return self._comm
+
+    @comm.setter
+    def comm(self, value: Communicator | None) -> None:
+        if value is not None and not all(callable(getattr(value, n, None)) for n in ("Get_size", "Allgather")):
+            raise TypeError(must("comm", "have Get_size() and Allgather(sendbuf, recvbuf)", type(value).__name__))
+        self._comm = value
+
+    def _gather(self, row: Array) -> Array:
+        rows = np.empty((self.comm.Get_size(), row.size))
+        self.comm.Allgather(row, rows)
+        return rows
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        training: bool | None = None,
+        *,
+        residual: ArrayLike | None = None,
+        out: Array | None = None,
+    ) -> Array:
+        """Normalize this rank's part of a batch.
+
+        Parameters
+        ----------
+        x, training, residual, out
+            As of `fastbn.BatchNorm`. All ranks must agree about training.
+
+        Returns
+        -------
+        ndarray
+            This rank's part of y.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `fastbn.BatchNorm`; nothing has changed then.
+        RuntimeError
+            If another rank has raised.
+        """
+        if self.mode(training) == "inference":
+            return super().__call__(x, training, residual=residual, out=out)
+        arrays = self._arrays
+        y, cache, pooled = synchronized.forward(
+            x,
+            self._gather,
+            gamma=None if arrays is None else arrays.gamma,
+            beta=None if arrays is None else arrays.beta,
+            epsilon=self.epsilon,
+            axis=self.axis,
+            layout=self.layout,
+            activation=self.activation,
+            residual=residual,
+            out=out,
+            channels=None if arrays is None else arrays.moving_mean.size,
+        )
+        assert cache is not None
+        if arrays is None:
+            arrays = self._created(*_features_of(y, cache))
+        with self._lock:
+            if self._arrays is None:
+                self._arrays = arrays
+            if pooled.count:
+                kept = self._arrays
+                passes.store_moving(
+                    kept.moving_mean, kept.moving_variance, cache.statistics, pooled.count, self.momentum, self.ddof
+                )
+                self.batches += 1
+        self._last.cache = _Pooled(cache, pooled.count)
+        return y
+
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+        """Return the gradient of this thread's last call, and set `grads`.
+
+        After training all ranks call it together.
+
+        Parameters
+        ----------
+        dy, out
+            As of `fastbn.BatchNorm`.
+
+        Returns
+        -------
+        ndarray
+            dx of this rank's part, through the statistics of the whole batch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `fastbn.BatchNorm`.
+        RuntimeError
+            If another rank has raised.
+        """
+        last = getattr(self._last, "cache", None)
+        if type(last) is not _Pooled:
+            return super().backward(dy, out=out)
+        dx, dgamma, dbeta, *others = synchronized.backward(dy, last.cache, self._gather, last.count, out=out)
+        self.grads = {}
+        if self.scale:
+            self.grads["gamma"] = dgamma
+        if self.center:
+            self.grads["beta"] = dbeta
+        if others:
+            self.grads["residual"] = others[0]
+        return dx
+
+
+def _features_of(y: Array, cache: passes.Cache) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return what a layer is built with by its first batch: the shape and the type of its parameters."""
+    dtype = np.dtype(np.float64 if y.dtype == np.float64 else np.float32)
+    return tuple(y.shape[a] for a in cache.axes), dtype
+
+
+def _world() -> Any:
+    """Return the default communicator."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ImportError('fastbn.mpi needs mpi4py and an MPI library: pip install "fastbn[mpi]"') from error
+    return MPI.COMM_WORLD
