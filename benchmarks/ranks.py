@@ -4,14 +4,15 @@ One forward step of one layer: how its statistics get to all ranks. Two ways are
 
 allgather   every rank gets the 2 C + 1 float64 of every other, and merges them in rank order. This is what fastbn does:
             one exchange, and the same bits on every rank whatever the MPI library does.
-allreduce   two sums, one after the other: (count, count * mean), C + 1 numbers; then m2 + count * (mean - pooled mean)^2,
-            C numbers. Less is sent where ranks are many, in an order that is the MPI library's.
+allreduce   two sums, one after the other: (count, count * mean), C + 1 numbers; then C numbers, the sums of
+            m2 + count * (mean - pooled mean)^2. Less is sent where ranks are many, in the MPI library's order.
 
-The model: sending a message of b bytes takes ``latency + b / bandwidth``, in rounds in which every rank sends one message
-and gets one (no contention, all ranks arrive at once). Allgather is Bruck's: ceil(log2 p) rounds, in which what is sent
-doubles. Allreduce is the better of recursive doubling (log2 p rounds of everything, two more where p is no power of 2) and
-of reduce-scatter with allgather (2 log2 p rounds, 2 (p - 1) / p of everything). To that come the arithmetic: the merge of p
-rows, measured on this machine with fastbn's own function, and a billion additions per second in the sums.
+The model: sending a message of b bytes takes ``latency + b / bandwidth``, in rounds in which every rank sends one
+message and gets one (no contention, all ranks arrive at once). Allgather is Bruck's: ceil(log2 p) rounds, in which what
+is sent doubles. Allreduce is the better of recursive doubling (log2 p rounds of everything, two more where p is no
+power of 2) and of reduce-scatter with allgather (2 log2 p rounds, 2 (p - 1) / p of everything). To that comes the
+arithmetic: the merge of p rows, measured on this machine with fastbn's own function, and a billion additions per second
+in the sums.
 """
 
 from __future__ import annotations
