@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEV_VENV ?= .venv-dev
+ECOSYSTEM_VENV ?= .venv-ecosystem
 VERSIONS ?= 3.11 3.12 3.13 3.14
 PYTEST_ARGS ?=
 # Without PyTorch its rows are left out, instead of reported one by one as skipped.
@@ -34,7 +35,7 @@ EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproj
 # asv keeps its machine file in HOME: give it one inside the clone.
 ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
 
-.PHONY: help demo test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean
+.PHONY: help demo test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean ecosystem
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -83,6 +84,12 @@ test-versions: ## build and test with every Python of $(VERSIONS) that is at han
 	    tested+=("$$version"); \
 	done; \
 	echo "== tested: $${tested[*]:-none}; not found: $${missing[*]:-none}"
+
+# In an environment of its own: what `make test` has no need of. mpiexec comes from the system (openmpi-bin on Debian).
+ecosystem: $(ECOSYSTEM_VENV)/.ready ## scikit-learn, pandas, polars, Dask (a cluster that loses a worker), MPI
+	@command -v mpiexec >/dev/null || { echo "mpiexec is not installed: no test under MPI"; test -z "$(CI)"; }
+	$(ECOSYSTEM_VENV)/bin/pytest tests/test_sklearn*.py tests/test_dask*.py tests/test_mpi*.py tests/test_synchronized.py \
+	    tests/test_pages.py tests/test_examples.py $(PYTEST_ARGS)
 
 lint: $(WHEEL)-test $(VENV)/.lint ## ruff, cython-lint, codespell, numpydoc
 	$(VENV)/bin/ruff check .
@@ -150,6 +157,14 @@ $(WHEEL): $(SOURCES) | $(PY)
 
 $(WHEEL)-demo $(WHEEL)-test $(WHEEL)-bench: $(WHEEL)-%: $(WHEEL)
 	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); $(PIP) install "$$wheel[$*]"
+	@touch $@
+
+# The same wheel as everywhere.
+$(ECOSYSTEM_VENV)/.ready: $(WHEEL)
+	@test -x $(ECOSYSTEM_VENV)/bin/python || $(MAKE) --no-print-directory $(ECOSYSTEM_VENV)/bin/python VENV=$(ECOSYSTEM_VENV)
+	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); \
+	    install="$(ECOSYSTEM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install"; \
+	    $$install "$$wheel[ecosystem]"; $$install --force-reinstall --no-deps "$$wheel"
 	@touch $@
 
 # Installed beside the build that is tested, not over it.

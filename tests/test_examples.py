@@ -1,8 +1,10 @@
 """Every example runs, without a warning, and its assertions hold."""
 
+import ast
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,24 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 3
 
 
-# What an example needs beside the extra `test`.
-NEEDS = {"torch_residual_network": "torch"}
+SLOW = {"dask_larger_than_memory"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def packages(path):
+    """What an example imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES]
+)
 def test_example(path, tmp_path):
-    if path.stem in NEEDS:
-        pytest.importorskip(NEEDS[path.stem])
+    missing = sorted(name for name in packages(path) if find_spec(name) is None)
+    if missing:
+        pytest.skip(f"{', '.join(missing)}: not installed")
     run = subprocess.run(
         [sys.executable, "-W", "error", path],
         cwd=tmp_path,

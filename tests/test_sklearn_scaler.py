@@ -361,3 +361,46 @@ def test_a_map_of_jobs_merges(rng):
     moments = sum(jobs, start=fastbn.Moments())
     assert moments.count == 1000
     np.testing.assert_allclose(moments.mean, total.mean_, rtol=1e-14)
+
+
+def test_as_a_layer(rng):
+    x = table(rng, np.float32)
+    for options in ({}, {"with_mean": False, "gamma": 3.0}, {"with_std": False, "beta": 2.0}, {"epsilon": 0.1}):
+        scaler = BatchNormScaler(**options).fit(x)
+        layer = scaler.to_batch_norm()
+        np.testing.assert_allclose(layer(x), scaler.transform(x), rtol=1e-5, atol=1e-5)
+    assert BatchNormScaler().fit(x).to_batch_norm("float64").moving_mean.dtype == np.float64
+
+
+def test_to_onnx(tmp_path, rng):
+    """The recipe: a scaler as a layer, and that as an ONNX model."""
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    compat = pytest.importorskip("fastbn.compat")
+    if not hasattr(compat, "to_onnx"):
+        pytest.skip("this fastbn has no ONNX export")
+    x = table(rng, np.float32)
+    scaler = BatchNormScaler().fit(x)
+    model = compat.to_onnx(scaler.to_batch_norm())
+    onnx.checker.check_model(model)
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(y, scaler.transform(x), rtol=1e-3, atol=2e-3)  # the runtime folds: x * a + b
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of other packages
+def test_before_a_network_of_skorch(rng):
+    """The recipe: float32 goes through the pipeline as it is."""
+    torch = pytest.importorskip("torch")
+    skorch = pytest.importorskip("skorch")
+    from sklearn.pipeline import make_pipeline
+
+    x = rng.normal(50, 10, (64, 4)).astype(np.float32)
+    y = (x[:, 0] > 50).astype(np.int64)
+    torch.manual_seed(0)
+    net = skorch.NeuralNetClassifier(
+        torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Softmax(dim=-1)), max_epochs=30, lr=0.5, verbose=0,
+        train_split=None, iterator_train__shuffle=False,
+    )  # fmt: skip
+    assert make_pipeline(BatchNormScaler(), net).fit(x, y).score(x, y) > 0.8

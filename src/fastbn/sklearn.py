@@ -25,6 +25,7 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 from . import kernels, passes
 from . import layout as layouts
 from .errors import must
+from .layer import BatchNorm
 from .moments import Moments, moments
 from .running import Running, of_sparse
 
@@ -313,6 +314,34 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         check_is_fitted(self)
         running: Running = self._running
         return running.to_moments()
+
+    def to_batch_norm(self, dtype: str = "float32") -> BatchNorm:
+        """Return a layer whose inference is `transform`: to fold into the next layer, or to export.
+
+        Parameters
+        ----------
+        dtype : {"float32", "float64"}, default: "float32"
+            Of the layer's arrays.
+
+        Returns
+        -------
+        fastbn.BatchNorm
+            With epsilon 0 and ``scale_ ** 2`` for the variance.
+        """
+        check_is_fitted(self)
+        features = len(self._running.count)
+        gamma, beta = self._range(features)
+        layer = BatchNorm(features, epsilon=0.0, dtype=dtype)
+        layer.load_state_dict(
+            {
+                "gamma": gamma,
+                "beta": beta,
+                "moving_mean": self.mean_ if self.with_mean else np.zeros(features),
+                "moving_variance": np.ones(features) if self.scale_ is None else self.scale_**2,
+                "batches": 1,
+            }
+        )
+        return layer
 
     # -- scaling -----------------------------------------------------------------------------------------------------
 

@@ -485,10 +485,11 @@ cdef int do_job(const Job* job, floating* typed) except -1:
     cdef floating* table = NULL
     cdef floating* gates = NULL
     cdef Job rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
-    if job.applies:
+    cdef bint tabulates = job.applies or job.gated
+    if tabulates:
         table = <floating*> malloc((2 * size if job.gated else size) * sizeof(floating))
     try:
-        if (job.reduces and parts == NULL) or (job.applies and table == NULL):
+        if (job.reduces and parts == NULL) or (tabulates and table == NULL):
             raise MemoryError
         if job.gated:
             gates = table + size

@@ -487,9 +487,10 @@ cdef int do_job(const Job* job, floating* typed) except -1:
     cdef double* parts = <double*> malloc(job.channels * k.tiles * 2 * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t tables = 10 if job.gated else 5  # the second is of the gate
     cdef Job gate
-    cdef floating* table = <floating*> malloc(job.channels * tables * sizeof(floating)) if job.applies else NULL
+    cdef bint tabulates = job.applies or job.gated
+    cdef floating* table = <floating*> malloc(job.channels * tables * sizeof(floating)) if tabulates else NULL
     try:
-        if (job.reduces and parts == NULL) or (job.applies and table == NULL):
+        if (job.reduces and parts == NULL) or (tabulates and table == NULL):
             raise MemoryError
         if job.gated:
             gate = gate_of(job)
