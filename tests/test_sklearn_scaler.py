@@ -369,7 +369,8 @@ def test_as_a_layer(rng):
         scaler = BatchNormScaler(**options).fit(x)
         layer = scaler.to_batch_norm()
         np.testing.assert_allclose(layer(x), scaler.transform(x), rtol=1e-5, atol=1e-5)
-    assert BatchNormScaler().fit(x).to_batch_norm("float64").moving_mean.dtype == np.float64
+    assert layer(x).dtype == np.float32
+    assert scaler.to_batch_norm("float32").moving_mean.dtype == np.float32
 
 
 def test_to_onnx(tmp_path, rng):
@@ -381,7 +382,7 @@ def test_to_onnx(tmp_path, rng):
         pytest.skip("this fastbn has no ONNX export")
     x = table(rng, np.float32)
     scaler = BatchNormScaler().fit(x)
-    model = compat.to_onnx(scaler.to_batch_norm())
+    model = compat.to_onnx(scaler.to_batch_norm("float32"), rank=2)
     onnx.checker.check_model(model)
     session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x})

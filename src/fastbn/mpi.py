@@ -32,7 +32,7 @@ class _Pooled(NamedTuple):
     """What the gradient needs: the cache of this rank's part, and the values per channel of all parts."""
 
     cache: passes.Cache
-    count: int
+    values: int
 
 
 class BatchNorm(layer.BatchNorm):
@@ -77,6 +77,8 @@ class BatchNorm(layer.BatchNorm):
         dx = bn.backward(y)
     """
 
+    _comm: Communicator | None = None
+
     def __init__(
         self, num_features: int | tuple[int, ...] | None = None, *, comm: Communicator | None = None, **options: Any
     ) -> None:
@@ -86,9 +88,10 @@ class BatchNorm(layer.BatchNorm):
     @property
     def comm(self) -> Communicator:
         """The communicator."""
-        if self._comm is None:
-            self._comm = _world()
-        return self._comm
+        comm = self._comm
+        if comm is None:
+            comm = self._comm = _world()
+        return comm
 
     @comm.setter
     def comm(self, value: Communicator | None) -> None:
@@ -184,7 +187,7 @@ class BatchNorm(layer.BatchNorm):
         last = getattr(self._last, "cache", None)
         if type(last) is not _Pooled:
             return super().backward(dy, out=out)
-        dx, dgamma, dbeta, *others = synchronized.backward(dy, last.cache, self._gather, last.count, out=out)
+        dx, dgamma, dbeta, *others = synchronized.backward(dy, last.cache, self._gather, last.values, out=out)
         self.grads = {}
         if self.scale:
             self.grads["gamma"] = dgamma
@@ -201,10 +204,11 @@ def _features_of(y: Array, cache: passes.Cache) -> tuple[tuple[int, ...], np.dty
     return tuple(y.shape[a] for a in cache.axes), dtype
 
 
-def _world() -> Any:
+def _world() -> Communicator:
     """Return the default communicator."""
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise ImportError('fastbn.mpi needs mpi4py and an MPI library: pip install "fastbn[mpi]"') from error
-    return MPI.COMM_WORLD
+    world: Communicator = MPI.COMM_WORLD
+    return world

@@ -163,7 +163,8 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
             del self._running, self._weighted
             for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
                 delattr(self, name)
-        return self.partial_fit(X, y, sample_weight)
+        self.partial_fit(X, y, sample_weight)
+        return self
 
     @with_callbacks  # type: ignore[untyped-decorator, unused-ignore]
     def partial_fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Self:
@@ -315,13 +316,13 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         running: Running = self._running
         return running.to_moments()
 
-    def to_batch_norm(self, dtype: str = "float32") -> BatchNorm:
+    def to_batch_norm(self, dtype: str = "float64") -> BatchNorm:
         """Return a layer whose inference is `transform`: to fold into the next layer, or to export.
 
         Parameters
         ----------
-        dtype : {"float32", "float64"}, default: "float32"
-            Of the layer's arrays.
+        dtype : {"float32", "float64"}, default: "float64"
+            Of the layer's arrays; results are of the type of its input. In float32 a mean is rounded.
 
         Returns
         -------
@@ -403,7 +404,9 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         scale = 1 / gamma if self.scale_ is None else self.scale_ / gamma
         if sparse.issparse(table):
             return self._scale_sparse(table, scale)
-        mean = self.mean_ if self.with_mean else np.zeros(features)
+        mean: Array = np.zeros(features)
+        if self.with_mean:
+            mean = np.asarray(self.mean_)
         if not beta.any():
             return self._apply(table, copy, None, scale, mean)
         return self._apply(table, copy, beta, scale, mean)
