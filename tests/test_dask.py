@@ -169,16 +169,16 @@ def test_without_dask():
         fastbn.dask.nothing
 
 
-def slow_block(block, seconds=0.3):
-    time.sleep(seconds)
-    return block
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of distributed, about ports and the worker that dies
 def test_a_worker_is_killed_in_the_middle(rng):
     """Processes; one of them dies while it has results that others still need. The answer is the same."""
     distributed = pytest.importorskip("distributed")
+
+    def slow_block(block):  # a local function: workers cannot import this file
+        time.sleep(0.3)
+        return block
+
     x = rng.normal(1e4, 1, (2000, 4))
     d = da.from_array(x, chunks=(100, 4)).map_blocks(slow_block, dtype=x.dtype, meta=np.empty((0, 0)))
     wanted = fastbn.dask.moments(da.from_array(x, chunks=(100, 4))).compute()
@@ -188,7 +188,9 @@ def test_a_worker_is_killed_in_the_middle(rng):
     with cluster, distributed.Client(cluster) as client:
         whole = client.compute(fastbn.dask.moments(d, split_every=4))
         normalized = client.compute(fastbn.dask.batch_norm(d))
+        end = time.monotonic() + 30
         while sum(map(len, client.has_what().values())) < 4:  # both workers hold parts
+            assert time.monotonic() < end
             time.sleep(0.02)
         pids = client.run(os.getpid)
         os.kill(next(iter(pids.values())), signal.SIGKILL)
