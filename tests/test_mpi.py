@@ -147,7 +147,67 @@ def test_copies_and_files_leave_the_communicator_out(tmp_path, rng):
     np.testing.assert_array_equal(fastbn.BatchNorm.load(tmp_path / "bn.npz").moving_mean, bn.moving_mean)
 
 
+@pytest.mark.filterwarnings("ignore::fastbn.UntrainedWarning")
+@pytest.mark.parametrize("options", [
+    {"momentum": None}, {"zero_debias": True, "momentum": 0.9}, {"on_nonfinite": "skip"}, {"track": False}, {"ddof": 1},
+    {"trainable": False}, {"center": False, "activation": "relu"},
+], ids=str)  # fmt: skip
+def test_options_of_the_layer(options, rng):
+    """Whatever the plain layer makes of the whole batch."""
+    batches = [rng.normal(2, 3, (7, 3)) for _ in range(3)]
+    if "on_nonfinite" in options:
+        batches[1][2, 1] = np.nan
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(3, comm=comm, dtype="float64", **options)
+        parts = [x[slice(*cuts(7, 2)[rank : rank + 2])] for x in batches]
+        return [bn(x, training=True) for x in parts], [bn.backward(parts[-1])], bn.state_dict()
+
+    ranks = run_comms(work, 2)
+    plain = fastbn.BatchNorm(3, dtype="float64", **options)
+    ys = [plain(x, training=True) for x in batches]
+    for i, y in enumerate([*ys, plain.backward(batches[-1])]):
+        got = [(*r[0], *r[1])[i] for r in ranks]
+        np.testing.assert_allclose(np.concatenate(got), y, rtol=1e-10, atol=1e-12)
+    for name, value in plain.state_dict().items():
+        for r in ranks:
+            np.testing.assert_allclose(r[2][name], value, rtol=1e-12)
+
+
+def test_statistics_that_are_not_finite(rng):
+    x = rng.normal(size=(4, 2))
+    x[1, 1] = np.inf
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(2, comm=comm, on_nonfinite="raise")
+        part = x[2 * rank : 2 * rank + 2].copy()
+        with pytest.raises(ValueError) as error:
+            bn(part, training=True, out=part)
+        np.testing.assert_array_equal(part, x[2 * rank : 2 * rank + 2])
+        return str(error.value), bn.batches
+
+    message = 'x must have finite statistics with on_nonfinite="raise", got others in channel 1'
+    assert run_comms(work, 2) == [(message, 0)] * 2
+
+
+def test_statistics_recomputed_over_all_ranks(rng):
+    batches = [rng.normal(5, 2, (8, 3)) for _ in range(4)]
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(3, comm=comm, dtype="float64")
+        fastbn.recompute_statistics(bn, [x[4 * rank : 4 * rank + 4] for x in batches], forward=bn)
+        return bn.moving_mean, bn.moving_variance
+
+    whole = fastbn.moments(np.concatenate(batches))
+    for mean, variance in run_comms(work, 2):
+        np.testing.assert_allclose(mean, whole.mean, rtol=1e-12)
+        np.testing.assert_allclose(variance, whole.variance(), rtol=1e-12)
+
+
 def test_messages():
+    with pytest.raises(ValueError) as refused:
+        fastbn.mpi.BatchNorm(renorm=True)
+    assert str(refused.value) == "renorm must not be given where the batch is that of all ranks, got True"
     with pytest.raises(TypeError) as error:
         fastbn.mpi.BatchNorm(comm=3)
     assert str(error.value) == "comm must have Get_size() and Allgather(sendbuf, recvbuf), got int"

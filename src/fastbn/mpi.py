@@ -5,13 +5,16 @@ Needs mpi4py and an MPI library: ``pip install "fastbn[mpi]"``.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import layer, passes, synchronized
+from . import averages, layer, passes, synchronized
+from .composite import Batch
 from .errors import must
+from .moments import Moments
 
 Array = NDArray[Any]
 
@@ -50,7 +53,7 @@ class BatchNorm(layer.BatchNorm):
     comm : communicator, optional
         By default ``mpi4py.MPI.COMM_WORLD``. Anything with ``Get_size()`` and ``Allgather(sendbuf, recvbuf)`` will do.
     **options
-        Of `fastbn.BatchNorm`.
+        Of `fastbn.BatchNorm`, but for renorm, virtual_batch_size and adjustment.
 
     Notes
     -----
@@ -59,6 +62,8 @@ class BatchNorm(layer.BatchNorm):
 
     A rank whose arguments do not fit raises, and so do the others: a built layer tells them before. With
     ``on_nonfinite="raise"`` all ranks raise, since all have the same statistics.
+
+    `fastbn.recompute_statistics` goes through all ranks if it is given ``forward`` (``forward=bn`` for one layer).
 
     Pickles, copies and files hold no communicator; what is loaded has the default one, or that given to `comm`.
 
@@ -82,8 +87,12 @@ class BatchNorm(layer.BatchNorm):
     def __init__(
         self, num_features: int | tuple[int, ...] | None = None, *, comm: Communicator | None = None, **options: Any
     ) -> None:
-        self.comm = comm
         super().__init__(num_features, **options)
+        for name in ("renorm", "virtual_batch_size", "adjustment"):
+            value = getattr(self, name)
+            if value not in (None, False):
+                raise ValueError(must(name, "not be given where the batch is that of all ranks", repr(value)))
+        self.comm = comm
 
     @property
     def comm(self) -> Communicator:
@@ -131,9 +140,11 @@ class BatchNorm(layer.BatchNorm):
         RuntimeError
             If another rank has raised.
         """
-        if self.mode(training) == "inference":
+        mode, recorder = self.mode(training), self._recorder
+        if mode == "inference" and recorder is None:
             return super().__call__(x, training, residual=residual, out=out)
         arrays = self._arrays
+        learns = mode == "train" and recorder is None
         y, cache, pooled = synchronized.forward(
             x,
             self._gather,
@@ -145,20 +156,25 @@ class BatchNorm(layer.BatchNorm):
             activation=self.activation,
             residual=residual,
             out=out,
-            channels=None if arrays is None else arrays.moving_mean.size,
+            channels=None if arrays is None else math.prod(arrays.shape),
+            check=_refuse_nonfinite if learns and self.on_nonfinite == "raise" else None,
         )
         assert cache is not None
         if arrays is None:
             arrays = self._created(*_features_of(y, cache))
+        variance = pooled.m2 / max(pooled.count - self.ddof, 1)
+        batch = Batch(cache.statistics, variance, pooled.count)
         with self._lock:
             if self._arrays is None:
                 self._arrays = arrays
-            if pooled.count:
-                kept = self._arrays
-                passes.store_moving(
-                    kept.moving_mean, kept.moving_variance, cache.statistics, pooled.count, self.momentum, self.ddof
-                )
+            if pooled.count and recorder is not None:
+                recorder.take(y, self._arrays.shape, batch)
+            elif pooled.count and learns and self._direct:
+                share = averages.share(self.momentum, self.batches)
+                passes.store_moving(*self._tracked(), cache.statistics, pooled.count, share, self.ddof)
                 self.batches += 1
+            elif pooled.count and learns:
+                self._learn(self._arrays, batch)
         self._last.cache = _Pooled(cache, pooled.count)
         return y
 
@@ -202,6 +218,14 @@ def _features_of(y: Array, cache: passes.Cache) -> tuple[tuple[int, ...], np.dty
     """Return what a layer is built with by its first batch: the shape and the type of its parameters."""
     dtype = np.dtype(np.float64 if y.dtype == np.float64 else np.float32)
     return tuple(y.shape[a] for a in cache.axes), dtype
+
+
+def _refuse_nonfinite(pooled: Moments) -> None:
+    """Raise where statistics are not finite, on all ranks alike."""
+    finite = np.isfinite(pooled.mean) & np.isfinite(pooled.m2)
+    if not finite.all():
+        where = f"others in channel {int(np.argmin(finite))}"
+        raise ValueError(must("x", 'have finite statistics with on_nonfinite="raise"', where))
 
 
 def _world() -> Communicator:

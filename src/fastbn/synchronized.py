@@ -76,6 +76,7 @@ def forward(
     out: Array | None = None,
     keep: Literal["nothing", "always", "unless in place"] = "unless in place",
     channels: int | None = None,
+    check: Callable[[Moments], None] | None = None,
 ) -> tuple[Array, Cache | None, Moments]:
     """Normalize a part of a batch with the statistics of the whole.
 
@@ -92,6 +93,8 @@ def forward(
     channels : int, optional
         Number of channels, where it is known before x is. With it, a rank whose arguments do not fit tells the others
         before it raises, so that they raise too, instead of waiting for ever.
+    check : callable, optional
+        Sees the pooled moments before anything is written, and may raise: then it does on every rank.
 
     Returns
     -------
@@ -131,6 +134,8 @@ def forward(
     rows = gather(row)
     refuse_failed(rows)
     pooled = merged(rows)
+    if check is not None:
+        check(pooled)
     y, cache = passes.forward(
         data,
         gamma=gamma,
