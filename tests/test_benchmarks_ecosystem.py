@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import ranks, scaler  # noqa: E402
+from benchmarks import ranks, scaler
 
 
 def test_scaler(monkeypatch, capsys):
