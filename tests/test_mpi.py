@@ -205,6 +205,9 @@ def test_statistics_recomputed_over_all_ranks(rng):
 
 
 def test_messages():
+    with pytest.raises(ValueError) as weighted:
+        run_comms(lambda comm, rank: fastbn.mpi.BatchNorm(comm=comm)(np.ones((2, 2)), mask=np.ones(2, bool)), 1)
+    assert str(weighted.value) == "mask must be None where the batch is that of all ranks, got an array"
     with pytest.raises(ValueError) as refused:
         fastbn.mpi.BatchNorm(renorm=True)
     assert str(refused.value) == "renorm must not be given where the batch is that of all ranks, got True"

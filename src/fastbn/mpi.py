@@ -92,6 +92,9 @@ class BatchNorm(layer.BatchNorm):
             value = getattr(self, name)
             if value not in (None, False):
                 raise ValueError(must(name, "not be given where the batch is that of all ranks", repr(value)))
+        policy = options.get("nan_policy", "propagate")
+        if policy != "propagate":
+            raise ValueError(must("nan_policy", "be 'propagate' where the batch is that of all ranks", repr(policy)))
         self.comm = comm
 
     @property
@@ -119,6 +122,8 @@ class BatchNorm(layer.BatchNorm):
         training: bool | None = None,
         *,
         residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
         out: Array | None = None,
     ) -> Array:
         """Normalize this rank's part of a batch.
@@ -127,6 +132,8 @@ class BatchNorm(layer.BatchNorm):
         ----------
         x, training, residual, out
             As of `fastbn.BatchNorm`. All ranks must agree about training.
+        mask, sample_weight
+            None: values of a batch that is spread over ranks count alike.
 
         Returns
         -------
@@ -140,6 +147,9 @@ class BatchNorm(layer.BatchNorm):
         RuntimeError
             If another rank has raised.
         """
+        for name, value in (("mask", mask), ("sample_weight", sample_weight)):
+            if value is not None:
+                raise ValueError(must(name, "be None where the batch is that of all ranks", "an array"))
         mode, recorder = self.mode(training), self._recorder
         if mode == "inference" and recorder is None:
             return super().__call__(x, training, residual=residual, out=out)

@@ -275,7 +275,8 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         self._validate_params()
         if isinstance(other, Moments):
             part = Running.from_moments(other)
-            seen, weighted, names = part.count.copy(), False, None
+            seen, names = part.count.copy(), None
+            weighted = np.asarray(other.count).dtype.kind == "f"
         elif isinstance(other, BatchNormScaler):
             if not hasattr(other, "_running"):
                 return self
