@@ -20,7 +20,8 @@ from ._memory cimport empty_like
 from ._plan cimport Pattern, pattern_of, streams
 from .convert cimport DOUBLE, FLOAT
 from .job cimport (
-    DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Operand, Parameter, blend, load_all, to_parameter_gradients,
+    DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Operand, Parameter, blend, finish, load_all,
+    to_parameter_gradients,
 )
 
 cnp.import_array()
@@ -133,7 +134,11 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     job.writes_pair = job.form.pair = job.operation == GRADIENT
     job.streams = streams(job, pattern)
     job.threads = 1 if size <= serial else threads(size)
-    return drivers[<int> pattern](job, wide)
+    job.interruptible = True
+    cdef int status
+    with nogil:
+        status = drivers[<int> pattern](job, wide)
+    return finish(status)
 
 
 def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,

@@ -15,14 +15,16 @@ Parallel     over (block of rows, chunk of columns), once to sum and once to app
 """
 from cython cimport floating
 from cython.parallel cimport prange
-from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan
 from .convert cimport aligned, give, is_native, take
-from .job cimport DRIVER, Job, Operand, Operation, behind_gate, coefficients, gate_of, load
+from .job cimport (
+    DONE, DRIVER, INTERRUPTED, NO_MEMORY, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
+    is_interrupted, load,
+)
 from .lanes cimport LANES, Form, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 
@@ -456,62 +458,63 @@ cdef void do_tasks(const Job* job, const Cut* k, Py_ssize_t begin, Py_ssize_t en
             apply_block(job, k, end - 1 - i, table, gates)
 
 
-cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* table, const floating* gates) except -1:
+cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* table,
+                   const floating* gates) noexcept nogil:
     """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between."""
     cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, share
     cdef int threads = job.threads
     while begin < tasks:
         end = min(begin + k.wave, tasks)
         if threads == 1:  # a team of one would cost more than a small call
-            with nogil:
-                do_tasks(job, k, begin, end, parts, table, gates)
+            do_tasks(job, k, begin, end, parts, table, gates)
         else:
-            for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
+            for share in prange(threads, schedule="static", num_threads=threads):
                 do_tasks(job, k, begin + (end - begin) * share // threads,
                          begin + (end - begin) * (share + 1) // threads, parts, table, gates)
         begin = end
-        if begin < tasks:
-            PyErr_CheckSignals()
-    return 0
+        if begin < tasks and job.interruptible and is_interrupted():
+            return INTERRUPTED
+    return DONE
 
 
-cdef int do_job(const Job* job, floating* typed) except -1:
-    cdef Cut k = cut(job)
+cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, floating* gates) noexcept nogil:
     cdef Py_ssize_t share, shares = (job.channels + SHARE - 1) // SHARE
-    cdef int threads = job.threads
-    cdef Job gate
+    cdef int threads = job.threads, status
+    cdef Job gate, rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
+    if job.gated:
+        gate = gate_of(job)
+        tabulate(&gate, k, 0, job.channels, gates)
+    if job.reduces:
+        status = do_blocks(job, k, parts, table, gates)
+        if status != DONE:
+            return status
+    if threads == 1 or shares == 1:
+        finish_channels(job, k, 0, job.channels, parts, table)
+    else:
+        for share in prange(shares, schedule="static", num_threads=threads):
+            finish_channels(job, k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
+    if job.applies:
+        return do_blocks(&rest, k, NULL, table, gates)
+    return DONE
+
+
+cdef int do_job(const Job* job, floating* typed) noexcept nogil:
+    cdef Cut k = cut(job)
+    cdef int status = NO_MEMORY
     cdef double* parts = <double*> malloc(k.blocks * k.columns * 2 * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t size = 5 * (k.padded + job.channels)  # of a table; a second one is of the gate
     cdef floating* table = NULL
-    cdef floating* gates = NULL
-    cdef Job rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
     cdef bint tabulates = job.applies or job.gated
     if tabulates:
         table = <floating*> malloc((2 * size if job.gated else size) * sizeof(floating))
-    try:
-        if (job.reduces and parts == NULL) or (tabulates and table == NULL):
-            raise MemoryError
-        if job.gated:
-            gates = table + size
-            gate = gate_of(job)
-            tabulate(&gate, &k, 0, job.channels, gates)
-        if job.reduces:
-            do_blocks(job, &k, parts, table, gates)
-        if threads == 1 or shares == 1:
-            with nogil:
-                finish_channels(job, &k, 0, job.channels, parts, table)
-        else:
-            for share in prange(shares, nogil=True, schedule="static", num_threads=threads):
-                finish_channels(job, &k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
-        if job.applies:
-            do_blocks(&rest, &k, NULL, table, gates)
-        return 0
-    finally:
-        free(parts)
-        free(table)
+    if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
+        status = do_steps(job, &k, parts, table, table + size if job.gated else NULL)
+    free(parts)
+    free(table)
+    return status
 
 
-cdef int do_any(const Job* job, bint wide) except -1:
+cdef int do_any(const Job* job, bint wide) noexcept nogil:
     if wide:
         return do_job(job, <double*> NULL)
     return do_job(job, <float*> NULL)
@@ -523,7 +526,11 @@ def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double e
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
               bend, by_output, kept)
-    do_any(&job, plan.wide)
+    cdef int status
+    cdef bint wide = plan.wide
+    with nogil:
+        status = do_any(&job, wide)
+    finish(status)
 
 
 ENTRY = PyCapsule_New(<void*> do_any, DRIVER, NULL)

@@ -89,6 +89,7 @@ cdef class Plan:
         job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first) if first is not None else NULL
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL
         job.threads = threads
+        job.interruptible = True
         return 0
 
 

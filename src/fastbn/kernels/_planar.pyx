@@ -12,14 +12,16 @@ Parallel     over groups of neighbouring channels; where channels are few or lar
 """
 from cython cimport floating
 from cython.parallel cimport prange
-from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan
 from .convert cimport DOUBLE, FLOAT, aligned, give, is_native, take
-from .job cimport DRIVER, Job, Operand, Operation, behind_gate, coefficients, gate_of, load
+from .job cimport (
+    DONE, DRIVER, INTERRUPTED, NO_MEMORY, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
+    is_interrupted, load,
+)
 from .lanes cimport LANES, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 
@@ -461,62 +463,64 @@ cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py
         do_task(job, k, step, end - 1 - i if step == APPLY and job.reduces else begin + i, parts, table)
 
 
-cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* table) except -1:
+cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* table) noexcept nogil:
     """All tasks of a step, in waves, looking for signals in between."""
     cdef Py_ssize_t tasks = k.spans * k.stretches, begin = 0, end, share
     cdef int threads = job.threads
     while begin < tasks:
         end = min(begin + k.wave, tasks)
         if threads == 1:  # a team of one would cost more than a small call
-            with nogil:
-                do_tasks(job, k, step, begin, end, parts, table)
+            do_tasks(job, k, step, begin, end, parts, table)
         else:
-            for share in prange(threads, nogil=True, schedule="static", num_threads=threads):
+            for share in prange(threads, schedule="static", num_threads=threads):
                 do_tasks(job, k, step, begin + (end - begin) * share // threads,
                          begin + (end - begin) * (share + 1) // threads, parts, table)
         begin = end
-        if begin < tasks:
-            PyErr_CheckSignals()
-    return 0
+        if begin < tasks and job.interruptible and is_interrupted():
+            return INTERRUPTED
+    return DONE
 
 
-cdef int do_job(const Job* job, floating* typed) except -1:
-    cdef Cut k = cut(job)
+cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) noexcept nogil:
     cdef Py_ssize_t c
-    cdef int threads = job.threads
+    cdef int threads = job.threads, status
+    cdef Job gate
+    if job.gated:
+        gate = gate_of(job)
+        coefficients(&gate, 0, job.channels, job.channels, table + 5 * job.channels)
+    if k.fused:
+        return do_step(job, k, BOTH, parts, table)
+    if job.reduces:
+        status = do_step(job, k, REDUCE, parts, table)
+        if status != DONE:
+            return status
+        if threads == 1:
+            for c in range(job.channels):
+                merge_channel(job, k, c, parts)
+        else:
+            for c in prange(job.channels, schedule="static", num_threads=threads):
+                merge_channel(job, k, c, parts)
+    if job.applies:
+        coefficients(job, 0, job.channels, job.channels, table)
+        return do_step(job, k, APPLY, parts, table)
+    return DONE
+
+
+cdef int do_job(const Job* job, floating* typed) noexcept nogil:
+    cdef Cut k = cut(job)
+    cdef int status = NO_MEMORY
     cdef double* parts = <double*> malloc(job.channels * k.tiles * 2 * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t tables = 10 if job.gated else 5  # the second is of the gate
-    cdef Job gate
     cdef bint tabulates = job.applies or job.gated
     cdef floating* table = <floating*> malloc(job.channels * tables * sizeof(floating)) if tabulates else NULL
-    try:
-        if (job.reduces and parts == NULL) or (tabulates and table == NULL):
-            raise MemoryError
-        if job.gated:
-            gate = gate_of(job)
-            coefficients(&gate, 0, job.channels, job.channels, table + 5 * job.channels)
-        if k.fused:
-            do_step(job, &k, BOTH, parts, table)
-            return 0
-        if job.reduces:
-            do_step(job, &k, REDUCE, parts, table)
-            if threads == 1:
-                for c in range(job.channels):
-                    merge_channel(job, &k, c, parts)
-            else:
-                for c in prange(job.channels, nogil=True, schedule="static", num_threads=threads):
-                    merge_channel(job, &k, c, parts)
-        if job.applies:
-            with nogil:
-                coefficients(job, 0, job.channels, job.channels, table)
-            do_step(job, &k, APPLY, parts, table)
-        return 0
-    finally:
-        free(parts)
-        free(table)
+    if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
+        status = do_steps(job, &k, parts, table)
+    free(parts)
+    free(table)
+    return status
 
 
-cdef int do_any(const Job* job, bint wide) except -1:
+cdef int do_any(const Job* job, bint wide) noexcept nogil:
     if wide:
         return do_job(job, <double*> NULL)
     return do_job(job, <float*> NULL)
@@ -528,7 +532,11 @@ def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double e
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
               bend, by_output, kept)
-    do_any(&job, plan.wide)
+    cdef int status
+    cdef bint wide = plan.wide
+    with nogil:
+        status = do_any(&job, wide)
+    finish(status)
 
 
 ENTRY = PyCapsule_New(<void*> do_any, DRIVER, NULL)

@@ -47,16 +47,37 @@ cdef struct Job:
     double* first   # per channel: mean, or sum(dy)
     double* second  # per channel: m2, or sum(dy * (x - mean))
     int threads
+    bint interruptible  # whether to look for signals between waves, which takes the GIL
 
 
-# What a driver module exports, in a capsule of this name, to calls that need no Python on the way.
-ctypedef int (*Driver)(const Job* job, bint wide) except -1
+cdef enum Status:
+    DONE
+    NO_MEMORY
+    INTERRUPTED  # a signal handler raised: the exception is set
+
+
+# What a driver module exports, in a capsule of this name, to calls that need no Python on the way. It returns a Status,
+# and never touches the GIL unless the job is interruptible.
+ctypedef int (*Driver)(const Job* job, bint wide) noexcept nogil
 
 cdef extern from *:
     """
     #define FASTBN_DRIVER "fastbn.kernels.driver"
+
+    static int fastbn_finish(int status) {
+        if (status == 1)
+            PyErr_NoMemory();
+        return status ? -1 : 0;
+    }
     """
     const char* DRIVER "FASTBN_DRIVER"
+    int finish "fastbn_finish"(int status) except -1  # raises what a Status stands for
+    int check_signals "PyErr_CheckSignals"() noexcept
+
+
+cdef inline bint is_interrupted() noexcept with gil:
+    """Whether a signal handler raised; the exception stays set."""
+    return check_signals() != 0
 
 
 cdef inline double load(const Parameter* p, Py_ssize_t c, double default) noexcept nogil:

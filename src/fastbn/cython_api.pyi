@@ -1,0 +1,1 @@
+# For cimport: the functions are declared in cython_api.pxd.
