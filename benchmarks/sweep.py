@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -98,6 +99,13 @@ def by_shape(seconds: float, threads: int, peer: str) -> list[dict[str, Any]]:
     return rows
 
 
+def peak(seconds: float, n: int = 1024) -> float:
+    """Return giga operations per second of a product of float32 matrices, with the threads that BLAS takes."""
+    a, b, out = np.ones((n, n), np.float32), np.ones((n, n), np.float32), np.empty((n, n), np.float32)
+    times = measure({"product": lambda: np.matmul(a, b, out=out)}, seconds)
+    return float(2e-3 * n**3 / times["product"])
+
+
 def run(parts: list[str], seconds: float, threads: int, largest: float, peers: list[str]) -> dict[str, Any]:
     """Measure and print.
 
@@ -117,14 +125,15 @@ def run(parts: list[str], seconds: float, threads: int, largest: float, peers: l
     Returns
     -------
     dict
-        A list of rows for each part.
+        A list of rows for each part; with "threads" also "peak".
     """
     peers = [peer for peer in ("torch", "numpy") if peer in peers and find_spec(peer)]
-    results = {}
+    results: dict[str, Any] = {}
     if "sizes" in parts:
         results["sizes"] = by_size(seconds, threads, largest, peers)
     if "threads" in parts:
         results["threads"] = by_threads(seconds, threads)
+        results["peak"] = peak(seconds)
     if "shapes" in parts and peers:
         results["shapes"] = by_shape(seconds / 3, threads, peers[0])
     return results
@@ -145,9 +154,6 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     list of Path
         The files.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     if results.get("sizes"):
@@ -155,118 +161,124 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         files += [_growth(results["sizes"], folder / "growth.png")]
     if results.get("threads"):
         files += [_threads(results["threads"], folder / "threads.png")]
+        files += [_roofline(results["threads"], results.get("peak"), folder / "roofline.png")]
     if results.get("shapes"):
         files += [_shapes(results["shapes"], folder / "shapes.png")]
     return files
 
 
-STYLE = {
-    "limit": {"color": "black", "linestyle": "--", "linewidth": 1.2, "label": "bandwidth limit"},
-    "fastbn": {"color": "tab:blue", "marker": "o", "markersize": 4, "linewidth": 2.2, "label": "fastbn", "zorder": 3},
-    "torch": {"color": "tab:orange", "marker": "s", "markersize": 3, "label": "PyTorch"},
-    "numpy": {"color": "tab:green", "marker": "^", "markersize": 3, "label": "NumPy"},
-}
+NAMES = {"fastbn": "fastbn", "torch": "PyTorch", "numpy": "NumPy"}
+
+
+def figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """Return a figure that needs no display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    new = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(new)
+    return new, new.subplots(1, columns, **options)
+
+
+def series(rows: list[dict[str, Any]], operation: str, value: Any) -> tuple[list[int], dict[str, list[float]]]:
+    """Return the sizes of one operation's rows, and a line for each contender: NaN where it was not measured."""
+    mine = [r for r in rows if r["operation"] == operation]
+    lines = {
+        name: [value(r, who) if who in r["times"] else math.nan for r in mine]
+        for who, name in {"limit": "limit", **NAMES}.items()
+        if any(who in r["times"] for r in mine)
+    }
+    return [r["nbytes"] for r in mine], lines
+
+
+def rate(row: dict[str, Any], who: str) -> float:
+    """GB/s of unavoidable traffic."""
+    return float(row["moved"] / row["times"][who] / 1e3)
 
 
 def _by_size(rows: list[dict[str, Any]], path: Path, ylabel: str, value: Any, title: str) -> Path:
     """Draw one panel per operation, with the array's size across."""
-    import matplotlib.pyplot as plt
+    from fastbn import plot
 
-    figure, panels = plt.subplots(1, len(OPERATIONS), figsize=(12, 4.2), sharey=True, layout="constrained")
+    image, panels = figure(12, 4.2, len(OPERATIONS), sharey=True)
     for panel, name in zip(panels, OPERATIONS, strict=True):
-        mine = [r for r in rows if r["operation"] == name]
-        for who, style in STYLE.items():
-            points = [(r["nbytes"], value(r, who)) for r in mine if who in r["times"]]
-            if points:
-                panel.plot(*zip(*points, strict=True), **style)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        ticks = [2**k for k in (10, 14, 18, 22, 26, 30)]
-        panel.set_xticks(ticks, ["1 KB", "16 KB", "256 KB", "4 MB", "64 MB", "1 GB"])
+        nbytes, lines = series(rows, name, value)
+        limits = lines.pop("limit", None)
+        plot.bandwidth(nbytes, lines, limit=limits, ylabel=ylabel if panel is panels[0] else "", ax=panel)
         panel.set_title(name)
-        panel.set_xlabel("size of x (float32)")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(ylabel)
-    panels[-1].legend()
-    figure.suptitle(f"{title}, threads: {rows[0]['threads']}")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        if panel is not panels[-1]:
+            panel.get_legend().remove()
+    image.suptitle(f"{title}, threads: {rows[0]['threads']}")
+    image.savefig(path, dpi=110)
     return path
 
 
 def _bandwidth(rows: list[dict[str, Any]], path: Path) -> Path:
-    return _by_size(
-        rows,
-        path,
-        "GB/s of unavoidable traffic",
-        lambda r, who: r["moved"] / r["times"][who] / 1e3,
-        "How much of the machine's bandwidth an operation uses (higher is better)",
-    )
+    title = "How much of the machine's bandwidth an operation uses (higher is better)"
+    return _by_size(rows, path, "GB/s of unavoidable traffic", rate, title)
 
 
 def _growth(rows: list[dict[str, Any]], path: Path) -> Path:
-    return _by_size(
-        rows,
-        path,
-        "ns per value",
-        lambda r, who: r["times"][who] * 4000 / r["nbytes"],
-        "Cost per value as the array grows (lower is better)",
-    )
+    title = "Cost per value as the array grows (lower is better)"
+    return _by_size(rows, path, "ns per value", lambda r, who: r["times"][who] * 4000 / r["nbytes"], title)
 
 
 def _threads(rows: list[dict[str, Any]], path: Path) -> Path:
-    import matplotlib.pyplot as plt
+    from fastbn import plot
 
-    figure, panel = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    most = max(r["threads"] for r in rows)
-    colors = dict(zip(OPERATIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
-    for name in OPERATIONS:
-        for layout, line in (("planar", "-"), ("interleaved", "--")):
-            mine = [r for r in rows if (r["operation"], r["layout"]) == (name, layout)]
-            speedups = [mine[0]["times"]["fastbn"] / r["times"]["fastbn"] for r in mine]
-            panel.plot(
-                [r["threads"] for r in mine], speedups, line, color=colors[name], marker="o", label=f"{name} {layout}"
-            )
-    limits = [r for r in rows if (r["operation"], r["layout"]) == ("inference", "planar")]
-    ratios = [limits[0]["times"]["limit"] / r["times"]["limit"] for r in limits]
-    panel.plot([r["threads"] for r in limits], ratios, color="black", label="the limit itself (inference)")
-    panel.plot([1, most], [1, most], color="gray", linewidth=0.8, linestyle=":", label="linear")
-    panel.set_xticks(range(1, most + 1))
-    panel.set_xlabel("threads")
-    panel.set_ylabel("times as fast as one thread")
-    panel.set_title("32 x 64 x 56 x 56 float32")
-    panel.legend(fontsize=8)
-    panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    image, panel = figure(6.5, 4.2)
+    counts = sorted({r["threads"] for r in rows})
+    times: dict[str, list[float]] = {}
+    limits = []
+    for r in rows:
+        times.setdefault(f"{r['operation']} {r['layout']}", []).append(r["times"]["fastbn"])
+        if (r["operation"], r["layout"]) == ("inference", "planar"):
+            limits.append(r["times"]["limit"])
+    plot.scaling(counts, times, limit=limits, ax=panel)
+    panel.set_title("32 x 64 x 56 x 56 float32; the limit is that of inference")
+    image.savefig(path, dpi=110)
+    return path
+
+
+# Additions, multiplications and the like for each value: sums, then *apply*.
+FLOPS = {"train": 3 + 3, "inference": 3, "backward": 4 + 6}
+
+
+def _roofline(rows: list[dict[str, Any]], peak: float | None, path: Path) -> Path:
+    """Draw what the most threads reach on a large array, below what memory and the processor allow."""
+    from fastbn import plot
+
+    image, panel = figure(6.5, 4.2)
+    mine = [r for r in rows if r["threads"] == max(row["threads"] for row in rows)]
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for r in mine:
+        intensity = FLOPS[r["operation"]] / (12 if r["operation"] == "backward" else 8)
+        at, rates = points.setdefault(f"{r['operation']} {r['layout']}", ([], []))
+        at.append(intensity)
+        rates.append(intensity * rate(r, "fastbn"))
+    plot.roofline(points, bandwidth=max(rate(r, "limit") for r in mine), peak=peak, ax=panel)
+    panel.set_title(f"32 x 64 x 56 x 56 float32, threads: {mine[0]['threads']}")
+    image.savefig(path, dpi=110)
     return path
 
 
 def _shapes(rows: list[dict[str, Any]], path: Path) -> Path:
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LogNorm
+    from fastbn import plot
 
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
+    image, panels = figure(12, 4.6, 2, sharey=True)
+    peer = NAMES[rows[0]["peer"]]
     for panel, layout in zip(panels, ("planar", "interleaved"), strict=True):
         grid = np.full((len(CHANNELS), len(INNER)), np.nan)
         for r in rows:
             if r["layout"] == layout:
                 speedup = r["times"][r["peer"]] / r["times"]["fastbn"]
                 grid[CHANNELS.index(r["channels"]), INNER.index(r["inner"])] = speedup
-        image = panel.imshow(grid, norm=LogNorm(1 / 16, 16), cmap="RdBu", aspect="auto", origin="lower")
-        for (i, j), speedup in np.ndenumerate(grid):
-            if np.isfinite(speedup):
-                dark = speedup > 6 or speedup < 1 / 6
-                panel.text(j, i, f"{speedup:.1f}", ha="center", va="center", color="white" if dark else "black")
-        panel.set_xticks(range(len(INNER)), INNER)
-        panel.set_yticks(range(len(CHANNELS)), CHANNELS)
-        panel.set_xlabel("inner size (values of a channel in one image)")
-        panel.set_title(f"{layout}, train")
+        last = panel is panels[-1]
+        label = f"times as fast as {peer}"
+        plot.speedups(grid, rows=CHANNELS, columns=INNER, colorbar=last, label=label, ax=panel)
+        panel.set(title=f"{layout}, train", xlabel="inner size (values of a channel in one image)")
     panels[0].set_ylabel("channels")
-    peer = {"torch": "PyTorch", "numpy": "NumPy"}[rows[0]["peer"]]
-    figure.colorbar(image, ax=panels, label=f"times as fast as {peer}")
     millions, threads = MAP_VALUES / 1e6, rows[0]["threads"]
-    figure.suptitle(f"Training on about {millions:.0f} million values, threads: {threads}; blue where fastbn is faster")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    image.suptitle(f"Training on about {millions:.0f} million values, threads: {threads}; blue where fastbn is faster")
+    image.savefig(path, dpi=110)
     return path

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREFIXES = ("time_", "timeraw_", "peakmem_", "mem_", "track_")
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import builds, cases, compare, limit, operations, overhead, regress, speed, sweep  # noqa: E402
+from benchmarks import accuracy, builds, cases, compare, limit, operations, overhead, regress, speed, sweep  # noqa: E402
 
 SUITE = [
     (suite, name)
@@ -254,9 +254,41 @@ def test_sweep_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "measure", once)
     results = sweep.run(list(sweep.PARTS), 0.001, 2, 1e-5, ["numpy"])
     assert {r["operation"] for r in results["sizes"]} == set(sweep.OPERATIONS)
+    assert results["peak"] > 0
     files = sweep.draw(results, tmp_path)
-    assert len(files) == 4
+    assert [file.stem for file in files] == ["bandwidth", "growth", "threads", "roofline", "shapes"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_lines_of_a_sweep():
+    """Contenders that were not measured at a size leave a gap; the limit comes first."""
+    rows = [
+        {"operation": "train", "nbytes": 1024, "moved": 2048, "times": {"limit": 1.0, "fastbn": 2.0, "numpy": 4.0}},
+        {"operation": "train", "nbytes": 4096, "moved": 8192, "times": {"limit": 2.0, "fastbn": 4.0}},
+        {"operation": "inference", "nbytes": 1024, "moved": 2048, "times": {"fastbn": 1.0}},
+    ]
+    sizes, lines = sweep.series(rows, "train", sweep.rate)
+    assert sizes == [1024, 4096]
+    assert list(lines) == ["limit", "fastbn", "NumPy"]
+    assert lines["fastbn"] == pytest.approx([1.024, 2.048])
+    assert lines["NumPy"][0] == pytest.approx(0.512)
+    assert math.isnan(lines["NumPy"][1])
+
+
+def test_accuracy_is_measured_and_drawn(tmp_path, capsys):
+    accuracy.main(["--points", "3", "--json", str(tmp_path / "accuracy.json")])
+    printed = capsys.readouterr().out
+    assert "largest error of variance, in ulp" in printed
+    found = json.loads((tmp_path / "accuracy.json").read_text())
+    assert found["condition"] == sorted(found["condition"])
+    assert found["condition"][0] == pytest.approx(1, abs=0.01)
+    assert found["condition"][-1] > 1e6
+    assert max(found["variance"]["fastbn"]) < 0.1
+    assert max(found["y"]["fastbn"]) < 20
+    assert found["y"]["E[x²] - E[x]²"][-1] > 1e6
+    pytest.importorskip("matplotlib")
+    path = accuracy.draw(found, tmp_path / "new" / "accuracy.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_sizes_of_the_sweep():

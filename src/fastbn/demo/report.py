@@ -21,8 +21,8 @@ __all__ = [
     "timing_table",
 ]
 
-# Blue, orange, green, purple of Okabe and Ito: told apart with any colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+# Those of `fastbn.plot`, which needs Matplotlib.
+COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
 
 def accuracy_table(found: Comparison, images: int, settings: Settings) -> str:
@@ -141,37 +141,22 @@ def plot_statistics(history: History, settings: Settings, path: Path, channels: 
     channels : int
         How many channels of each layer to show: those whose true mean moved most.
     """
+    plot = importlib.import_module("fastbn.plot")
     layers = len(history.moving_mean[0])
     figure, axes = _figure(11, 3.4 * layers + 0.6, layers, 2, sharex=True, squeeze=False)
-    steps = np.arange(1, len(history.moving_mean) + 1)
-    kinds = (
-        ("mean", history.moving_mean, history.true_mean),
-        ("variance", history.moving_variance, history.true_variance),
-    )
     for layer in range(layers):
         drift = np.ptp([part[layer] for part in history.true_mean], axis=0)
         chosen = np.argsort(drift)[::-1][:channels]
-        for column, (name, moving, true) in enumerate(kinds):
-            panel = axes[layer, column]
-            for channel, colour in zip(chosen, COLOURS, strict=False):
-                panel.plot(steps, [part[layer][channel] for part in true], color=colour, linewidth=0.8, alpha=0.55)
-                panel.plot(
-                    steps,
-                    [part[layer][channel] for part in moving],
-                    color=colour,
-                    linewidth=1.8,
-                    label=f"{channel}",
-                )
+        for panel, name, moving, true in (
+            (axes[layer, 0], "mean", history.moving_mean, history.true_mean),
+            (axes[layer, 1], "variance", history.moving_variance, history.true_variance),
+        ):
+            rows, truth = ([part[layer] for part in parts] for parts in (moving, true))
+            plot.statistics(rows, truth, channels=chosen, name=name, ax=panel)
             panel.set_title(f"batch norm layer {layer + 1}: {name}")
-            panel.set_ylabel(name)
-            panel.grid(alpha=0.25)
-            panel.margins(x=0.01)
-            if column == 0:
-                panel.legend(title="channel", loc="best", fontsize="small", title_fontsize="small")
-            else:
-                panel.set_yscale("log")
-            if layer == layers - 1:
-                panel.set_xlabel("training step")
+            if layer < layers - 1:
+                panel.set_xlabel("")
+        axes[layer, 1].get_legend().remove()
     figure.suptitle(f"Moving statistics (bold, momentum {settings.momentum}) follow those of the training set (thin)")
     figure.savefig(path, dpi=120)
 
