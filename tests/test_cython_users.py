@@ -261,7 +261,7 @@ def build(folder, **sources):
     """Build modules as their users would; an editable install hides its declarations from Cython, so it names them."""
     for name, source in sources.items():
         (folder / f"{name}.pyx").write_text(source)
-    setup = blocks("python")[0].replace('cythonize("tables.pyx")', "cythonize('*.pyx', include_path=sys.argv[3:])")
+    setup = blocks("py")[0].replace('cythonize("tables.pyx")', "cythonize('*.pyx', include_path=sys.argv[3:])")
     (folder / "setup.py").write_text("import sys\n" + setup.replace("setup(", "setup(script_args=sys.argv[1:3], "))
     command = [sys.executable, "setup.py", "build_ext", "--inplace", str(Path(fastbn.__file__).parent.parent)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
@@ -361,7 +361,7 @@ def test_another_signature_is_an_error_at_import(tmp_path):
     for name, call in calls.items():
         source = f"from fastbn.cython_api cimport {call.split('(')[0]}\ndef f(): return {call}\n"
         (tmp_path / f"{name}.pyx").write_text(source)
-    (tmp_path / "setup.py").write_text(blocks("python")[0].replace("tables.pyx", "*.pyx"))
+    (tmp_path / "setup.py").write_text(blocks("py")[0].replace("tables.pyx", "*.pyx"))
     build_ext = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(build_ext, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -288,7 +288,7 @@ def roofline(
     ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="G operations/s")
     ax.margins(x=0)
     ax.grid(**GRID)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="lower right")
     return ax
 
 

@@ -1,0 +1,244 @@
+"""Sphinx: `make docs` builds the site into docs/_build/html, with warnings as errors and without a network.
+
+Pages are the Markdown files of this folder, wherever they are named here or not (`pages`). What is made from elsewhere,
+the API reference, the gallery and the files at the root of the repository, goes into docs/auto, which is made anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+# Examples and docstrings are run: the same on every machine.
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+AUTO = DOCS / "auto"
+
+import fastbn  # noqa: E402
+
+project = "fastbn"
+author = "fastbn developers"
+copyright = author
+version = release = fastbn.__version__
+
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "auto/examples", "auto/gallery/*.ipynb", "**/sg_execution_times.rst"]
+default_role = "py:obj"  # what docstrings write in single backticks; what is not found is shown as code
+templates_path = ["_templates"]
+
+myst_enable_extensions = ["deflist", "attrs_inline"]
+myst_heading_anchors = 3
+
+autosummary_generate = True
+autodoc_typehints = "none"  # numpydoc has them in words
+numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"fastbn {release}"
+html_static_path = ["_static"]
+html_css_files = ["fastbn.css"]
+html_show_sourcelink = False
+html_theme_options: dict[str, Any] = {
+    "logo": {"text": "fastbn"},
+    "navbar_end": ["theme-switcher"],
+    "navbar_align": "left",
+    "header_links_before_dropdown": 6,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "show_prev_next": False,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+html_sidebars = {"index": []}
+
+# The order of the pages that have a place; every other Markdown file is listed with those for other libraries.
+GUIDE = ["modes", "layouts", "conventions", "features", "weights", "accuracy", "threads", "state", "plots"]
+OWN = ["index", "guide", "libraries", "gallery", "performance", "development", "design"]
+LIBRARIES = ["sklearn", "pytorch", "dask", "mpi", "cython"]
+
+# Public modules beside fastbn itself, and what each needs. One that cannot be imported here is named, not described.
+MODULES = {
+    "fastbn.sklearn": "scikit-learn",
+    "fastbn.torch": "PyTorch",
+    "fastbn.dask": "Dask",
+    "fastbn.mpi": "mpi4py",
+    "fastbn.plot": "Matplotlib",
+    "fastbn.compat": "nothing else",
+    "fastbn.compat.tf_layers": "nothing else",
+    "fastbn.compat.tf_contrib": "nothing else",
+    "fastbn.compat.keras": "nothing else",
+}
+GROUPS = {
+    "Operations": ["batch_norm", "batch_norm_forward", "batch_norm_backward", "normalize", "update_moving", "fold"],
+    "The layer": ["BatchNorm"],
+    "Statistics": ["moments", "Moments"],
+    "Threads and configuration": ["threads", "set_num_threads", "get_num_threads", "show_config"],
+}
+
+
+def pages() -> dict[str, list[str]]:
+    """Return the names of the Markdown files of each list of contents."""
+    there = {path.stem for path in DOCS.glob("*.md")} - set(OWN)
+    guide = [name for name in GUIDE if name in there]
+    others = sorted(there - set(guide), key=lambda name: (name.startswith("from_"), name))
+    libraries = [name for name in LIBRARIES if name in others]
+    return {"guide": guide, "libraries": libraries + [name for name in others if name not in libraries]}
+
+
+def public(module: Any) -> list[str]:
+    """Return the names a module offers."""
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    return [name for name in names if callable(getattr(module, name, None))]
+
+
+def summary(module: str, names: list[str]) -> str:
+    return "\n".join(
+        ["```{eval-rst}", f".. currentmodule:: {module}", "", ".. autosummary::", "   :toctree: api/", ""]
+        + [f"   {name}" for name in names]
+        + ["```", ""]
+    )
+
+
+def reference() -> str:
+    """Return the page of the API reference: all of fastbn, and the optional modules that this environment can import."""
+    parts = ["# API reference", "", "`import fastbn` needs NumPy only, and offers:", ""]
+    grouped = {name for names in GROUPS.values() for name in names}
+    rest = [name for name in public(fastbn) if name not in grouped]
+    warnings = [name for name in rest if isinstance(getattr(fastbn, name), type) and name.endswith(("Warning", "Error"))]
+    groups = GROUPS | {"More": [name for name in rest if name not in warnings], "Warnings and errors": warnings}
+    for title, names in groups.items():
+        there = [name for name in names if hasattr(fastbn, name)]
+        if there:
+            parts += [f"## {title}", "", summary("fastbn", there)]
+    for name, needs in MODULES.items():
+        try:
+            if importlib.util.find_spec(name) is None:
+                continue  # not in this version
+            module = importlib.import_module(name)
+        except ImportError:
+            parts += [f"## {name}", "", f"Needs {needs}, and is not described where that is not installed.", ""]
+            continue
+        head = (module.__doc__ or "").strip().splitlines()
+        parts += [f"## {name}", "", head[0] if head else "", "", summary(name, public(module))]
+    return "\n".join(parts)
+
+
+def from_root(text: str) -> str:
+    """Return the text of a file at the root of the repository with its links as they are from docs/auto."""
+    links = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+    def relink(match: re.Match[str]) -> str:
+        target = match[1]
+        if target.startswith("docs/"):
+            return f"](../{target[5:]})"
+        if target in links:
+            return f"]({links[target]})"
+        return match[0] if ":" in target or target.startswith("#") else f"](../../{target})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", relink, text)
+
+
+def missing_imports(source: str) -> list[str]:
+    """Return what a script imports at its top and this environment lacks."""
+    names: list[str] = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    lost = []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            # `from module import function` names no module
+            if "." not in name or getattr(error, "name", None) != name:
+                lost.append(name)
+    return lost
+
+
+# Programs that start processes of their own: shown, and run by the tests.
+NOT_HERE = ("dask", "distributed", "mpi4py", "ray", "multiprocessing")
+
+
+def write_examples() -> list[str]:
+    """Copy examples with a title each; return the names of those that can be run here."""
+    target = AUTO / "examples"
+    target.mkdir(parents=True)
+    runnable = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        source = path.read_text()
+        title = path.stem.replace("_", " ").capitalize()
+        body = re.sub(r'^(#!.*\n)?"""', lambda m: f'"""\n{title}\n{"=" * len(title)}\n\n', source, count=1)
+        (target / path.name).write_text(body)
+        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, flags=re.MULTILINE))
+        if not missing_imports(source) and not imported & set(NOT_HERE):
+            runnable.append(path.name)
+    header = "Gallery\n=======\n\nScripts that run as they are, from the folder ``examples``. What they print and draw is below each.\n"
+    (target / "GALLERY_HEADER.rst").write_text(header)
+    return runnable
+
+
+def generate() -> list[str]:
+    """Make docs/auto; return the names of the examples to run."""
+    shutil.rmtree(AUTO, ignore_errors=True)
+    AUTO.mkdir()
+    (AUTO / "api.md").write_text(reference())
+    for name in ("README", "CHANGELOG", "CONTRIBUTING"):
+        (AUTO / f"{name.lower()}.md").write_text(from_root((ROOT / f"{name}.md").read_text()))
+    return write_examples()
+
+
+RUNNABLE = generate()
+sphinx_gallery_conf = {
+    "examples_dirs": ["auto/examples"],
+    "gallery_dirs": ["auto/gallery"],
+    "filename_pattern": "/(" + "|".join(re.escape(name) for name in RUNNABLE) + ")$",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "min_reported_time": 10**6,
+    "write_computation_times": False,
+    "remove_config_comments": True,
+    "plot_gallery": True,
+}
+
+
+def fill_lists(app: Any, name: str, source: list[str]) -> None:
+    """Put the names of pages where a list of contents says @guide@ or @libraries@; drop what leads to no page."""
+    text = source[0]
+    for group, names in pages().items():
+        text = text.replace(f"@{group}@", "\n".join(names))
+    if name in ("index", "guide", "libraries"):
+        lines = []
+        for line in text.splitlines():
+            targets = re.findall(r"\]\(([\w/]+\.md)\)", line)
+            if all((DOCS / target).exists() for target in targets):
+                lines.append(line)
+        text = "\n".join(lines) + "\n"
+    # Files at the root have pages in docs/auto.
+    text = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", text)
+    source[0] = text
+
+
+def setup(app: Any) -> None:
+    sys.path.insert(0, str(DOCS))
+    app.connect("source-read", fill_lists)
