@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEV_VENV ?= .venv-dev
 ECOSYSTEM_VENV ?= .venv-ecosystem
+DOCS_VENV ?= .venv-docs
 VERSIONS ?= 3.11 3.12 3.13 3.14
 PYTEST_ARGS ?=
 # Without PyTorch its rows are left out, instead of reported one by one as skipped.
@@ -35,7 +36,7 @@ EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproj
 # asv keeps its machine file in HOME: give it one inside the clone.
 ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
 
-.PHONY: help demo test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean ecosystem
+.PHONY: help demo test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean ecosystem docs
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -114,6 +115,12 @@ numbers: $(WHEEL)-bench ## the table of the README (NUMBERS_ARGS=--torch with Py
 compare: $(WHEEL)-bench ## beside the bandwidth limit and every peer that is installed (COMPARE_ARGS="--ops train")
 	$(PY) -m benchmarks.compare $(COMPARE_ARGS)
 
+# The wheel that is tested, in an environment of its own.
+docs: $(DOCS_VENV)/.docs ## the documentation, into docs/_build/html; a warning is an error
+	rm -rf docs/_build/html
+	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 asv-check: $(WHEEL)-bench .asv/.asv-machine.json ## the benchmark suite is well formed
 	cd benchmarks && $(ASV) check --python=same
 
@@ -124,7 +131,7 @@ install-dev: ## editable install in .venv-dev: rebuilds what changed on import
 	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" python -m pip --disable-pip-version-check --quiet install --no-build-isolation $(BUILD_ARGS) -e ".[dev]"
 
 clean: ## remove environments, builds and caches
-	rm -rf .venv .venv-* build .asv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build docs/_build docs/auto .asv .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A Python without ensurepip (Debian splits it off) makes a bare environment, which its own pip then fills.
@@ -145,6 +152,10 @@ $(PY):
 	$(if $(findstring -tf,$*),,$*/bin/python -m pip --disable-pip-version-check --quiet install torch==2.13.0)
 	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); \
 	    $*/bin/python -m pip --disable-pip-version-check --quiet install "$$wheel[$(patsubst .venv-%,%,$*)]"
+$(DOCS_VENV)/.docs: $(WHEEL)
+	test -x $(DOCS_VENV)/bin/python || $(MAKE) --no-print-directory $(DOCS_VENV)/bin/python VENV=$(DOCS_VENV)
+	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); pip="$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet"; \
+	$$pip install "$$wheel[docs]"; $$pip install --force-reinstall --no-deps "$$wheel"
 	@touch $@
 
 # Built once in isolation, which brings Meson, Ninja, Cython and NumPy; the targets install this same wheel.

@@ -1,8 +1,8 @@
-"""The picture of the start page, from what two runs wrote: speed on the left, accuracy on the right.
+"""The pictures of the start page, from what two runs wrote: speed, and accuracy.
 
-    python -m benchmarks.compare --sweep sizes --threads 1 --json sizes.json
-    python -m benchmarks.accuracy --json accuracy.json
-    python -m benchmarks.picture sizes.json accuracy.json docs/images/start.png
+python -m benchmarks.compare --sweep sizes --threads 1 --json sizes.json
+python -m benchmarks.accuracy --json accuracy.json
+python -m benchmarks.picture sizes.json accuracy.json docs/images
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastbn import plot
 from .sweep import figure, rate, series
 
 
-def draw(sizes: list[dict[str, Any]], accuracy: dict[str, Any], path: Path) -> Path:
-    """Draw both panels as a PNG file.
+def draw(sizes: list[dict[str, Any]], accuracy: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw both as PNG files, of one size.
 
     Parameters
     ----------
@@ -26,29 +26,36 @@ def draw(sizes: list[dict[str, Any]], accuracy: dict[str, Any], path: Path) -> P
         The rows "sizes" of `benchmarks.sweep.run`.
     accuracy : dict
         Of `benchmarks.accuracy.measure`.
-    path : Path
-        Where it goes.
+    folder : Path
+        Where they go.
+
+    Returns
+    -------
+    list of Path
+        The files.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image, (left, right) = figure(11, 4.4, 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "speed.png", folder / "error.png"]
+    (speed, left), (error, right) = figure(5.6, 4.2), figure(5.6, 4.2)
     nbytes, lines = series(sizes, "train", rate)
     plot.bandwidth(nbytes, lines, limit=lines.pop("limit", None), ylabel="GB/s", ax=left)
     threads = "one thread" if sizes[0]["threads"] == 1 else f"{sizes[0]['threads']} threads"
-    left.set_title(f"Fast: training on {threads} (higher is better)")
+    left.set_title(f"Fast: training on {threads}")
     plot.accuracy(accuracy["condition"], accuracy["y"], ax=right)
-    right.set_title("Accurate: error of outputs (lower is better)")
+    right.set_title("Accurate: largest error of outputs")
     right.set_xlabel("condition number (mean / deviation)")
-    image.savefig(path, dpi=130)
-    return path
+    for image, file in zip((speed, error), files, strict=True):
+        image.savefig(file, dpi=150)
+    return files
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=Path, help="of benchmarks.compare --sweep sizes --json")
     parser.add_argument("accuracy", type=Path, help="of benchmarks.accuracy --json")
-    parser.add_argument("picture", type=Path, help="the PNG file to write")
+    parser.add_argument("folder", type=Path, help="of the PNG files to write")
     args = parser.parse_args(arguments)
-    draw(json.loads(args.sizes.read_text())["sizes"], json.loads(args.accuracy.read_text()), args.picture)
+    draw(json.loads(args.sizes.read_text())["sizes"], json.loads(args.accuracy.read_text()), args.folder)
 
 
 if __name__ == "__main__":

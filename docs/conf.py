@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import os
 import re
 import shutil
@@ -66,12 +65,19 @@ html_theme_options: dict[str, Any] = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": []}
+html_sidebars: dict[str, list[str]] = {"index": [], "performance": []}
 
 # The order of the pages that have a place; every other Markdown file is listed with those for other libraries.
 GUIDE = ["modes", "layouts", "conventions", "features", "weights", "accuracy", "threads", "state", "plots"]
 OWN = ["index", "guide", "libraries", "gallery", "performance", "development", "design"]
-LIBRARIES = ["sklearn", "pytorch", "dask", "mpi", "cython"]
+# page: who needs it, what to install, where to start
+LIBRARIES = {
+    "sklearn": ("a scikit-learn pipeline", 'pip install ".[sklearn]"', "fastbn.sklearn.BatchNormScaler"),
+    "pytorch": ("a PyTorch model on CPUs", "pip install . torch", "fastbn.torch.convert"),
+    "dask": ("a Dask cluster", 'pip install ".[dask]"', "fastbn.dask"),
+    "mpi": ("MPI ranks", 'pip install ".[mpi]"', "fastbn.mpi"),
+    "cython": ("Cython code", "pip install . cython setuptools", "fastbn.cython_api"),
+}
 
 # Public modules beside fastbn itself, and what each needs. One that cannot be imported here is named, not described.
 MODULES = {
@@ -117,20 +123,23 @@ def summary(module: str, names: list[str]) -> str:
 
 
 def reference() -> str:
-    """Return the page of the API reference: all of fastbn, and the optional modules that this environment can import."""
+    """Return the page of the API reference: fastbn, and the optional modules that can be imported here."""
     parts = ["# API reference", "", "`import fastbn` needs NumPy only, and offers:", ""]
     grouped = {name for names in GROUPS.values() for name in names}
     rest = [name for name in public(fastbn) if name not in grouped]
-    warnings = [name for name in rest if isinstance(getattr(fastbn, name), type) and name.endswith(("Warning", "Error"))]
+    warnings = [
+        name for name in rest if isinstance(getattr(fastbn, name), type) and name.endswith(("Warning", "Error"))
+    ]
     groups = GROUPS | {"More": [name for name in rest if name not in warnings], "Warnings and errors": warnings}
     for title, names in groups.items():
         there = [name for name in names if hasattr(fastbn, name)]
         if there:
             parts += [f"## {title}", "", summary("fastbn", there)]
     for name, needs in MODULES.items():
+        path = Path(fastbn.__file__).parent.joinpath(*name.split(".")[1:])
+        if not (path.is_dir() or path.with_suffix(".py").exists()):
+            continue  # not in this version
         try:
-            if importlib.util.find_spec(name) is None:
-                continue  # not in this version
             module = importlib.import_module(name)
         except ImportError:
             parts += [f"## {name}", "", f"Needs {needs}, and is not described where that is not installed.", ""]
@@ -186,13 +195,14 @@ def write_examples() -> list[str]:
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text()
         title = path.stem.replace("_", " ").capitalize()
-        body = re.sub(r'^(#!.*\n)?"""', lambda m: f'"""\n{title}\n{"=" * len(title)}\n\n', source, count=1)
+        head = f'"""\n{title}\n{"=" * len(title)}\n\n'
+        body = source.replace('"""', head, 1)
         (target / path.name).write_text(body)
         imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, flags=re.MULTILINE))
         if not missing_imports(source) and not imported & set(NOT_HERE):
             runnable.append(path.name)
-    header = "Gallery\n=======\n\nScripts that run as they are, from the folder ``examples``. What they print and draw is below each.\n"
-    (target / "GALLERY_HEADER.rst").write_text(header)
+    about = "Scripts that run as they are, from the folder ``examples``. What they print and draw is below each."
+    (target / "GALLERY_HEADER.rst").write_text(f"Gallery\n=======\n\n{about}\n")
     return runnable
 
 
@@ -222,23 +232,21 @@ sphinx_gallery_conf = {
 }
 
 
-def fill_lists(app: Any, name: str, source: list[str]) -> None:
-    """Put the names of pages where a list of contents says @guide@ or @libraries@; drop what leads to no page."""
-    text = source[0]
-    for group, names in pages().items():
+def fill_in(app: Any, name: str, source: list[str]) -> None:
+    """Put what there is where a page says @guide@, @libraries@ or @rows@."""
+    lists = pages()
+    rows = [
+        f"| {who} | `{install}` | [`{start}`]({page}.md) |"
+        for page, (who, install, start) in LIBRARIES.items()
+        if page in lists["libraries"]
+    ]
+    text = source[0].replace("@rows@", "\n".join(rows))
+    for group, names in lists.items():
         text = text.replace(f"@{group}@", "\n".join(names))
-    if name in ("index", "guide", "libraries"):
-        lines = []
-        for line in text.splitlines():
-            targets = re.findall(r"\]\(([\w/]+\.md)\)", line)
-            if all((DOCS / target).exists() for target in targets):
-                lines.append(line)
-        text = "\n".join(lines) + "\n"
     # Files at the root have pages in docs/auto.
-    text = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", text)
-    source[0] = text
+    source[0] = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", text)
 
 
 def setup(app: Any) -> None:
     sys.path.insert(0, str(DOCS))
-    app.connect("source-read", fill_lists)
+    app.connect("source-read", fill_in)

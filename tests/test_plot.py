@@ -75,23 +75,23 @@ def test_statistics(ax, rng):
     plot.statistics(moving, true, channels=2, name="variance", momentum=0.9, ax=ax)
     most = np.argsort(np.ptp(true, axis=0))[::-1][:2]
     assert most[0] == 3
-    assert legend(ax) == [str(c) for c in most]
+    assert legend(ax) == [f"channel {c}" for c in most] + ["1 / (1 - 0.9) steps"]
     drawn = lines(ax)
     for channel in most:
-        np.testing.assert_array_equal(drawn[str(channel)], [np.arange(1, 21), moving[:, channel]])
+        np.testing.assert_array_equal(drawn[f"channel {channel}"], [np.arange(1, 21), moving[:, channel]])
     thin = [line for line in ax.lines if line.get_linewidth() < 1 and len(line.get_xdata()) == 20]
     assert {tuple(line.get_ydata()) for line in thin} == {tuple(true[:, c]) for c in most}
     assert ax.get_ylabel() == "variance"
     assert ax.get_yscale() == "log"
     assert ax.get_xlabel() == "training step"
-    assert [text.get_text() for text in ax.texts] == ["1 / (1 - momentum)"]
+    np.testing.assert_allclose(drawn["1 / (1 - 0.9) steps"][0], 10)
 
 
 def test_statistics_of_chosen_channels_and_steps(ax):
     plot.statistics([[1, 2], [3, 4]], [1.5, 2.5], channels=[1], steps=[10, 20], momentum=0.5, ax=ax)
-    np.testing.assert_array_equal(lines(ax)["1"], [[10, 20], [2, 4]])
+    np.testing.assert_array_equal(lines(ax)["channel 1"], [[10, 20], [2, 4]])
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2.5, 2.5])
-    assert not ax.texts  # the horizon of 2 steps is not among them
+    assert legend(ax) == ["channel 1"]  # the horizon of 2 steps is not among them
     assert ax.get_yscale() == "linear"
 
 

@@ -100,19 +100,16 @@ def statistics(
         if truth is not None:
             line = np.broadcast_to(truth, rows.shape)[:, channel]
             ax.plot(at, line, color=colour, linewidth=0.8, alpha=0.6)
-        ax.plot(at, rows[:, channel], color=colour, linewidth=1.8, label=str(channel))
+        ax.plot(at, rows[:, channel], color=colour, linewidth=1.8, label=f"channel {channel}")
     if momentum is not None and momentum < 1 and at.min() <= 1 / (1 - momentum) <= at.max():
-        ax.axvline(1 / (1 - momentum), color="gray", linewidth=0.8, linestyle=":")
-        ax.annotate(
-            "1 / (1 - momentum)", (1 / (1 - momentum), 1), (3, -3), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", fontsize="small", color="gray",
-        )  # fmt: skip
+        label = f"1 / (1 - {momentum:g}) steps"
+        ax.axvline(1 / (1 - momentum), color="gray", linewidth=1.2, linestyle=":", label=label)
     ax.set(xlabel="training step", ylabel=name)
     if name == "variance":
         ax.set_yscale("log")
     ax.margins(x=0.01)
     ax.grid(**GRID)
-    ax.legend(title="channel", fontsize="small", title_fontsize="small")
+    ax.legend(fontsize="small")
     return ax
 
 

@@ -1,8 +1,8 @@
 """Moving statistics on their way to the true ones, for three momenta.
 
-A moving average starts at 0 (mean) and 1 (variance), and forgets the start like ``momentum ** steps``. A small momentum is
-there soon and stays noisy, a large one takes its time: the horizon is about ``1 / (1 - momentum)`` batches. The exact
-running average of all batches is what ``fastbn.Moments`` keeps.
+A moving average starts at 0 (mean) and 1 (variance), and forgets the start like ``momentum ** steps``. A small
+momentum is there soon and stays noisy, a large one takes its time: the horizon is about ``1 / (1 - momentum)``
+batches. The exact running average of all batches is what ``fastbn.Moments`` keeps.
 """
 
 import numpy as np

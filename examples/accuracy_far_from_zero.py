@@ -1,8 +1,9 @@
 """What a mean far from zero does to a variance, for four ways to compute it.
 
-Sensors, timestamps and prices have deviations that are small beside their mean. The textbook formula ``E[x^2] - E[x]^2``
-then subtracts two large numbers and loses twice the digits that ``mean / deviation`` has. Two passes lose fewer, in float32
-still too many once the mean itself is rounded. ``fastbn.moments`` keeps float64 sums around a shift and loses next to nothing.
+Sensors, timestamps and prices have deviations that are small beside their mean. The textbook formula
+``E[x^2] - E[x]^2`` then subtracts two large numbers and loses twice the digits that ``mean / deviation`` has. Two
+passes lose fewer, in float32 still too many once the mean itself is rounded. ``fastbn.moments`` keeps float64 sums
+around a shift and loses next to nothing.
 """
 
 import numpy as np
