@@ -152,6 +152,7 @@ def reference() -> str:
 def from_root(text: str) -> str:
     """Return the text of a file at the root of the repository with its links as they are from docs/auto."""
     links = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+    links["docs"] = "../index.md"
 
     def relink(match: re.Match[str]) -> str:
         target = match[1]
