@@ -24,13 +24,15 @@ for row, momentum in zip(axes, (0.8, 0.95, 0.99), strict=True):
         bn(x, training=True)
         means.append(bn.moving_mean.copy())
         variances.append(bn.moving_variance.copy())
-    plot.statistics(means, mean, momentum=momentum, ax=row[0])
-    plot.statistics(variances, deviation**2, name="variance", momentum=momentum, ax=row[1])
+    plot.statistics(means, mean, channels=[0, 1, 2], momentum=momentum, ax=row[0])
+    plot.statistics(variances, deviation**2, channels=[0, 1, 2], name="variance", momentum=momentum, ax=row[1])
     row[0].set_title(f"momentum {momentum}")
     last = np.abs(np.array(means[-100:]) - mean) / deviation
     print(f"momentum {momentum}: the mean is {last.mean():.3f} deviations off, on average of the last 100 steps")
 for ax in axes[:-1].flat:
     ax.set_xlabel("")
+for ax in axes[:, 1]:
+    ax.get_legend().remove()  # that of the mean holds here too
 
 total = fastbn.moments(batches[0])
 for x in batches[1:]:

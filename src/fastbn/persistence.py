@@ -133,7 +133,7 @@ class Persistent(Parameters):
             target = self._created(feature_shape(first.shape), parameter_dtype(first.dtype, named))
         arrays = self._named(target)
         new = {}
-        for name in needed:
+        for name in sorted(needed):  # the same message in every process
             shape = arrays[name].shape
             new[name] = checks.required(state_dict[name], name, shape).reshape(shape)
             if name in _NOT_NEGATIVE and (new[name] < 0).any():

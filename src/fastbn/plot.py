@@ -109,7 +109,7 @@ def statistics(
         ax.set_yscale("log")
     ax.margins(x=0.01)
     ax.grid(**GRID)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", ncols=2, handlelength=1.2, columnspacing=1)
     return ax
 
 
