@@ -12,8 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastbn import plot
-
 from .sweep import figure, rate, series
 
 
@@ -34,6 +32,8 @@ def draw(sizes: list[dict[str, Any]], accuracy: dict[str, Any], folder: Path) ->
     list of Path
         The files.
     """
+    from fastbn import plot
+
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "speed.png", folder / "error.png"]
     (speed, left), (error, right) = figure(5.6, 4.2), figure(5.6, 4.2)

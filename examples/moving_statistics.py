@@ -31,8 +31,9 @@ for row, momentum in zip(axes, (0.8, 0.95, 0.99), strict=True):
     print(f"momentum {momentum}: the mean is {last.mean():.3f} deviations off, on average of the last 100 steps")
 for ax in axes[:-1].flat:
     ax.set_xlabel("")
-for ax in axes[:, 1]:
-    ax.get_legend().remove()  # that of the mean holds here too
+for left, right in axes:
+    left.legend(loc="center right", bbox_to_anchor=(1, 0.3), ncols=2, fontsize="small")  # in the gap
+    right.get_legend().remove()  # the other one holds here too
 
 total = fastbn.moments(batches[0])
 for x in batches[1:]:

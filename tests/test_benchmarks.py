@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREFIXES = ("time_", "timeraw_", "peakmem_", "mem_", "track_")
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import accuracy, builds, cases, compare, limit, operations, overhead, regress, speed, sweep  # noqa: E402
+from benchmarks import accuracy, builds, cases, compare, limit, operations, overhead, picture, regress, speed, sweep  # noqa: E402
 
 SUITE = [
     (suite, name)
@@ -289,6 +289,11 @@ def test_accuracy_is_measured_and_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = accuracy.draw(found, tmp_path / "new" / "accuracy.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+    times = {"limit": 1.0, "fastbn": 2.0, "torch": 9.0}
+    rows = [{"operation": "train", "nbytes": 1024, "moved": 2048, "threads": 1, "times": times}]
+    (tmp_path / "sizes.json").write_text(json.dumps({"sizes": rows}))
+    picture.main([str(tmp_path / "sizes.json"), str(tmp_path / "accuracy.json"), str(tmp_path / "start")])
+    assert sorted(file.name for file in (tmp_path / "start").iterdir()) == ["error.png", "speed.png"]
 
 
 def test_sizes_of_the_sweep():
