@@ -165,27 +165,29 @@ def from_root(text: str) -> str:
     return re.sub(r"\]\(([^)\s]+)\)", relink, text)
 
 
-def missing_imports(source: str) -> list[str]:
-    """Return what a script imports at its top and this environment lacks."""
-    names: list[str] = []
-    for node in ast.parse(source).body:
+# What starts processes of its own, or is not in the extra "docs": examples of it are shown, and run by the tests.
+NOT_HERE = {"dask", "distributed", "mpi4py", "mpi", "multiprocessing", "ray", "torch"}
+
+
+def runs_here(source: str) -> bool:
+    """Whether a script imports nothing that this environment lacks, or that is not to be run here."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            wanted = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    lost = []
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            # `from module import function` names no module
-            if "." not in name or getattr(error, "name", None) != name:
-                lost.append(name)
-    return lost
-
-
-# Programs that start processes of their own: shown, and run by the tests.
-NOT_HERE = ("dask", "distributed", "mpi4py", "ray", "multiprocessing")
+            wanted = [(node.module, alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in wanted:
+            if NOT_HERE & {*module.split("."), name}:
+                return False
+            try:
+                found = importlib.import_module(module)
+                if name is not None and not hasattr(found, name):
+                    importlib.import_module(f"{module}.{name}")
+            except ImportError:
+                return False
+    return True
 
 
 def write_examples() -> list[str]:
@@ -199,8 +201,7 @@ def write_examples() -> list[str]:
         head = f'"""\n{title}\n{"=" * len(title)}\n\n'
         body = source.replace('"""', head, 1)
         (target / path.name).write_text(body)
-        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, flags=re.MULTILINE))
-        if not missing_imports(source) and not imported & set(NOT_HERE):
+        if runs_here(source):
             runnable.append(path.name)
     about = "Scripts that run as they are, from the folder ``examples``. What they print and draw is below each."
     (target / "GALLERY_HEADER.rst").write_text(f"Gallery\n=======\n\n{about}\n")
