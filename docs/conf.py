@@ -92,9 +92,17 @@ MODULES = {
     "fastbn.compat.keras": "nothing else",
 }
 GROUPS = {
-    "Operations": ["batch_norm", "batch_norm_forward", "batch_norm_backward", "normalize", "update_moving", "fold"],
+    "Operations": [
+        "batch_norm",
+        "batch_norm_forward",
+        "batch_norm_backward",
+        "normalize",
+        "denormalize",
+        "update_moving",
+        "fold",
+    ],
     "The layer": ["BatchNorm"],
-    "Statistics": ["moments", "Moments"],
+    "Statistics": ["moments", "Moments", "recompute_statistics"],
     "Threads and configuration": ["threads", "set_num_threads", "get_num_threads", "show_config"],
 }
 
