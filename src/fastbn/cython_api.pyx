@@ -17,8 +17,8 @@ from .kernels.job cimport (
 from .kernels.moments cimport merge
 from .kernels.omp cimport omp_in_parallel
 
-from .kernels import dispatch
-from .passes import VALUES_PER_THREAD
+from .kernels import dispatch as _dispatch
+from .passes import VALUES_PER_THREAD as _VALUES_PER_THREAD
 
 cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX
@@ -44,12 +44,19 @@ cdef enum:
     MOST_THREADS = 4096  # libgomp ends the process if it cannot start the threads it was asked for
 
 cdef Driver[2] drivers  # in the order of Pattern
-cdef Py_ssize_t values_per_thread = VALUES_PER_THREAD
+cdef Py_ssize_t values_per_thread = _VALUES_PER_THREAD
 
-for i, module in enumerate(dispatch.drivers(dispatch.level)):
-    drivers[<int> i] = <Driver> PyCapsule_GetPointer(module.ENTRY, DRIVER)
-if watch_forks():
-    raise MemoryError
+
+cdef int connect() except -1:
+    """Take the drivers of this process's level."""
+    for i, module in enumerate(_dispatch.drivers(_dispatch.level)):
+        drivers[<int> i] = <Driver> PyCapsule_GetPointer(module.ENTRY, DRIVER)
+    if watch_forks():
+        raise MemoryError
+    return 0
+
+
+connect()
 
 
 cdef int team(Py_ssize_t size, int threads) noexcept nogil:
