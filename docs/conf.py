@@ -73,7 +73,7 @@ OWN = ["index", "guide", "libraries", "gallery", "performance", "development", "
 # page: who needs it, what to install, where to start
 LIBRARIES = {
     "sklearn": ("a scikit-learn pipeline", 'pip install ".[sklearn]"', "fastbn.sklearn.BatchNormScaler"),
-    "pytorch": ("a PyTorch model on CPUs", "pip install . torch", "fastbn.torch.convert"),
+    "pytorch": ("a PyTorch model on CPUs", 'pip install ".[torch]"', "fastbn.torch.convert"),
     "dask": ("a Dask cluster", 'pip install ".[dask]"', "fastbn.dask"),
     "mpi": ("MPI ranks", 'pip install ".[mpi]"', "fastbn.mpi"),
     "cython": ("Cython code", "pip install . cython setuptools", "fastbn.cython_api"),
