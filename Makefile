@@ -36,13 +36,15 @@ EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproj
 # asv keeps its machine file in HOME: give it one inside the clone.
 ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
 
-.PHONY: help demo test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean ecosystem docs
+.PHONY: help demo build test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean ecosystem docs
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 demo: $(WHEEL)-demo ## train on handwritten digits, print what batch norm does, save plots
 	$(VENV)/bin/fastbn demo
+
+build: $(WHEEL)-test ## build, and install with what the tests need
 
 test: $(WHEEL)-test ## build, install and test (without the slow tests)
 	$(VENV)/bin/pytest -m "not slow" $(PYTEST_ARGS)
