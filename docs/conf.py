@@ -118,7 +118,10 @@ def pages() -> dict[str, list[str]]:
 
 def public(module: Any) -> list[str]:
     """Return the names a module offers."""
-    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    names = getattr(module, "__all__", None)
+    if names is None:  # not what it imported itself
+        mine = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+        names = sorted(name for name in mine if not name.startswith("_"))
     return [name for name in names if callable(getattr(module, name, None))]
 
 
@@ -257,8 +260,15 @@ def fill_in(app: Any, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", text)
 
 
+def skip_foreign(app: Any, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out methods that other libraries give a class: they are described there."""
+    module = getattr(value, "__module__", None) or "fastbn"
+    return True if callable(value) and not module.startswith("fastbn") else None
+
+
 def setup(app: Any) -> None:
     sys.path.insert(0, str(DOCS))
     app.connect("source-read", fill_in)
+    app.connect("autodoc-skip-member", skip_foreign)
     # Their lists depend on what other pages there are.
     app.connect("env-get-outdated", lambda *_: ["index", "guide", "libraries"])

@@ -87,7 +87,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         Samples, or the sum of their weights; one number if it is the same for all features.
     n_features_in_ : int
         Number of features.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of features, where X has names that are strings.
 
     Notes
