@@ -136,6 +136,94 @@ def moving(old, batch, momentum: float) -> np.ndarray:
     return LD(momentum) * np.asarray(old).astype(LD) + LD(1.0 - momentum) * np.asarray(batch).astype(LD)
 
 
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+class Weighted(NamedTuple):
+    """What `weighted` gives: rows of channels where rows are needed, else one number per channel."""
+
+    total: np.ndarray
+    mean: np.ndarray
+    m2: np.ndarray
+    weights: np.ndarray  # rows, 0 for what is missing
+    kept: np.ndarray  # rows: x, and 0 where it has no weight
+    missing: np.ndarray  # rows
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Infinite where there is no weight: the channel is normalized to 0."""
+        return np.where(self.total > 0, self.m2 / np.where(self.total > 0, self.total, 1), np.inf)
+
+
+def weighted(x, weights=None, axis=-1, omit=False) -> Weighted:
+    """Moments of values that count by weights of x's rank, 0 meaning not at all, whatever the value is."""
+    r = rows(x, axis)
+    w = np.ones_like(r) if weights is None else rows(np.broadcast_to(weights, np.shape(x)), axis)
+    if omit:
+        w = np.where(np.isnan(r), 0, w)
+    kept = np.where(w > 0, r, 0)
+    total = w.sum(0)
+    safe = np.where(total > 0, total, 1)
+    mean = (w * kept).sum(0) / safe
+    d = np.where(w > 0, kept - mean, 0)
+    slip = (w * d).sum(0) / safe
+    m2 = np.maximum((w * d * d).sum(0) - total * slip * slip, 0)
+    return Weighted(total, mean + slip, m2, w, kept, (w == 0) & ~np.isfinite(r))
+
+
+def backward_weighted(dy, x, weights=None, gamma=None, epsilon=1e-3, axis=-1, omit=False):
+    """dx, dgamma, dbeta through weighted statistics: y, and so dy, is everywhere but where a value is missing."""
+    s = weighted(x, weights, axis, omit)
+    inv = inverse_deviation(s.variance, epsilon)
+    d = np.where(s.missing, 0, rows(dy, axis))
+    x_hat = np.where(s.missing, 0, np.where(s.missing, 0, rows(x, axis)) - s.mean) * inv
+    share = s.weights / np.where(s.total > 0, s.total, 1)
+    dbeta, dgamma = d.sum(0), (d * x_hat).sum(0)
+    dx = column(gamma, 1) * inv * (d - share * dbeta - share * x_hat * dgamma)
+    return unrows(np.where(s.missing, 0, dx), np.shape(x), axis), dgamma, dbeta
+
+
+def weighted_tolerances(x, weights=None, axis=-1, omit=False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For total, relative; for the mean, absolute; for m2, relative.
+
+    As `mean_tolerance` and `variance_tolerance`, and a product with a weight rounds each term once more. A part is
+    summed as it is where its mean is at most 8 deviations: 64 times the sum of squares is rounded then, else one that
+    is relative to the mean.
+    """
+    s = weighted(x, weights, axis, omit)
+    n = len(s.kept)
+    d = np.where(s.weights > 0, s.kept - s.mean, 0)
+    total = np.where(s.total > 0, s.total, 1)
+    average = (s.weights * np.abs(s.kept)).sum(0) / total
+    mean = 2 * U64 * depth(n) * (average + np.abs(d).max(0, initial=0))
+    variance = np.where(s.m2 > 0, s.m2 / total, 1)
+    step = 2 * U64 * depth(n) * np.sqrt(1 + s.mean**2 / variance)
+    spread = (d**2).max(0, initial=0) / variance
+    return np.full(len(total), U64 * depth(n)), mean, 2 * step + step**2 + 2 * U64 * depth(n) * (65 + spread)
+
+
+def weighted_gradient_tolerances(dy, x, weights=None, gamma=None, epsilon=1e-3, axis=-1, omit=False):
+    """Absolute, for dx, dgamma and dbeta: as `gradient_tolerances`, the share of a weight in place of 1 / m."""
+    s = weighted(x, weights, axis, omit)
+    u = unit(np.asarray(x).dtype)
+    safe = unrows(np.where(s.missing, 0, rows(x, axis)), np.shape(x), axis).astype(np.asarray(x).dtype)
+    d = np.where(s.missing, 0, np.abs(rows(dy, axis)))
+    inv = inverse_deviation(s.variance, epsilon)
+    x_hat = np.abs((rows(safe, axis) - s.mean) * inv)
+    _, t_mean, t_m2 = weighted_tolerances(x, weights, axis, omit)
+    variance = np.where(np.isfinite(s.variance), s.variance, 0)
+    e = rows(apply_tolerance(safe, s.mean, variance, None, None, epsilon, axis), axis) + inv * t_mean + x_hat * t_m2
+    share = s.weights / np.where(s.total > 0, s.total, 1)
+    sums = 8 * u + U64 * depth(len(d))
+    size_beta, size_gamma = d.sum(0), (d * x_hat).sum(0)
+    tol_beta, tol_gamma = sums * size_beta, sums * size_gamma + (d * e).sum(0)
+    terms = d + share * size_beta + share * x_hat * size_gamma
+    inherited = share * tol_beta + share * x_hat * tol_gamma + share * e * size_gamma
+    tiny = 4 * float(np.finfo(np.asarray(x).dtype).smallest_subnormal)
+    tol_dx = np.abs(column(gamma, 1)) * inv * ((12 * u + t_m2) * terms + inherited) + tiny
+    return unrows(tol_dx, np.shape(x), axis), tol_gamma + tiny, tol_beta + tiny
+
+
 # -- activations -------------------------------------------------------------------------------------------
 
 GELU = 2 * np.sqrt(LD(2) / np.pi)

@@ -168,7 +168,7 @@ def test_dict():
 
 
 BAD = [
-    {"count": -1}, {"count": 1.5}, {"count": "3"}, {"mean": np.zeros(4)}, {"m2": np.zeros((5, 1))},
+    {"count": -1}, {"count": -1.5}, {"count": "3"}, {"mean": np.zeros(4)}, {"m2": np.zeros((5, 1))},
     {"m2": -np.ones(5)}, {"count": 0}, {"mean": np.zeros(5, complex)}, {"more": 1},
 ]  # fmt: skip
 

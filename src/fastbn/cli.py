@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import __version__, layout, state, stream
+from . import __version__, layout, state, stream, weights
 from .config import show_config
 from .layer import BatchNorm
 from .moments import Moments
@@ -239,7 +239,7 @@ def _read_parameters(path: str, rank: int) -> dict[str, Any]:
     """Read what `stream.normalize_file` needs for an array of this rank, from either kind of file."""
     if state.read_kind(path) == "moments":
         moments, axis = stream.load_moments(path)
-        if moments.count == 0:
+        if not np.any(moments.count):
             raise ValueError(f"{path} holds statistics of no values at all")
         return {"mean": moments.mean, "variance": moments.variance(), "axis": axis}
     layer = BatchNorm.load(path)
@@ -263,8 +263,8 @@ def _print_moments(moments: Moments, quiet: bool) -> None:
     if quiet:
         return
     channels = moments.mean.size
-    print(f"{channels} channels of {moments.count} values each")
-    if not moments.count:
+    print(f"{channels} channels of {weights.described(moments.count)}")
+    if not np.any(moments.count):
         return
     deviation = np.sqrt(moments.variance())
     print(f"{'channel':>8} {'mean':>14} {'deviation':>14}")

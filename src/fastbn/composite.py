@@ -10,21 +10,24 @@ A group is a view of its rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, functional, passes
+from . import checks, functional, kernels, passes
 from . import layout as layouts
+from . import weights as weighting
 from .errors import must
 from .kernels import _calls
-from .moments import Moments, moments
+from .moments import Moments
 from .passes import Cache, Statistics
 
 Array = NDArray[Any]
 Correction = Callable[[Statistics], tuple[Array, Array]]
+Known = tuple[Statistics, Array | None]  # of a batch or a group; with the sums of its weights
 
 
 class Batch(NamedTuple):
@@ -35,19 +38,25 @@ class Batch(NamedTuple):
 
     statistics: Statistics
     variance: Array
-    values: int
+    values: weighting.Count
+
+    @property
+    def counted(self) -> Any:
+        """Whether any value counts, for all channels or for each."""
+        return np.greater(self.values, 0)
 
     def moments(self) -> Moments:
         """Return the moments of a batch that is one group."""
         found = Moments(len(self.variance))
-        found.count, found.mean, found.m2 = self.values, self.statistics.mean, self.statistics.variance * self.values
+        found.count, found.mean = weighting.tidy(self.values), self.statistics.mean
+        found.m2 = np.where(self.counted, self.statistics.variance, 0.0) * self.values
         return found
 
 
 class Composite:
     """What the gradient of a composite call needs."""
 
-    __slots__ = ("parts", "residual", "scale", "shift", "x", "y")
+    __slots__ = ("parts", "residual", "scale", "shift", "weights", "x", "y")
 
     def __init__(
         self,
@@ -57,8 +66,10 @@ class Composite:
         shift: Array | None,
         y: Array,
         residual: Array | None,
+        weights: weighting.Weights | None,
     ) -> None:
         self.x = x
+        self.weights = weights
         self.parts = parts
         self.scale = scale
         self.shift = shift
@@ -83,6 +94,8 @@ class Composite:
             for source, name in ((gradient, "dy"), (x, "x"), (self.y, "y"), (self.residual, "residual")):
                 if source is not None:
                     checks.in_place_or_apart(dx, "out", source, name)
+            if self.weights is not None:
+                self.weights.keep_apart(dx)
         dresidual = layouts.like(x, gradient.dtype) if first.has_residual else None
         shape = layouts.channel_shape(x.shape, first.axes)
         dgamma, dbeta = np.zeros(shape), np.zeros(shape)
@@ -121,12 +134,15 @@ def forward(
     correction: Correction | None = None,
     adjustment: tuple[Array, Array] | None = None,
     finite: bool = False,
+    mask: Any = None,
+    sample_weight: Any = None,
+    nan_policy: Any = "propagate",
 ) -> tuple[Array, Composite, Batch]:
     """Normalize checked data with its own statistics.
 
     Parameters
     ----------
-    x, gamma, beta, epsilon, axis, layout, activation, residual, out
+    x, gamma, beta, epsilon, axis, layout, activation, residual, out, mask, sample_weight, nan_policy
         As in `batch_norm`.
     ddof : {0, 1}
         Of the variance for the moving statistics.
@@ -164,18 +180,29 @@ def forward(
         checks.apart(y, "out", gamma=gamma, beta=beta)
     weight, bias = checks.parameter(gamma, "gamma", shape), checks.parameter(beta, "beta", shape)
 
+    whole = weighting.resolved(mask, sample_weight, nan_policy, x, axes)
+    if isinstance(y, np.ndarray):
+        checks.apart(y, "out", **weighting.given(mask, sample_weight))
+    if nan_policy == "raise":
+        passes.refuse_nan(x, axes, whole)
+
     xs = [x if part is None else x[part] for part in rows]
+    weights = [whole if whole is None or part is None else whole.of(part) for part in rows]
     counts = [layouts.values_per_channel(part.shape, axes) for part in xs]
-    found: list[Statistics | None] = [None] * len(xs)
+    found: list[Known | None] = [None] * len(xs)
     if correction is not None or finite:
-        found = [_statistics(part, axis, layout) for part in xs]
-        batch = _together(found, counts, ddof)
-        if finite and not np.isfinite(batch.variance).all():  # that of a mean that is not finite is not either
-            where = f"others in channel {int(np.argmin(np.isfinite(batch.variance)))}"
+        known = [_statistics(*args, axes) for args in zip(xs, counts, weights)]
+        found = [*known]
+        batch = _together(known, counts, weights, ddof)
+        sound = np.isfinite(batch.variance) | ~batch.counted  # that of a mean that is not finite is not either
+        if finite and not sound.all():
+            where = f"others in channel {int(np.argmin(sound))}"
             raise ValueError(must("x", 'have finite statistics with on_nonfinite="raise"', where))
     scale = shift = None
     if correction is not None:
         scale, shift = correction(batch.statistics)
+        if whole is not None:  # where nothing counts there is nothing to correct
+            scale, shift = np.where(batch.counted, scale, 1.0), np.where(batch.counted, shift, 0.0)
     if adjustment is not None:
         p, q = adjustment
         scale, shift = (p, q) if scale is None or shift is None else (scale * p, shift * p + q)
@@ -185,8 +212,8 @@ def forward(
 
     parts: list[tuple[slice | None, Cache]] = []
     channel = layouts.plain_axis(axis, layout, x)
-    for part, sub, given in zip(rows, xs, found):
-        if given is None and part is not None and added is None and activation is None:
+    for part, sub, counting, known_part in zip(rows, xs, weights, found):
+        if known_part is None and counting is None and part is not None and added is None and activation is None:
             direct = _calls.forward(
                 sub, weight, bias, None, None, True, 0.0, epsilon, channel, ddof, True, y[part], True, True,
                 passes.team, passes.SERIAL,
@@ -211,28 +238,49 @@ def forward(
             residual=added if part is None or added is None else added[part],
             out=y if part is None else y[part],
             keep="unless in place",
-            given=given,
+            weights=counting,
+            known=known_part,
         )
         assert cache is not None
         parts.append((part, cache))
     if rows[0] is None:
         y = result
     if found[0] is None:
-        batch = _together([cache.statistics for _, cache in parts], counts, ddof)
-    return y, Composite(x, parts, scale, shift, y, added), batch
+        batch = _together([(cache.statistics, cache.total) for _, cache in parts], counts, weights, ddof)
+    return y, Composite(x, parts, scale, shift, y, added, whole), batch
 
 
-def _statistics(x: Array, axis: Any, layout: str | None) -> Statistics:
-    found = moments(x, axis=axis, layout=layout)
-    return Statistics(found.mean, found.variance() if found.count else np.zeros(found.mean.shape))
+def _statistics(x: Array, count: int, weights: weighting.Weights | None, axes: tuple[int, ...]) -> Known:
+    total = None if weights is None else np.zeros(math.prod(layouts.channel_shape(x.shape, axes)))
+    return passes.batch_statistics(x, axes, count, kernels.MOMENTS, weights=weights, total=total), total
 
 
-def _together(found: Sequence[Statistics | None], counts: Sequence[int], ddof: int) -> Batch:
-    """Return the mean over groups of their means and variances, by numbers of values."""
-    means = np.stack([s.mean for s in found if s is not None])
-    variances = np.stack([s.variance for s in found if s is not None])
+def _together(
+    found: Sequence[Known], counts: Sequence[int], weights: Sequence[weighting.Weights | None], ddof: int
+) -> Batch:
+    """Return the mean over groups of their means and variances, by numbers of values or sums of weights."""
+    means, variances = (np.stack(arrays) for arrays in zip(*(statistics for statistics, _ in found)))
+    if weights[0] is not None:
+        totals = [w.counts(total) for w, (_, total) in zip(weights, found) if w is not None and total is not None]
+        return _together_weighted(means, variances, np.stack(totals), ddof)
     values = np.array(counts, np.float64)[:, None]
     shares = values / max(sum(counts), 1) if len(counts) > 1 else np.ones((1, 1))
     corrected = variances * (values / np.maximum(values - ddof, 1)) if sum(counts) else variances
     mean, variance, unbiased = ((shares * v).sum(axis=0) for v in (means, variances, corrected))
     return Batch(Statistics(mean, variance), unbiased, sum(counts))
+
+
+def _together_weighted(means: Array, variances: Array, values: Array, ddof: int) -> Batch:
+    """The same with values of each group and channel; where there are none, mean 0 and an infinite variance."""
+    whole = values.sum(axis=0)
+    counted = values > 0
+    shares = values / np.where(whole > 0, whole, 1)
+    if len(values) == 1:
+        shares = np.ones(values.shape)
+    corrected = variances * np.where(values > ddof, values / np.where(values > ddof, values - ddof, 1), 1.0)
+    mean, variance, unbiased = (
+        np.where(counted, shares * np.where(counted, v, 0.0), 0.0).sum(axis=0) for v in (means, variances, corrected)
+    )
+    empty = whole == 0
+    variance[empty] = unbiased[empty] = np.inf
+    return Batch(Statistics(mean, variance), unbiased, whole)

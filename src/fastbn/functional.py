@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import averages, checks, kernels
 from . import layout as layouts
+from . import weights as weighting
 from .errors import must
 from .kernels import _calls, _channels
 from .passes import SERIAL, Cache, Statistics, forward, run, store_moving, team
@@ -34,6 +35,9 @@ def batch_norm(
     batches: int | None = None,
     activation: str | tuple[str, float] | None = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    nan_policy: Literal["propagate", "omit", "raise"] = "propagate",
     out: Array | None = None,
 ) -> Array:
     """Normalize a batch per channel.
@@ -76,6 +80,16 @@ def batch_norm(
         Applied in the same pass: relu, relu6, silu, gelu_tanh, leaky_relu (slope 0.01) or ("leaky_relu", slope).
     residual : array_like of x's shape and y's dtype, optional
         Added before the activation: ``y = activation(batch_norm(x) + residual)``.
+    mask : array_like of bool, optional
+        Which values count in the statistics: True does. Per sample, of shape (samples,) along axis 0; per position, of
+        x's shape without its channel axes, or with those 1 long; or per value, of x's shape. Values that do not count
+        may be NaN or infinite; y is computed for all.
+    sample_weight : array_like of bool, integers or real numbers, optional
+        How much values count, finite and not negative, in the same shapes. A weight of k is as good as k times the
+        value. With a mask, weights count where that is True.
+    nan_policy : {"propagate", "omit", "raise"}, default: "propagate"
+        What NaN in x does: makes its channel NaN; is missing, so that every channel has the statistics of the values it
+        has; or is a ValueError, if it would count.
     out : array, optional
         Where to write the result: of x's shape and y's dtype. May be x itself or the residual itself, but not overlap
         one of them in part.
@@ -101,6 +115,10 @@ def batch_norm(
     are exact in the float32 that everything is computed in for them; a result is rounded from it once, to nearest, ties
     to even.
 
+    With weights w and W their sum over a channel, ``mean = sum(w * x) / W`` and
+    ``variance = sum(w * (x - mean)^2) / W``; ``moving_variance`` is divided by W - ddof, or by W where that is not
+    positive. Where nothing counts a channel keeps its moving statistics, and y is beta. Where x is NaN, y is.
+
     References
     ----------
     S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
@@ -120,7 +138,7 @@ def batch_norm(
     >>> mean, variance
     (array([ 0.5, 10. ]), array([ 1. , 50.5]))
     """
-    if activation is None and residual is None:
+    if activation is None and residual is None and weighting.is_plain(mask, sample_weight, nan_policy):
         channel = layouts.plain_axis(axis, layout, x)
         plain = _calls.forward(
             x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
@@ -143,6 +161,9 @@ def batch_norm(
         update=update,
         activation=activation,
         residual=residual,
+        mask=mask,
+        sample_weight=sample_weight,
+        nan_policy=nan_policy,
         out=out,
         keep="nothing",
     )
@@ -166,6 +187,9 @@ def batch_norm_forward(
     batches: int | None = None,
     activation: str | tuple[str, float] | None = None,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    nan_policy: Literal["propagate", "omit", "raise"] = "propagate",
     out: Array | None = None,
     save: Literal["input", "output"] = "input",
 ) -> tuple[Array, Cache]:
@@ -182,6 +206,10 @@ def batch_norm_forward(
     training : bool, default: False
         As in `batch_norm`. Without training the gradient is that of a frozen layer.
     momentum, epsilon, axis, layout, ddof, update, batches, activation, residual
+        As in `batch_norm`.
+    mask, sample_weight : array_like, optional
+        As in `batch_norm`. The cache refers to them: leave them unchanged until the gradient was taken.
+    nan_policy : {"propagate", "omit", "raise"}, default: "propagate"
         As in `batch_norm`.
     out : array, optional
         As in `batch_norm`, but with ``save="input"`` it must not share memory with x, nor with a
@@ -219,7 +247,7 @@ def batch_norm_forward(
     if checks.one_of(save, "save", ("input", "output")) == "output":
         if fused:
             raise ValueError(must("save", 'be "input" with an activation or a residual', repr(save)))
-    elif not fused:
+    elif not fused and weighting.is_plain(mask, sample_weight, nan_policy):
         channel = layouts.plain_axis(axis, layout, x)
         plain = _calls.forward(
             x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
@@ -242,6 +270,9 @@ def batch_norm_forward(
         update=update,
         activation=activation,
         residual=residual,
+        mask=mask,
+        sample_weight=sample_weight,
+        nan_policy=nan_policy,
         out=out,
         keep="output" if save == "output" else "always",
     )
@@ -260,6 +291,14 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
 
     and ``dx = gamma * r * dy`` where the call normalized with moving statistics. After an activation, dy stands for dy
     times its derivative, which at 0 is 0 for relu and relu6 and the slope for leaky_relu.
+
+    With weights w, and W their sum over a channel, it is the gradient of what was computed: y everywhere, so dy counts
+    everywhere, but x only as much as it did in the statistics::
+
+        dx = gamma * r * (dy - w * dbeta / W - w * (x - mean) * r * dgamma / W)
+
+    A value is missing if it is not finite and its weight is 0, or if it is NaN and nan_policy is "omit". Its dy counts
+    nowhere, and its dx is 0. A channel where nothing counted has dx and dgamma 0.
 
     Parameters
     ----------
@@ -313,7 +352,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     mean, variance = cache.statistics
     frozen = cache.mode == "inference"
     fused = cache.has_residual or cache.activation is not None
-    if len(cache.axes) == 1 and not fused:
+    if len(cache.axes) == 1 and not fused and cache.weights is None:
         plain = _calls.backward(
             dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL
         )
@@ -332,11 +371,16 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         for source, name in ((cache.y, "y"), (cache.residual, "residual")):
             if source is not None:
                 checks.in_place_or_apart(dx, "out", source, name)
+        if cache.weights is not None:
+            cache.weights.keep_apart(dx)
 
     shape = layouts.channel_shape(x.shape, cache.axes)
     first, second = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
     dresidual = layouts.like(x, dtype) if cache.has_residual else None
     activation = cache.activation
+    if cache.weights is not None and fused and x.size:
+        gradient = _before(gradient, cache, x)  # in a pass of its own
+        activation = None
     before = None if activation is None else dresidual  # where to keep the gradient before the activation
     if dresidual is not None and activation is None:
         dresidual[...] = gradient
@@ -357,10 +401,12 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
             epsilon=cache.epsilon,
             first=first,
             second=second,
-            residual=cache.residual if cache.y is None else cache.y,
+            residual=None if activation is None else cache.residual if cache.y is None else cache.y,
             bend=None if activation is None else activation.bend,
-            by_output=cache.y is not None,
+            by_output=activation is not None and cache.y is not None,
             kept=before,
+            weights=cache.weights,
+            total=cache.total,
         )
     dgamma, dbeta = (np.empty(first.shape, checks.parameter_dtype(x.dtype)) for _ in range(2))
     _channels.parameter_gradients(first, second, variance, cache.epsilon, dgamma, dbeta)
@@ -368,6 +414,47 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         dgamma *= cache.sign.astype(dgamma.dtype)
     gradients = dx, dgamma.reshape(shape), dbeta.reshape(shape)
     return gradients if dresidual is None else (*gradients, dresidual)
+
+
+def _before(dy: Array, cache: Cache, x: Array) -> Array:
+    """Return the gradient before an activation, 0 where x is missing, as a new array."""
+    channels = len(cache.statistics.mean)
+    result = layouts.like(x, dy.dtype)
+    first, second, total = np.zeros(channels), np.zeros(channels), np.ones(channels)
+    if cache.activation is None:
+        result[...] = dy
+    else:
+        run(
+            kernels.FROZEN,
+            cache.axes,
+            x,
+            dy=dy,
+            out=layouts.like(x, dy.dtype),
+            gamma=cache.gamma,
+            beta=cache.beta,
+            mean=cache.statistics.mean,
+            variance=cache.statistics.variance,
+            epsilon=cache.epsilon,
+            first=first,
+            second=second,
+            residual=cache.residual if cache.y is None else cache.y,
+            bend=cache.activation.bend,
+            by_output=cache.y is not None,
+            kept=result,
+        )
+    # What is not missing stays, times 1.
+    run(
+        kernels.FROZEN,
+        cache.axes,
+        x,
+        dy=result,
+        out=result,
+        first=first,
+        second=second,
+        weights=cache.weights,
+        total=total,
+    )
+    return result
 
 
 def normalize(
@@ -530,7 +617,7 @@ def update_moving(
     variance: ArrayLike,
     *,
     momentum: float | None,
-    count: int | None = None,
+    count: int | float | ArrayLike | None = None,
     ddof: int = 0,
     batches: int | None = None,
     zero_debias: bool = False,
@@ -545,8 +632,9 @@ def update_moving(
         Statistics of a batch; the variance divided by the count (ddof 0).
     momentum : float or None
         Share of the old value that is kept, in [0, 1]. With None the moving statistics are the means over all batches.
-    count : int, optional
-        Values per channel in the batch, needed for ddof 1. A batch of 0 values changes nothing.
+    count : int, float or array_like of shape (channels,), optional
+        Values per channel in the batch, or the sum of their weights, as in `Moments`; needed for ddof 1. A channel of
+        count 0 stays as it is.
     ddof : {0, 1}, default: 0
         The variance that goes into the moving one is divided by count - ddof.
     batches : int, optional
@@ -583,8 +671,8 @@ def update_moving(
     if count is None:
         if degrees:
             raise ValueError(must("count", "be given with ddof 1", "None"))
-        values = 1
+        values: weighting.Count = 1
     else:
-        values = checks.count(count)
-    if values:
+        values = weighting.checked_count(count, math.prod(shape))
+    if np.any(values):
         store_moving(target_mean, target_variance, statistics, values, share, degrees)

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import activation as activations
 from . import averages, checks, composite, constraints, functional, initializers, modes, options, passes, regularizers
 from . import layout as layouts
+from . import weights as weighting
 from .composite import Batch, Composite
 from .constraints import Constraint
 from .errors import UntrainedWarning, must
@@ -113,6 +114,8 @@ class BatchNorm(Persistent):
         function of the array.
     activation : str or tuple, optional
         Applied to the result in the same pass, as in `batch_norm`.
+    nan_policy : {"propagate", "omit", "raise"}, default: "propagate"
+        What NaN in a batch does, as in `batch_norm`.
     dtype : {"float32", "float64"}, optional
         Of parameters and statistics. By default float32, or float64 if the layer is built by a float64 batch.
     trainable : bool, default: True
@@ -125,7 +128,7 @@ class BatchNorm(Persistent):
     grads : dict
         "gamma" and "beta" after `backward`, as far as the layer has them, and "residual" if the call had one.
     batches : int
-        Batches that reached the moving statistics.
+        Batches that reached the moving statistics: in which any value counted.
 
     Notes
     -----
@@ -175,6 +178,7 @@ class BatchNorm(Persistent):
         beta_constraint: Constraint | None = None,
         gamma_constraint: Constraint | None = None,
         activation: str | tuple[str, float] | None = None,
+        nan_policy: Literal["propagate", "omit", "raise"] = "propagate",
         dtype: DTypeLike | None = None,
         trainable: bool = True,
         name: str | None = None,
@@ -212,6 +216,8 @@ class BatchNorm(Persistent):
         self.beta_constraint = constraints.checked(beta_constraint, "beta_constraint")
         self.gamma_constraint = constraints.checked(gamma_constraint, "gamma_constraint")
         self.activation = activations.named(activation)
+        checks.one_of(nan_policy, "nan_policy", weighting.NAN_POLICIES)
+        self.nan_policy = nan_policy
         self.dtype = None if dtype is None else parameter_dtype(dtype)
         self._trainable = checks.flag(trainable, "trainable")
         if name is not None and not isinstance(name, str):
@@ -263,6 +269,8 @@ class BatchNorm(Persistent):
         training: bool | None = None,
         *,
         residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
         out: Array | None = None,
     ) -> Array:
         """Normalize a batch.
@@ -275,6 +283,10 @@ class BatchNorm(Persistent):
             Whether to normalize with, and learn from, the statistics of this batch. None means False.
         residual : array_like of x's shape and dtype, optional
             Added before the activation.
+        mask, sample_weight : array_like, optional
+            Which values count in the statistics, and how much, as in `batch_norm`; in ghost batches, in those of their
+            group. The layer refers to them until the gradient was taken. Without training they say which values of x
+            are missing in the gradient.
         out : array, optional
             Where to write the result. If that is x itself there is no gradient of this call, nor if it is a residual
             that the gradient of the activation needs, as in `batch_norm_forward`.
@@ -296,6 +308,7 @@ class BatchNorm(Persistent):
         """
         arrays = self._arrays
         plain = self._direct and self.activation is None and residual is None
+        plain = plain and weighting.is_plain(mask, sample_weight, self.nan_policy)
         if plain and arrays is not None and type(x) is np.ndarray and x.size <= passes.SERIAL:
             y = self._call_small(x, training, arrays, out)
             if y is not None:
@@ -306,7 +319,8 @@ class BatchNorm(Persistent):
             axes = layouts.channel_axes(self.axis, self.layout, data.ndim)
             arrays = self._created(layouts.channel_shape(data.shape, axes), checks.parameter_dtype(data.dtype))
         if not self._direct and (mode != "inference" or self._recorder is not None):
-            return self._call_composite(data, arrays, mode, training is not None and bool(training), residual, out)
+            trains = training is not None and bool(training)
+            return self._call_composite(data, arrays, mode, trains, residual, mask, sample_weight, out)
         with self._lock:  # a mean and a variance of the same moment
             assert arrays.moving_mean is not None
             assert arrays.moving_variance is not None
@@ -326,6 +340,9 @@ class BatchNorm(Persistent):
             update=False,
             activation=self.activation,
             residual=residual,
+            mask=mask,
+            sample_weight=sample_weight,
+            nan_policy=self.nan_policy,
             out=out,
             keep="unless in place",
         )
@@ -335,9 +352,11 @@ class BatchNorm(Persistent):
         with self._lock:
             if self._arrays is None:
                 self._arrays = arrays
-            if mode == "train" and data.size:
+            count: weighting.Count = layouts.values_per_channel(data.shape, cache.axes)
+            if cache.weights is not None and cache.total is not None:
+                count = cache.weights.counts(cache.total)
+            if mode == "train" and data.size and np.any(count):
                 kept = self._tracked()
-                count = layouts.values_per_channel(data.shape, cache.axes)
                 share = averages.share(self.momentum, self.batches)
                 passes.store_moving(*kept, cache.statistics, count, share, self.ddof)
                 self.batches += 1
@@ -369,7 +388,15 @@ class BatchNorm(Persistent):
         return y
 
     def _call_composite(
-        self, x: Array, arrays: Arrays, mode: modes.Mode, training: bool, residual: Any, out: Any
+        self,
+        x: Array,
+        arrays: Arrays,
+        mode: modes.Mode,
+        training: bool,
+        residual: Any,
+        mask: Any,
+        sample_weight: Any,
+        out: Any,
     ) -> Array:
         """Call, where it normalizes with the batch and there is more to do than one pass."""
         recorder = self._recorder
@@ -399,13 +426,17 @@ class BatchNorm(Persistent):
                 correction=correction,
                 adjustment=adjustment,
                 finite=mode == "train" and chosen.on_nonfinite == "raise",
+                mask=mask,
+                sample_weight=sample_weight,
+                nan_policy=self.nan_policy,
             )
             with self._lock:
                 if self._arrays is None:
                     self._arrays = arrays
-                if x.size and recorder is not None:
+                counts = x.size and np.any(batch.counted)
+                if counts and recorder is not None:
                     recorder.take(x, self._arrays.shape, batch)
-                elif x.size and mode == "train":
+                elif counts and mode == "train":
                     self._learn(self._arrays, batch)
         self._last.cache = last
         return y
@@ -414,12 +445,12 @@ class BatchNorm(Persistent):
         """Take a batch into the moving statistics; the lock is held."""
         assert arrays.moving_mean is not None
         assert arrays.moving_variance is not None
-        taken = None
+        chosen = np.broadcast_to(batch.counted, batch.variance.shape)
         if self._options.on_nonfinite == "skip":
-            finite = np.isfinite(batch.statistics.mean) & np.isfinite(batch.statistics.variance)
-            if not finite.any():
+            chosen = chosen & np.isfinite(batch.statistics.mean) & np.isfinite(batch.statistics.variance)
+            if not chosen.any():
                 return
-            taken = None if finite.all() else finite
+        taken = None if chosen.all() else chosen
         mean, variance = arrays.moving_mean, arrays.moving_variance
         if self._renorm is not None:
             share = averages.share(self.momentum, self.batches)

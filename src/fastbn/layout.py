@@ -239,6 +239,50 @@ def plan(
     return Plan(form_x[0], kind, first, second, *(None if form is None else form[1] for form in others))
 
 
+@lru_cache(maxsize=4096)
+def weights_form(
+    shape: tuple[int, ...], axes: tuple[int, ...], x: Strides, weights: Strides
+) -> tuple[int, int, int, int, int] | None:
+    """Return how weights are walked beside x, or None where they need a copy.
+
+    Parameters
+    ----------
+    shape, axes, x
+        Shape, channel axes and strides in bytes of x, whose order decides.
+    weights : tuple of ints
+        Strides of the weights; 0 along an axis on which they do not depend.
+
+    Returns
+    -------
+    tuple of ints or None
+        (repeat, major, minor, channel, inner): the outer index i lies i // repeat times major and i % repeat times
+        minor bytes from the start. So the weights of images need not be repeated for the positions in them.
+    """
+    order = _memory_order(shape, x, axes)
+    at = order.index(axes[0])
+    outer = order[:at]
+    others = [_collapsed(shape, weights, part) for part in (axes, order[at + len(axes) :])]
+    if any(form is None for form in others):
+        return None
+    (_, channel), (_, inner) = others  # type: ignore[misc]
+    for cut in range(at + 1):
+        major, minor = _collapsed(shape, weights, outer[:cut]), _collapsed(shape, weights, outer[cut:])
+        if major is not None and minor is not None:
+            return minor[0], major[1], minor[1], channel, inner
+    return None
+
+
+def packed_weights(weights: NDArray[Any], x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
+    """Return a copy of weights that `weights_form` has a form of, one per position if channels have the same."""
+    order = _memory_order(x.shape, x.strides, axes)
+    moved = weights.transpose(order)
+    at = order.index(axes[0])
+    if all(weights.strides[a] == 0 or x.shape[a] == 1 for a in axes):
+        moved = moved[(slice(None),) * at + (slice(0, 1),) * len(axes)]
+    copy = np.broadcast_to(np.ascontiguousarray(moved), [x.shape[a] for a in order])
+    return copy.transpose(np.argsort(order))
+
+
 def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
     """Return a copy of x, of the same shape, that has a plan: in x's own order of axes if that has one."""
     copy = x.copy(order="K")

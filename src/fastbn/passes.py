@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from . import activation as activations
 from . import checks, kernels, modes
 from . import layout as layouts
+from . import weights as weighting
+from .errors import must
 from .kernels import _channels
 from .threads import get_num_threads
 
@@ -34,7 +36,7 @@ class Cache:
 
     It refers to x itself (with save="output" to y), not to a copy: that must not be changed before the gradient was
     taken. With an activation after a residual that goes for y too (relu, relu6 and leaky_relu) or for the residual
-    (silu, gelu_tanh, leaky_relu of a negative slope).
+    (silu, gelu_tanh, leaky_relu of a negative slope), and for a mask and weights.
 
     Attributes
     ----------
@@ -43,8 +45,8 @@ class Cache:
     """
 
     __slots__ = (
-        "activation", "axes", "beta", "epsilon", "gamma", "has_residual", "mode", "residual", "sign", "statistics", "x",
-        "y",
+        "activation", "axes", "beta", "epsilon", "gamma", "has_residual", "mode", "residual", "sign", "statistics",
+        "total", "weights", "x", "y",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +64,8 @@ class Cache:
         beta: Array | None = None,
         residual: Array | None = None,
         y: Array | None = None,
+        weights: weighting.Weights | None = None,
+        total: Array | None = None,
     ) -> None:
         self.x = x
         self.axes = axes
@@ -76,6 +80,9 @@ class Cache:
         self.beta = beta
         self.residual = residual
         self.y = y
+        # Where values do not all count alike: how much they do, and the sum of that per channel.
+        self.weights = weights
+        self.total = total
 
     @property
     def lost_residual(self) -> bool:
@@ -112,8 +119,12 @@ def run(
     bend: activations.Bend | None = None,
     by_output: bool = False,
     kept: Array | None = None,
+    weights: weighting.Weights | None = None,
+    total: Array | None = None,
 ) -> None:
     """Carry out an operation on checked arrays that are not empty.
+
+    With weights, total gets their sum per channel where statistics are found, and is read by the gradient.
 
     Where the strides of an array fit neither access pattern it is copied once, and a result copied back.
     """
@@ -157,6 +168,8 @@ def run(
             bend=bend,
             by_output=by_output,
             kept=kept2,
+            weights=weights,
+            total=total,
         )
         if out is not None:
             assert out2 is not None
@@ -166,10 +179,52 @@ def run(
             kept[...] = kept2
         return
     u, v = (x, None) if dy is None else (dy, x)
+    counting = None
+    if weights is not None:
+        assert total is not None
+        counting = _counting(x, axes, weights, total)
     kernels.run(
         plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size), residual, bend,
-        by_output, kept,
+        by_output, kept, counting,
     )  # fmt: skip
+
+
+def _counting(
+    x: Array, axes: tuple[int, ...], weights: weighting.Weights, total: Array
+) -> tuple[Array | None, tuple[int, ...], bool, Array]:
+    """Return what drivers want to know of weights."""
+    array = weights.array
+    if array is None:
+        return None, (), weights.omits, total
+    form = layouts.weights_form(x.shape, axes, x.strides, array.strides)
+    if form is None:
+        array = layouts.packed_weights(array, x, axes)
+        form = layouts.weights_form(x.shape, axes, x.strides, array.strides)
+        assert form is not None
+    return array, form, weights.omits, total
+
+
+def refuse_nan(x: Array, axes: tuple[int, ...], weights: weighting.Weights | None) -> None:
+    """Refuse NaN where a value counts."""
+    if not x.size or x.dtype.kind in "iu":
+        return
+    channels = math.prod(layouts.channel_shape(x.shape, axes))
+    kept = None if weights is None or weights.array is None else weights.array
+    if kept is not None and kept.dtype != np.bool_:
+        small = kept[tuple(slice(0, 1) if s == 0 else slice(None) for s in kept.strides)]
+        kept = np.broadcast_to(small > 0, x.shape)
+    totals = []
+    for omits in (True, False):
+        total = np.full(channels, float(layouts.values_per_channel(x.shape, axes)))
+        if omits or kept is not None:
+            chosen = weighting.Weights(kept, omits)
+            first, second = np.zeros(channels), np.zeros(channels)
+            run(kernels.MOMENTS, axes, x, first=first, second=second, weights=chosen, total=total)
+        totals.append(total)
+    missing = totals[1] - totals[0]
+    if missing.any():
+        got = f"{int(missing.sum())}, of them {int(missing[missing > 0][0])} in channel {int(np.argmax(missing > 0))}"
+        raise ValueError(must("x", 'have no NaN with nan_policy="raise"', got))
 
 
 def forward(
@@ -191,11 +246,16 @@ def forward(
     names: tuple[str, str] = ("moving_mean", "moving_variance"),
     activation: Any = None,
     residual: Any = None,
-    given: Statistics | None = None,
+    mask: Any = None,
+    sample_weight: Any = None,
+    nan_policy: Any = "propagate",
+    weights: weighting.Weights | None = None,
+    known: tuple[Statistics, Array | None] | None = None,
 ) -> tuple[Array, Cache | None]:
     """Check, normalize, update, and keep a cache. The body of all forward functions.
 
-    Training takes the statistics of the batch from `given`, if somebody has found them already.
+    Training takes the statistics of the batch, and the sum of its weights, from `known`, if they were found before.
+    Where somebody has checked `weights` they stand for mask, sample_weight and nan_policy.
 
     A cache refers to x, so "always" refuses to overwrite it; "unless in place" gives a cache without x then. The same
     goes for a residual from which an activation's derivative will be found. With "output" it refers to y, and there is
@@ -218,6 +278,9 @@ def forward(
         raise ValueError("moving_mean and moving_variance must be given together, got only one of them")
     bend = activations.resolved(activation)
     added = None if residual is None else checks.like(residual, "residual", x)
+    if weights is None:
+        weights = weighting.resolved(mask, sample_weight, nan_policy, x, axes)
+    given = weighting.given(mask, sample_weight)
     kept_residual = None if keep == "nothing" or bend is None or bend.from_output else added
     name_mean, name_variance = names
     updates = mode == "train" and moving_mean is not None
@@ -228,6 +291,8 @@ def forward(
         if keep in ("always", "unless in place"):  # the cache refers to x, which the update must not change
             checks.apart(moving_mean, "moving_mean", x=x, residual=kept_residual)
             checks.apart(moving_variance, "moving_variance", x=x, residual=kept_residual)
+        checks.apart(moving_mean, "moving_mean", **given)
+        checks.apart(moving_variance, "moving_variance", **given)
     elif mode == "inference":
         moving_mean = checks.required(moving_mean, name_mean, shape)
         moving_variance = checks.required(moving_variance, name_variance, shape)
@@ -244,7 +309,9 @@ def forward(
         if added is not None:
             checks.in_place_or_apart(y, "out", added, "residual")
         statistics_in = {name_mean: moving_mean, name_variance: moving_variance}
-        checks.apart(y, "out", gamma=weight, beta=bias, **statistics_in)
+        checks.apart(y, "out", gamma=weight, beta=bias, **statistics_in, **given)
+    if nan_policy == "raise":
+        refuse_nan(x, axes, weights)
 
     # Copied before anything is written: an update in place must not change a gradient that is still due.
     by_output = bend is not None and bend.from_output and added is not None
@@ -260,21 +327,27 @@ def forward(
         if keep == "nothing":
             return y, None
         statistics = Statistics(moving_mean.astype(np.float64), moving_variance.astype(np.float64))
+        total = None if weights is None else np.ones(len(statistics.mean))  # which the gradient does not look at
     else:
-        count = layouts.values_per_channel(x.shape, axes)
-        if given is None:
-            statistics = batch_statistics(x, axes, count, kernels.TRAIN, **arguments)
+        total = None if weights is None else np.zeros(math.prod(shape))
+        values = layouts.values_per_channel(x.shape, axes)
+        count: weighting.Count = values
+        if known is None:
+            statistics = batch_statistics(x, axes, values, kernels.TRAIN, weights=weights, total=total, **arguments)
         else:
-            statistics = given
+            statistics, total = known
             if x.size:
-                run(kernels.NORMALIZE, axes, x, mean=given.mean, variance=given.variance, **arguments)
-        if updates and count:
+                run(kernels.NORMALIZE, axes, x, mean=statistics.mean, variance=statistics.variance, **arguments)
+        if weights is not None:
+            assert total is not None
+            count = weights.counts(total)
+        if updates and np.any(count):
             store_moving(moving_mean, moving_variance, statistics, count, momentum, ddof)
     if keep == "nothing":
         return y, None
     if keep == "output":
         mean, variance, scale, sign = _channels.output_parameters(weight, bias, statistics.variance, epsilon)
-        return y, Cache(y, axes, mode, (mean, variance), scale, 0.0, sign)
+        return y, Cache(y, axes, mode, (mean, variance), scale, 0.0, sign, weights=weights, total=total)
     kept = None if out is not None and checks.overlap(y, x) else x
     if out is not None and checks.overlap(y, kept_residual):
         kept_residual = None
@@ -290,26 +363,51 @@ def forward(
         beta=kept_beta,
         residual=kept_residual,
         y=y if by_output else None,
+        weights=weights,
+        total=total,
     )
 
 
-def batch_statistics(x: Array, axes: tuple[int, ...], count: int, operation: int, **arguments: Any) -> Statistics:
-    """Carry out an operation that finds the moments of a batch, and return them; zeros for an empty batch."""
+def batch_statistics(
+    x: Array,
+    axes: tuple[int, ...],
+    count: int,
+    operation: int,
+    *,
+    weights: weighting.Weights | None = None,
+    total: Array | None = None,
+    **arguments: Any,
+) -> Statistics:
+    """Carry out an operation that finds the moments of a batch, and return them; zeros for an empty batch.
+
+    With weights, a channel without any has mean 0 and an infinite variance, which make y beta and the gradient 0.
+    """
     channels = math.prod(layouts.channel_shape(x.shape, axes))
     mean, m2 = np.zeros(channels), np.zeros(channels)
     if x.size:
-        run(operation, axes, x, first=mean, second=m2, **arguments)
+        run(operation, axes, x, first=mean, second=m2, weights=weights, total=total, **arguments)
+    if total is not None:
+        return Statistics(mean, _channels.variance_counted(m2, total, 0, math.inf))
     return Statistics(mean, _channels.variance(m2, max(count, 1)))
 
 
 def store_moving(
-    moving_mean: Array, moving_variance: Array, statistics: Statistics, count: int, momentum: float, ddof: int
+    moving_mean: Array,
+    moving_variance: Array,
+    statistics: Statistics,
+    count: weighting.Count,
+    momentum: float,
+    ddof: int,
 ) -> None:
-    """Update checked moving arrays, of any shape, in place."""
+    """Update checked moving arrays, of any shape, in place; channels of count 0 keep theirs."""
     mean, variance = moving_mean.reshape(-1), moving_variance.reshape(-1)
     # ddof 1 turns the variance of m values, divided by m, into one divided by m - 1; of one value it stays 0.
-    divisor = max(count - ddof, 1) / count
-    _channels.update_moving(mean, variance, *statistics, divisor, momentum)
+    if isinstance(count, int):
+        divisor = max(count - ddof, 1) / count
+        _channels.update_moving(mean, variance, *statistics, divisor, momentum)
+    else:
+        counts = weighting.per_channel(count, len(mean))
+        _channels.update_moving_counted(mean, variance, *statistics, counts, ddof, momentum)
     for target, flat in ((moving_mean, mean), (moving_variance, variance)):
         if not np.may_share_memory(flat, target):  # several axes whose strides cannot be walked as one
             target[...] = flat.reshape(target.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Persistent(Parameters):
     ddof: int
     momentum: float | None
     activation: str | tuple[str, float] | None
+    nan_policy: Literal["propagate", "omit", "raise"]
     name: str | None
     batches: int
     _may_warn: bool
@@ -57,6 +58,7 @@ class Persistent(Parameters):
             **{n: dict(v) if isinstance(v, dict) else v for n, v in self._options._asdict().items()},
             **{name: getattr(self, name) for name in _BY_NAME},
             "activation": self.activation,
+            "nan_policy": self.nan_policy,
             "dtype": None if self.dtype is None else self.dtype.name,
             "trainable": self.trainable,
             "name": self.name,

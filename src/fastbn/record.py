@@ -36,7 +36,9 @@ class Record:
         if shape != wanted:
             raise ValueError(must("x", f"have {features(wanted)} channels", features(shape)))
         if x.size:
-            self._take(x, shape, moments(x, axis=layer.axis, layout=layer.layout))
+            found = moments(x, axis=layer.axis, layout=layer.layout, nan_policy=layer.nan_policy)
+            if np.any(found.count):
+                self._take(x, shape, found)
 
     def take(self, x: Array, shape: tuple[int, ...], batch: Batch) -> None:
         """Add a batch whose moments are known."""
@@ -60,9 +62,9 @@ class Record:
         if not layer.built:
             layer.build(features(self.shape), self.dtype)
         mean, variance = self.moments.mean, self.moments.variance(layer.ddof)
-        taken = None
+        taken = np.broadcast_to(np.greater(self.moments.count, 0), mean.shape)  # a channel without values keeps its own
         if layer.on_nonfinite == "skip":
-            taken = np.isfinite(mean) & np.isfinite(variance)
+            taken = taken & np.isfinite(mean) & np.isfinite(variance)
         arrays = layer._existing()
         moving_mean, moving_variance = layer._tracked()
         with layer._lock:

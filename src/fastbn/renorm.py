@@ -112,8 +112,17 @@ class Renorm:
     ) -> None:
         """Take a batch into the averages and the moving statistics."""
         sigma = np.sqrt(batch.variance + epsilon)
-        blend(state["renorm_mean"], batch.mean, self.momentum, taken)
-        blend(state["renorm_stddev"], sigma, self.momentum, taken)
+        learned, values = taken, [batch.mean, sigma]
+        if self.debiased and taken is not None:
+            # Channels share one weight: one that is not taken brings again what it is known by.
+            known = [moving_mean.astype(np.float64), np.sqrt(moving_variance.astype(np.float64) + epsilon)]
+            for i, name in enumerate(("renorm_mean", "renorm_stddev")):
+                known_by = float(state[name + "_weight"])
+                old = state[name].astype(np.float64) / known_by if known_by else known[i]
+                values[i] = np.where(taken, values[i], old.reshape(-1))
+            learned = None
+        blend(state["renorm_mean"], values[0], self.momentum, learned)
+        blend(state["renorm_stddev"], values[1], self.momentum, learned)
         if not self.debiased:
             blend(moving_mean, batch.mean, share, taken)
             blend(state["moving_stddev"], sigma, share, taken)

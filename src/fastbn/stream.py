@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from . import state
 from .errors import StateError
@@ -181,7 +181,11 @@ def save_moments(path: str | os.PathLike[str], moments: Moments, axis: int | Non
         If the file cannot be written.
     """
     arrays = {"mean": moments.mean, "m2": moments.m2}
-    state.write_state(path, "moments", {"count": moments.count, "axis": axis}, arrays)
+    count: int | float | NDArray[Any] | None = moments.count
+    if isinstance(count, np.ndarray):  # a file of one count is as it always was
+        arrays["count"] = count
+        count = None
+    state.write_state(path, "moments", {"count": count, "axis": axis}, arrays)
 
 
 def load_moments(path: str | os.PathLike[str]) -> tuple[Moments, int | None]:
@@ -203,11 +207,15 @@ def load_moments(path: str | os.PathLike[str]) -> tuple[Moments, int | None]:
     OSError
         For a file that cannot be opened.
     """
-    header, arrays = state.read_state(path, "moments", required=("mean", "m2"), fields=("count", "axis"))
+    header, arrays = state.read_state(
+        path, "moments", required=("mean", "m2"), optional=("count",), fields=("count", "axis")
+    )
     axis = header["axis"]
     if not (axis is None or type(axis) is int):
         raise StateError(f"{path}: axis must be an integer or null, got {axis!r}")
     try:  # NaN is sound: it is what data with NaN leave behind, and it stays within its channel
+        if ("count" in arrays) == (header["count"] is not None):
+            raise ValueError(f"count must be a number or an array, got {header['count']!r}")
         return Moments.from_dict({"count": header["count"], **arrays}), axis
     except (TypeError, ValueError) as error:
         raise StateError(f"{path}: {error}") from error

@@ -41,6 +41,7 @@ def run(
     bend: tuple[int, tuple[float, float, float]] | None = None,
     by_output: bool = False,
     kept: Array | None = None,
+    counting: tuple[Array | None, tuple[int, ...], bool, Array] | None = None,
 ) -> None:
     """Carry out a plan with the driver of its pattern.
 
@@ -69,7 +70,12 @@ def run(
         Whether a gradient tells the activation's derivative from y, else from x, the parameters and the residual.
     kept : ndarray or None
         Where a gradient also writes dy times that derivative.
+    counting : tuple or None
+        Where values do not all count alike: weights (float64, float32, bool or None) of x's shape, their extents and
+        strides, whether NaN is missing, and the sum of weights per channel, a contiguous ndarray of float64 that sums
+        of x are a result for and gradients read; see `bind_weights` in _plan.pyx.
     """
     _run[plan.pattern](
-        plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w, bend, by_output, kept
-    )
+        plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w, bend, by_output,
+        kept, counting,
+    )  # fmt: skip

@@ -10,6 +10,15 @@ def update_moving(
     divisor: float,
     momentum: float,
 ) -> None: ...
+def update_moving_counted(
+    moving_mean: NDArray[Any],
+    moving_variance: NDArray[Any],
+    mean: NDArray[Any],
+    variance: NDArray[Any],
+    counts: NDArray[Any],
+    ddof: float,
+    momentum: float,
+) -> None: ...
 def parameter_gradients(
     first: NDArray[Any],
     second: NDArray[Any],
@@ -32,3 +41,12 @@ def merge_moments(
 ) -> None: ...
 def merge_rows(rows: NDArray[Any]) -> NDArray[Any]: ...
 def add_rows(rows: NDArray[Any]) -> NDArray[Any]: ...
+def variance_counted(m2: NDArray[Any], counts: NDArray[Any], ddof: float, without: float) -> NDArray[Any]: ...
+def merge_moments_counted(
+    counts: NDArray[Any],
+    mean: NDArray[Any],
+    m2: NDArray[Any],
+    other_counts: NDArray[Any],
+    other_mean: NDArray[Any],
+    other_m2: NDArray[Any],
+) -> None: ...

@@ -6,6 +6,7 @@ import numpy as np
 from ._plan cimport bind_parameter
 from .job cimport Job, Parameter, blend, load, reciprocal_deviation, store, to_parameter_gradients
 from .moments cimport merge
+from .weights cimport merge_weighted
 
 cnp.import_array()
 
@@ -21,6 +22,27 @@ def update_moving(moving_mean, moving_variance, mean, variance, double divisor, 
     bind_parameter(&new_mean, mean)
     bind_parameter(&new_variance, variance)
     blend(&old_mean, &old_variance, &new_mean, &new_variance, moving_mean.shape[0], divisor, momentum)
+
+
+def update_moving_counted(moving_mean, moving_variance, mean, variance, double[::1] counts, double ddof, double momentum):
+    """The same where counts differ: a channel without any keeps what it has.
+
+    A count up to ddof leaves the batch variance as it is.
+    """
+    cdef Parameter old_mean, old_variance, new_mean, new_variance
+    cdef Py_ssize_t c
+    bind_parameter(&old_mean, moving_mean)
+    bind_parameter(&old_variance, moving_variance)
+    bind_parameter(&new_mean, mean)
+    bind_parameter(&new_variance, variance)
+    for c in range(counts.shape[0]):
+        if counts[c] > 0:
+            blend(&old_mean, &old_variance, &new_mean, &new_variance, 1,
+                  (counts[c] - ddof) / counts[c] if counts[c] > ddof else 1, momentum)
+        old_mean.data += old_mean.stride
+        old_variance.data += old_variance.stride
+        new_mean.data += new_mean.stride
+        new_variance.data += new_variance.stride
 
 
 def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):
@@ -127,3 +149,27 @@ def add_rows(rows):
             for i in range(parts.shape[1]):
                 total[i] += parts[r, i]
     return result
+
+
+def variance_counted(m2, double[::1] counts, double ddof, double without):
+    """m2 / (count - ddof) per channel, m2 / count where that is not positive, and another number where there is none."""
+    cdef Parameter source, target
+    cdef Py_ssize_t c
+    result = np.empty(m2.shape[0])
+    bind_parameter(&source, m2)
+    bind_parameter(&target, result)
+    for c in range(counts.shape[0]):
+        if counts[c] == 0:
+            store(&target, c, without)
+        else:
+            store(&target, c, load(&source, c, 0) / (counts[c] - ddof if counts[c] > ddof else counts[c]))
+    return result
+
+
+def merge_moments_counted(double[::1] counts, mean, m2, double[::1] other_counts, other_mean, other_m2):
+    """Merge a part into another in place where counts differ; all arrays contiguous float64."""
+    if counts.shape[0]:
+        merge_weighted(&counts[0], <double*> cnp.PyArray_DATA(<cnp.ndarray?> mean),
+                       <double*> cnp.PyArray_DATA(<cnp.ndarray?> m2), &other_counts[0],
+                       <double*> cnp.PyArray_DATA(<cnp.ndarray?> other_mean),
+                       <double*> cnp.PyArray_DATA(<cnp.ndarray?> other_m2), counts.shape[0])

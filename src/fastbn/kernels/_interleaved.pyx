@@ -19,14 +19,18 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from ._plan cimport Plan
+from ._plan cimport Plan, bind_weights
 from .convert cimport aligned, give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
-from .lanes cimport LANES, Form, apply_rows, fence, reduce_rows
+from .lanes cimport LANES, PRESENT, WEIGHTED, Form, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
+from .weights cimport (
+    EACH_WEIGHT, NO_WEIGHTS, ONE_WEIGHT, are_finite, from_weighted_sums, merge_weighted, take_weights, weigh_rows,
+    weight_at, weights_at,
+)
 
 cdef enum:
     BLOCK = 131072     # values of a block of rows: what a block costs beside its values is then less than a tenth
@@ -212,6 +216,166 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
     return g
 
 
+cdef inline bint dense_weights(const Job* job, const Cut* k) noexcept nogil:
+    """Whether the weights of a row's columns lie side by side."""
+    cdef Py_ssize_t size = job.weights.size
+    return (job.weights.data != NULL and (job.inner == 1 or job.weights.inner == size)
+            and (job.channels == 1 or job.weights.channel == job.inner * size)
+            and (k.positions == 1 or (job.weights.repeat >= job.outer and job.weights.minor == job.channels * job.inner * size)))
+
+
+cdef inline View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct, Py_ssize_t row, Py_ssize_t rows,
+                              Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
+    """The weights of some columns of some rows: in place, or as wide as arithmetic and padded with zeros."""
+    cdef View w
+    cdef Py_ssize_t m = whole(columns), width = job.channels * job.inner
+    cdef Py_ssize_t r, j, c, n, position
+    cdef const char* x
+    cdef floating* y
+    if direct:
+        w.data = <char*> weights_at(&job.weights, row * k.positions, 0, 0) + column * job.weights.size
+        w.stride = k.positions * job.weights.minor // <Py_ssize_t> sizeof(floating)
+        return w
+    w.data = <char*> buffer
+    w.stride = m
+    for r in range(rows):
+        y = buffer + r * m
+        if is_dense:
+            x = weights_at(&job.weights, (row + r) * k.positions, 0, 0) + column * job.weights.size
+            take_weights(&job.weights, x, job.weights.size, columns, y)
+        else:  # one position after the other, and of a position one channel after the other
+            position = (row + r) * k.positions + column // width
+            j = column % width
+            while y < buffer + r * m + columns:
+                n = min(width - j, <Py_ssize_t> (buffer + r * m + columns - y))
+                if job.weights.channel == 0 and (job.inner == 1 or job.weights.inner == 0):
+                    take_weights(&job.weights, weights_at(&job.weights, position, 0, 0), 0, n, y)
+                elif job.inner == 1:
+                    take_weights(&job.weights, weights_at(&job.weights, position, j, 0), job.weights.channel, n, y)
+                else:
+                    for c in range(n):
+                        y[c] = <floating> weight_at(&job.weights, weights_at(&job.weights, position, (j + c) // job.inner,
+                                                                             (j + c) % job.inner))
+                y += n
+                j = 0
+                position += 1
+        for j in range(columns, m):
+            buffer[r * m + j] = 0
+    return w
+
+
+cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint selects, double* total,
+                     double* first, double* second, const floating* typed) noexcept nogil:
+    """`sum_rows` of values that do not all count alike."""
+    cdef floating room[2 * STAGED + LANES]
+    cdef double weights_room[STAGED + LANES]
+    cdef floating* ub = aligned(room)
+    cdef floating* vb = ub + STAGED
+    cdef double* wb = aligned(<double*> weights_room)
+    cdef bint wide = job.weights.size == sizeof(double)
+    cdef bint dense_u = dense(job, k, &job.u), dense_v = job.reads_pair and dense(job, k, &job.v)
+    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
+    cdef bint dense_w = dense_weights(job, k)
+    cdef bint direct_w = dense_w and job.weights.size >= 4 and job.weights.repeat >= job.outer
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_w else 0
+    cdef Py_ssize_t most = CHUNK if dense_u and (dense_v or not job.reads_pair) else PIECE
+    cdef int spread = EACH_WEIGHT
+    cdef Py_ssize_t j, r, i, rows, n, m, step
+    cdef bint inside
+    cdef View u, v, w
+    cdef double one = 0
+    memset(total, 0, CHUNK * sizeof(double))
+    memset(first, 0, CHUNK * sizeof(double))
+    memset(second, 0, CHUNK * sizeof(double))
+    if job.weights.data == NULL:
+        spread = NO_WEIGHTS
+    elif not job.reads_pair and k.positions == 1 and job.weights.channel == 0 and (job.inner == 1 or job.weights.inner == 0):
+        spread = ONE_WEIGHT
+    w.data, w.stride = <char*> wb, 0
+    for step in range((t.rows + k.step - 1) // k.step):
+        r = step * k.step
+        rows = min(k.step, t.rows - r)
+        if spread == ONE_WEIGHT:
+            for i in range(rows):
+                wb[i] = weight_at(&job.weights, weights_at(&job.weights, t.row + r + i, 0, 0))
+                one += wb[i]
+        j = 0
+        while j < t.columns:
+            inside = j < width
+            n = min((width if inside else t.columns) - j, most)
+            m = whole(n)
+            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            v = u
+            if job.reads_pair:
+                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+            if spread == EACH_WEIGHT:
+                if wide:
+                    w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
+                else:
+                    w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, <float*> wb)
+            weigh_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, w.data, w.stride, wide, rows, k.ahead, m,
+                       p + j, job.reads_pair, spread, selects, job.omits, total + j, first + j, second + j)
+            j += n
+    if spread == ONE_WEIGHT and not job.omits:
+        for j in range(t.columns):
+            total[j] = one
+
+
+cdef void weigh_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* typed) noexcept nogil:
+    """`reduce_block` of moments of values that do not all count alike; the weights of parts lie behind their sums."""
+    cdef Tile t = tile_of(k, task)
+    cdef double p[CHUNK]
+    cdef double total[CHUNK]
+    cdef double first[CHUNK]
+    cdef double second[CHUNK]
+    cdef bint far[CHUNK]
+    cdef bint again = False
+    cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
+    cdef double* squares = part + k.columns
+    cdef double* totals = parts + (2 * k.blocks + task // k.chunks) * k.columns + t.column
+    cdef Py_ssize_t j
+    memset(p, 0, sizeof(p))
+    weigh_tile(job, k, &t, p, False, total, first, second, typed)
+    if not job.omits:
+        for j in range(t.columns):
+            again |= not are_finite(first[j], second[j])
+        if again:  # where all is finite that changes nothing
+            weigh_tile(job, k, &t, p, True, total, first, second, typed)
+    again = False
+    for j in range(t.columns):
+        totals[j] = total[j]
+        part[j] = first[j]
+        squares[j] = second[j]
+        far[j] = from_weighted_sums(0, total[j], part + j, squares + j)
+        again |= far[j]
+        p[j] = part[j]
+    if again:
+        weigh_tile(job, k, &t, p, True, total, first, second, typed)
+        for j in range(t.columns):
+            if far[j]:
+                part[j] = first[j]
+                squares[j] = second[j]
+                from_weighted_sums(p[j], total[j], part + j, squares + j)
+
+
+cdef void weigh_gradient(const Job* job, const Cut* k, const Tile* t, const double* q, double* part, double* squares,
+                         const floating* typed) noexcept nogil:
+    """Sum the columns again whose plain sums are not finite, now without what is missing."""
+    cdef double total[CHUNK]
+    cdef double first[CHUNK]
+    cdef double second[CHUNK]
+    cdef bint again = False
+    cdef Py_ssize_t j
+    for j in range(t.columns):
+        again |= not are_finite(part[j], squares[j])
+    if again:
+        weigh_tile(job, k, t, q, True, total, first, second, typed)
+        for j in range(t.columns):
+            if not are_finite(part[j], squares[j]):
+                part[j] = first[j]
+                squares[j] = second[j]
+
+
 cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
                    double* first, double* second, const floating* gates) noexcept nogil:
     """Both sums of every column of a tile."""
@@ -277,6 +441,9 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     cdef double* squares = part + k.columns
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
     cdef Py_ssize_t j, c, s
+    if job.weighs and not job.reads_pair:
+        weigh_block(job, k, task, parts, gates)
+        return
     memset(p, 0, sizeof(p))
     memset(q, 0, sizeof(q))
     if floating is double and not job.reads_pair:
@@ -320,6 +487,8 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
                 squares[j] = second[j]
                 if not job.reads_pair:
                     from_sums(p[j], t.rows, part + j, squares + j)
+    if job.weighs:
+        weigh_gradient(job, k, &t, q, part, squares, gates)
 
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
@@ -335,11 +504,13 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef bint dense_v = reads_v and dense(job, k, &job.v)
     cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
     cdef bint direct_y = dense_y and is_native(&job.y)
-    cdef bint dense_w = job.form.third and dense(job, k, &job.w)
-    cdef bint direct_w = dense_w and is_native(&job.w)
+    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT  # then w are weights
+    cdef bint dense_w = job.form.third and (dense_weights(job, k) if weighted else dense(job, k, &job.w))
+    cdef bint direct_w = dense_w and (job.weights.size == sizeof(floating) and job.weights.repeat >= job.outer
+                                      if weighted else is_native(&job.w))
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_y or direct_w else 0
     cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
-    if job.form.third and not dense_w:
+    if job.form.third and not dense_w and not weighted:
         most = PIECE
     cdef Py_ssize_t j, r, rows, n, step
     # Rows of y that start at whole lanes can be stored past the caches.
@@ -365,7 +536,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if job.gated:
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
-            if job.form.third:
+            if job.form.third and weighted:
+                w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
+            elif job.form.third:
                 w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
             scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.in_order, table + t.column + j, k.padded,
                   streams and direct)
@@ -381,6 +554,7 @@ cdef void merge_blocks(const Job* job, const Cut* k, Py_ssize_t j0, Py_ssize_t j
     cdef double* part
     cdef Py_ssize_t block, width
     cdef double count, done = min(k.height, k.rows)
+    cdef double* totals = parts + 2 * k.blocks * k.columns
     for block in range(1, k.blocks):
         part = parts + block * 2 * k.columns
         width = j1 - j0
@@ -390,6 +564,9 @@ cdef void merge_blocks(const Job* job, const Cut* k, Py_ssize_t j0, Py_ssize_t j
             count = 1
         if job.reads_pair:
             add(parts + j0, parts + k.columns + j0, part + j0, part + k.columns + j0, width)
+        elif job.weighs:
+            merge_weighted(totals + j0, parts + j0, parts + k.columns + j0, totals + block * k.columns + j0, part + j0,
+                           part + k.columns + j0, width)
         else:
             merge(done, parts + j0, parts + k.columns + j0, count, part + j0, part + k.columns + j0, width)
         done += count
@@ -399,6 +576,7 @@ cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c, const double*
     """The columns of a channel, in order, to job.first[c] and job.second[c]."""
     cdef Py_ssize_t i, s, j
     cdef double count, done = 0
+    cdef const double* totals = parts + 2 * k.blocks * k.columns
     for i in range(k.positions):
         for s in range(job.inner):
             j = (i * job.channels + c) * job.inner + s
@@ -406,8 +584,12 @@ cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c, const double*
             if done == 0:
                 job.first[c] = parts[j]
                 job.second[c] = parts[k.columns + j]
+                if job.weighs and not job.reads_pair:
+                    job.total[c] = totals[j]
             elif job.reads_pair:
                 add(job.first + c, job.second + c, parts + j, parts + k.columns + j, 1)
+            elif job.weighs:
+                merge_weighted(job.total + c, job.first + c, job.second + c, totals + j, parts + j, parts + k.columns + j, 1)
             else:
                 merge(done, job.first + c, job.second + c, count, parts + j, parts + k.columns + j, 1)
             done += count
@@ -501,7 +683,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef int status = NO_MEMORY
-    cdef double* parts = <double*> malloc(k.blocks * k.columns * 2 * sizeof(double)) if job.reduces else NULL
+    cdef Py_ssize_t sums = 3 if job.weighs else 2
+    cdef double* parts = <double*> malloc(k.blocks * k.columns * sums * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t size = 5 * (k.padded + job.channels)  # of a table; a second one is of the gate
     cdef floating* table = NULL
     cdef bint tabulates = job.applies or job.gated
@@ -521,11 +704,12 @@ cdef int do_any(const Job* job, bint wide) noexcept nogil:
 
 
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
-        w=None, bend=None, bint by_output=False, kept=None):
+        w=None, bend=None, bint by_output=False, kept=None, counting=None):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
               bend, by_output, kept)
+    bind_weights(&job, counting)
     cdef int status
     cdef bint wide = plan.wide
     with nogil:

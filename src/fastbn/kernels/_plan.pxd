@@ -44,4 +44,5 @@ cdef class Plan:
                   first, second, int threads, w, bend, bint by_output, kept) except -1
 
 
+cdef int bind_weights(Job* job, counting) except -1
 cdef int bind_parameter(Parameter* parameter, array) except -1

@@ -3,7 +3,7 @@ cimport numpy as cnp
 
 from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter
-from .lanes cimport BENT, SMOOTH, STRAIGHT, Form
+from .lanes cimport BENT, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form
 
 cnp.import_array()
 
@@ -90,6 +90,8 @@ cdef class Plan:
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL
         job.threads = threads
         job.interruptible = True
+        job.weighs = job.omits = False
+        job.weights.data = NULL
         return 0
 
 
@@ -98,6 +100,34 @@ cdef int bind_operand(Operand* operand, array, int kind, const Py_ssize_t* strid
     operand.data = <char*> cnp.PyArray_DATA(<cnp.ndarray?> array) if array is not None else NULL
     operand.kind, operand.size = kind, size
     operand.outer, operand.channel, operand.inner = strides[0] * size, strides[1] * size, strides[2] * size
+    return 0
+
+
+cdef int bind_weights(Job* job, counting) except -1:
+    """Let values count by weights, after `Plan.bind`; None leaves the job as it is.
+
+    counting is (weights or None, (repeat, and the distances major, minor, channel, inner), whether NaN is missing,
+    total); the weights are float64, float32 or bool. See `Weights` in job.pxd.
+    """
+    cdef cnp.ndarray array
+    if counting is None:
+        return 0
+    weights, form, omits, total = counting
+    job.weighs = True
+    job.omits = omits
+    job.total = <double*> cnp.PyArray_DATA(<cnp.ndarray?> total)
+    if weights is not None:
+        array = weights
+        job.weights.data = <char*> cnp.PyArray_DATA(array)
+        job.weights.size = cnp.PyArray_ITEMSIZE(array)
+        job.weights.kind = DOUBLE if job.weights.size == 8 else FLOAT if job.weights.size == 4 else UINT8
+        job.weights.repeat, job.weights.major, job.weights.minor, job.weights.channel, job.weights.inner = form
+    if job.reads_pair:
+        job.writes_pair = job.form.pair = True
+        job.form.third = weights is not None
+        job.form.bend = PRESENT if job.operation == FROZEN else WEIGHTED
+        job.form.numbers[0] = 0 if omits else 1
+        job.form.numbers[1] = job.form.numbers[2] = 0
     return 0
 
 

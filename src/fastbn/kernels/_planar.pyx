@@ -13,17 +13,22 @@ Parallel     over groups of neighbouring channels; where channels are few or lar
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport NAN
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from ._plan cimport Plan
+from ._plan cimport Plan, bind_weights
 from .convert cimport DOUBLE, FLOAT, aligned, give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
-from .lanes cimport LANES, apply_run, fence, reduce_run
+from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
+from .weights cimport (
+    EACH_WEIGHT, NO_WEIGHTS, ONE_WEIGHT, are_finite, from_weighted_sums, merge_weighted, take_weights, weigh_run,
+    weight_at, weights_at,
+)
 
 cdef enum:
     TILE = 4096            # values of a part at most: two such runs of float32 fill a 32 KB first level cache
@@ -277,6 +282,108 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
         part[1] = fold(second + c * LANES)
 
 
+cdef inline double* total_of(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c, double* parts) noexcept nogil:
+    """Where the weight of a part is: behind the sums of all parts."""
+    return parts + (2 * job.channels + c) * k.tiles + tile
+
+
+cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
+                     bint selects, double* parts, floating* buffer) noexcept nogil:
+    """`sum_tile` of values that do not all count alike."""
+    cdef double sums[3 * GROUP * LANES]
+    cdef double room[TILE + LANES]
+    cdef char* weights = <char*> aligned(<double*> room)
+    cdef double* first = sums + GROUP * LANES
+    cdef double* second = first + GROUP * LANES
+    cdef double* part
+    cdef Py_ssize_t n0 = tile // k.segments * k.images
+    cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
+    cdef Py_ssize_t s0 = tile % k.segments * k.length
+    cdef Py_ssize_t length = min(k.length, job.inner - s0)
+    cdef Py_ssize_t padded = max(length, <Py_ssize_t> LANES)
+    cdef bint direct = ready(&job.u, length, buffer)
+    cdef bint wide = job.weights.size == sizeof(double)
+    cdef bint each = job.weights.channel != 0  # channels have weights of their own
+    cdef int spread = EACH_WEIGHT
+    cdef const char* w = weights
+    cdef const char* at_w
+    cdef const floating* u
+    cdef const floating* v
+    cdef double one = 1
+    # Padding has no weight, or is missing, and its gradient is 0.
+    cdef floating pad = NAN if job.weights.data == NULL and not job.reads_pair else 0
+    cdef Py_ssize_t c, n, i, next_u = 0
+    if job.weights.data == NULL:
+        spread = NO_WEIGHTS
+    elif job.weights.inner == 0 and length >= LANES and not job.reads_pair:
+        spread = ONE_WEIGHT
+    memset(sums, 0, (c1 - c0) * LANES * sizeof(double))
+    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
+    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
+    for n in range(n0, n1):
+        for c in range(c1 - c0):
+            if spread != NO_WEIGHTS and (c == 0 or each):
+                at_w = weights_at(&job.weights, n, c0 + c, s0)
+                if spread == ONE_WEIGHT:
+                    one = weight_at(&job.weights, at_w)
+                elif job.weights.size >= 4 and job.weights.inner == job.weights.size and length >= LANES:
+                    w = at_w
+                elif wide:
+                    take_weights(&job.weights, at_w, job.weights.inner, length, <double*> weights)
+                    for i in range(length, LANES):
+                        (<double*> weights)[i] = 0
+                else:
+                    take_weights(&job.weights, at_w, job.weights.inner, length, <float*> weights)
+                    for i in range(length, LANES):
+                        (<float*> weights)[i] = 0
+            if spread == ONE_WEIGHT and one == 0:
+                continue
+            u = stage(&job.u, at(&job.u, n, c0 + c, s0), length, pad, buffer)
+            v = u
+            if job.reads_pair:
+                v = stage(&job.v, at(&job.v, n, c0 + c, s0), length, 0, buffer + TILE)
+            if direct and k.fetches:
+                next_u = job.u.channel if c < c1 - c0 - 1 else job.u.outer - c * job.u.channel
+                next_u //= <Py_ssize_t> sizeof(floating)
+            weigh_run(u, v, w, one, wide, padded, p[c], job.reads_pair, spread, selects, job.omits, c == 0 or each,
+                      next_u, sums + c * LANES, first + c * LANES, second + c * LANES)
+    for c in range(c1 - c0):
+        part = parts + ((c0 + c) * k.tiles + tile) * 2
+        part[0] = fold(first + c * LANES)
+        part[1] = fold(second + c * LANES)
+        total_of(job, k, tile, c0 + c, parts)[0] = fold(sums + (c * LANES if each or job.omits else 0))
+
+
+cdef void weigh_parts(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
+                      floating* buffer) noexcept nogil:
+    """`reduce_tile` of moments of values that do not all count alike."""
+    cdef double p[GROUP]
+    cdef double* part
+    cdef double* total
+    cdef Py_ssize_t c
+    memset(p, 0, sizeof(p))
+    weigh_tile(job, k, tile, c0, c1, p, False, parts, buffer)
+    for c in range(c1 - c0):
+        part = parts + ((c0 + c) * k.tiles + tile) * 2
+        total = total_of(job, k, tile, c0 + c, parts)
+        if not job.omits and not are_finite(part[0], part[1]):
+            weigh_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, True, parts, buffer)
+        if from_weighted_sums(0, total[0], part, part + 1):
+            p[c] = part[0]
+            weigh_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, True, parts, buffer)
+            from_weighted_sums(p[c], total[0], part, part + 1)
+
+
+cdef void merge_weighted_channel(const Job* job, const Cut* k, Py_ssize_t c, double* parts) noexcept nogil:
+    """`merge_channel` of weighted moments."""
+    cdef double* part = parts + c * k.tiles * 2
+    cdef double* total = total_of(job, k, 0, c, parts)
+    cdef Py_ssize_t tile
+    job.first[c], job.second[c], job.total[c] = part[0], part[1], total[0]
+    for tile in range(1, k.tiles):
+        merge_weighted(job.total + c, job.first + c, job.second + c, total + tile, part + 2 * tile, part + 2 * tile + 1, 1)
+
+
 cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
                       const floating* gates, floating* buffer) noexcept nogil:
     """One tile of channels c0..c1 to its parts."""
@@ -289,6 +396,9 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef double count = (min(n0 + k.images, job.outer) - n0) * (min(s0 + k.length, job.inner) - s0)
     cdef Py_ssize_t c
+    if job.weighs and not job.reads_pair:
+        weigh_parts(job, k, tile, c0, c1, parts, buffer)
+        return
     for c in range(c1 - c0):
         p[c] = 0
         q[c] = load(&job.mean, c0 + c, 0) if job.reads_pair else 0
@@ -310,13 +420,18 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
                 sum_tile(&rest, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, gates, buffer)
             else:
                 part[1] -= q[c] * part[0]
+        if job.weighs and not are_finite(part[0], part[1]):
+            weigh_tile(job, k, tile, c0 + c, c0 + c + 1, q + c, True, parts, buffer)
 
 
-cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, const double* parts) noexcept nogil:
+cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, double* parts) noexcept nogil:
     """The parts of a channel, in order, to job.first[c] and job.second[c]."""
     cdef const double* part = parts + c * k.tiles * 2
     cdef Py_ssize_t tile, images, length
     cdef double count, done
+    if job.weighs and not job.reads_pair:
+        merge_weighted_channel(job, k, c, parts)
+        return
     job.first[c] = part[0]
     job.second[c] = part[1]
     done = min(k.images, job.outer) * k.length
@@ -404,6 +519,34 @@ cdef void apply_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
             c += m
 
 
+cdef void apply_weighted_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1,
+                              const floating* table, floating* buffer) noexcept nogil:
+    """`apply_tile` of a gradient whose third operand are weights."""
+    cdef Py_ssize_t n0 = tile // k.segments * k.images
+    cdef Py_ssize_t s0 = tile % k.segments * k.length
+    cdef Py_ssize_t length = min(k.length, job.inner - s0)
+    cdef Job near = job[0]
+    cdef floating* weights = buffer + 2 * TILE
+    cdef bint direct = (ready(&job.u, length, table) and ready(&job.v, length, table) and ready(&job.y, length, table))
+    # As wide as arithmetic, and side by side: then they are read where they are.
+    cdef bint unstaged = (job.form.third and job.weights.size == sizeof(floating)
+                          and job.weights.inner == sizeof(floating) and length >= LANES)
+    cdef const char* w = <const char*> weights
+    cdef Py_ssize_t c, n
+    near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
+    if not is_native(&job.y):
+        near.w.kind = FLOAT
+    for n in range(n0, min(n0 + k.images, job.outer)):
+        for c in range(c0, c1):
+            if unstaged:
+                w = weights_at(&job.weights, n, c, s0)
+            elif job.form.third and (c == c0 or job.weights.channel != 0):
+                take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, length, weights)
+            apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), length, table[c],
+                      table[job.channels + c], table[2 * job.channels + c], table[3 * job.channels + c],
+                      table[4 * job.channels + c], buffer)
+
+
 cdef enum Step:
     REDUCE
     APPLY
@@ -423,6 +566,8 @@ cdef void do_tiles(const Job* job, const Cut* k, Step step, Py_ssize_t t0, Py_ss
             for i in range(t, end):
                 if step == REDUCE:
                     reduce_tile(job, k, i, c, min(c + group, c1), parts, table + 5 * job.channels, buffer)
+                elif job.form.bend == WEIGHTED or job.form.bend == PRESENT:
+                    apply_weighted_tile(job, k, i, c, min(c + group, c1), table, buffer)
                 else:
                     apply_tile(job, k, i, c, min(c + group, c1), table, buffer)
             c += group
@@ -509,7 +654,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef int status = NO_MEMORY
-    cdef double* parts = <double*> malloc(job.channels * k.tiles * 2 * sizeof(double)) if job.reduces else NULL
+    cdef Py_ssize_t sums = 3 if job.weighs else 2
+    cdef double* parts = <double*> malloc(job.channels * k.tiles * sums * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t tables = 10 if job.gated else 5  # the second is of the gate
     cdef bint tabulates = job.applies or job.gated
     cdef floating* table = <floating*> malloc(job.channels * tables * sizeof(floating)) if tabulates else NULL
@@ -527,11 +673,12 @@ cdef int do_any(const Job* job, bint wide) noexcept nogil:
 
 
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
-        w=None, bend=None, bint by_output=False, kept=None):
+        w=None, bend=None, bint by_output=False, kept=None, counting=None):
     """Carry out a plan. Every array was checked; those an operation does not use are None."""
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
               bend, by_output, kept)
+    bind_weights(&job, counting)
     cdef int status
     cdef bint wide = plan.wide
     with nogil:

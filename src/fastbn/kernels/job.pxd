@@ -1,6 +1,6 @@
 """What a driver is told: operands, parameters, and the formula that turns a channel's numbers into coefficients."""
 from cython cimport floating
-from libc.math cimport sqrt
+from libc.math cimport INFINITY, sqrt
 
 from .lanes cimport Form
 
@@ -29,6 +29,17 @@ cdef struct Parameter:
     bint wide          # float64, else float32
 
 
+cdef struct Weights:
+    # How much every value counts in the statistics.
+    char* data         # NULL: all alike
+    int kind           # FLOAT, DOUBLE or UINT8: see convert.pxd
+    Py_ssize_t size    # bytes of a weight
+    # Distances in bytes. An outer index i goes i // repeat times the first and i % repeat times the second, so that
+    # weights of images need not be repeated for their positions.
+    Py_ssize_t repeat, major, minor
+    Py_ssize_t channel, inner
+
+
 cdef struct Job:
     Operation operation
     bint reduces, applies
@@ -46,6 +57,10 @@ cdef struct Job:
     double epsilon
     double* first   # per channel: mean, or sum(dy)
     double* second  # per channel: m2, or sum(dy * (x - mean))
+    bint weighs     # values count by weights, or not at all where they are missing: see weights.pxd
+    bint omits      # NaN is missing
+    Weights weights
+    double* total   # per channel: sum of weights; found by sums of x, given to the gradient
     int threads
     bint interruptible  # whether to look for signals between waves, which takes the GIL
 
@@ -142,6 +157,16 @@ cdef inline void load_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, double
             values[i] = (<const float*> (data + i * p.stride))[0]
 
 
+cdef inline void weighted_counts(const Job* job, Py_ssize_t c, Py_ssize_t n, double* counts, double* variance) noexcept nogil:
+    """What stands for the count: the weights. Without any a channel is as if its variance were infinite: it gives beta."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        counts[i] = job.total[c + i]
+        if counts[i] == 0:
+            counts[i] = 1
+            variance[i] = INFINITY
+
+
 cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t stride,
                               floating* table) noexcept nogil:
     """The numbers of channels c0..c1 for *apply*, as [p, a, shift, q, b][channel] with that many channels in a row.
@@ -154,6 +179,7 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
     cdef double[BATCH] scale
     cdef double[BATCH] beta
     cdef double[BATCH] gamma
+    cdef double[BATCH] counts
     cdef double k, slope
     cdef double count = 1 if job.operation == POOLED else <double> job.outer * <double> job.inner
     cdef Py_ssize_t c = c0, i, n
@@ -169,13 +195,20 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
         shift = a + stride
         q = shift + stride
         b = q + stride
+        for i in range(n):
+            counts[i] = count
         if job.operation == TRAIN:
             for i in range(n):
                 mean[i] = job.first[c + i]
-                scale[i] = job.second[c + i] / count
+                scale[i] = job.second[c + i]
         else:
             load_all(&job.mean, c, n, 0, mean)
             load_all(&job.variance, c, n, 1, scale)
+        if job.weighs:
+            weighted_counts(job, c, n, counts, scale)
+        if job.operation == TRAIN:
+            for i in range(n):
+                scale[i] = scale[i] / counts[i]
         load_all(&job.gamma, c, n, 1, gamma)
         for i in range(n):
             scale[i] = reciprocal_deviation(scale[i], job.epsilon)
@@ -187,10 +220,10 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
             # dx = gamma r (dy - sum(dy) / m - (x - mean) r dgamma / m); never r^3, which data far from 1 would take
             # out of range
             for i in range(n):
-                k = job.first[c + i] / count
-                slope = -scale[i] * (job.second[c + i] / count * scale[i])
+                k = job.first[c + i] / counts[i]
+                slope = -scale[i] * (job.second[c + i] / counts[i] * scale[i])
                 a[i] = <floating> (gamma[i] * scale[i])
-                p[i] = <floating> k
+                p[i] = <floating> (0 if job.weighs else k)
                 q[i] = <floating> mean[i]
                 b[i] = <floating> slope
                 shift[i] = <floating> (-(k - p[i]) - (mean[i] - q[i]) * slope)

@@ -60,6 +60,8 @@ cdef enum Bend:
     STRAIGHT  # no activation
     BENT      # between lo and hi unless those are NaN, then times a slope where not positive; numbers: lo, hi, slope
     SMOOTH    # z * sigmoid(k1 z + k3 z^3); numbers: k1, k3
+    WEIGHTED  # none, but the gradient where x counts by w (1 without), or is missing; numbers: 0 if NaN is missing, else 1
+    PRESENT   # the same where the statistics were constants
 
 
 cdef struct Form:
@@ -259,10 +261,26 @@ cdef inline pack smooth(pack z, pack k1, pack k3, pack dy, bint gate) noexcept n
     return low * sigmoid
 
 
+cdef inline pack counted(pack u, pack v, pack w, pack a, pack c, pack q, pack b, pack kept, bint frozen) noexcept nogil:
+    """The gradient (u + w * ((v - q) * b + c)) * a of weighted statistics; 0 where v is missing.
+
+    Missing is what has no weight and is not finite. What has none is selected out, never multiplied. a is NaN where a NaN
+    counted.
+    """
+    cdef pack zero = splat(0, u)
+    cdef pack z = u
+    w = select(v, v, w, w * kept)
+    if not frozen:
+        z = u + select(w, zero, zero, w * ((v - q) * b + c))
+    return select(w, zero, select(v - v, zero, z, zero), z) * a
+
+
 cdef inline pack scaled(const pack* u, const pack* v, const pack* w, pack p, pack a, pack c, pack q, pack b, pack k0,
                         pack k1, pack k2, bint pair, bint third, int bend) noexcept nogil:
     """The formula of *apply*, the only place where it stands."""
     cdef pack z
+    if bend == WEIGHTED or bend == PRESENT:
+        return counted(u[0], v[0], w[0] if third else splat(1, p), a, c, q, b, k0, bend == PRESENT)
     if pair and bend == STRAIGHT:
         return ((u[0] - p) + ((v[0] - q) * b + c)) * a
     if pair:
@@ -363,6 +381,24 @@ cdef inline void apply_run(const floating* u, const floating* v, const floating*
             run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, BENT, True)
         else:
             run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, BENT, False)
+    elif f.bend == WEIGHTED:
+        if f.third and stream:
+            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, WEIGHTED, True)
+        elif f.third:
+            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, WEIGHTED, False)
+        elif stream:
+            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, WEIGHTED, True)
+        else:
+            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, WEIGHTED, False)
+    elif f.bend == PRESENT:
+        if f.third and stream:
+            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, PRESENT, True)
+        elif f.third:
+            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, PRESENT, False)
+        elif stream:
+            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, PRESENT, True)
+        else:
+            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, PRESENT, False)
     elif f.pair:
         if f.third:
             run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, SMOOTH, False)
@@ -477,6 +513,24 @@ cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v,
             rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, BENT, True)
         else:
             rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, BENT, False)
+    elif f.bend == WEIGHTED:
+        if f.third and stream:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, WEIGHTED, True)
+        elif f.third:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, WEIGHTED, False)
+        elif stream:
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, WEIGHTED, True)
+        else:
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, WEIGHTED, False)
+    elif f.bend == PRESENT:
+        if f.third and stream:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, PRESENT, True)
+        elif f.third:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, PRESENT, False)
+        elif stream:
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, PRESENT, True)
+        else:
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, PRESENT, False)
     elif f.pair:
         if f.third:
             rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, SMOOTH, False)

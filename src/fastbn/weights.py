@@ -1,0 +1,195 @@
+"""How much values count: what `mask`, `sample_weight` and `nan_policy` come to, and counts that differ by channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks
+from .errors import must
+
+Array = NDArray[Any]
+Count = int | float | Array
+
+NAN_POLICIES: Final = ("propagate", "omit", "raise")
+# Beyond these, sums of weights times values could leave the range of the data's type: the weights are scaled then.
+_SMALL, _LARGE = 2.0**-40, 2.0**40
+
+
+class Weights(NamedTuple):
+    """How much every value of a batch counts in its statistics.
+
+    Attributes
+    ----------
+    array : ndarray or None
+        float64, float32, uint8 or bool, of x's shape, with stride 0 along axes on which it does not depend; None where
+        all values count alike.
+    omits : bool
+        Whether NaN is missing.
+    scale : float
+        The power of two that `array` is to be multiplied by to have the weights that were given.
+    whole : bool
+        Whether sums of the weights are counts of values.
+    """
+
+    array: Array | None
+    omits: bool
+    scale: float = 1.0
+    whole: bool = True
+
+    def counts(self, total: Array) -> Array:
+        """Return sums of `array`, per channel, as int64 counts of values or as sums of the weights given."""
+        return total.astype(np.int64) if self.whole else total * self.scale
+
+    def keep_apart(self, out: Array) -> None:
+        """Refuse to write where the weights are, which are read in another order."""
+        checks.apart(out, "out", **{"mask or sample_weight": self.array})
+
+    def of(self, rows: slice) -> Weights:
+        """Return the weights of some rows, the first axis of x."""
+        return self if self.array is None else self._replace(array=self.array[rows])
+
+
+def is_plain(mask: Any, sample_weight: Any, nan_policy: Any) -> bool:
+    """Whether every value counts alike, and nothing is to be checked."""
+    return mask is None and sample_weight is None and type(nan_policy) is str and nan_policy == "propagate"
+
+
+def resolved(mask: Any, sample_weight: Any, nan_policy: Any, x: Array, axes: tuple[int, ...]) -> Weights | None:
+    """Check weights of a batch; None where every value counts alike.
+
+    Parameters
+    ----------
+    mask, sample_weight, nan_policy
+        As in `batch_norm`. What nan_policy="raise" asks for is left to `fastbn.passes.refuse_nan`.
+    x : ndarray
+        Checked data.
+    axes : tuple of ints
+        Its channel axes.
+
+    Returns
+    -------
+    Weights or None
+        What both say together.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit, or nan_policy is no string.
+    ValueError
+        If a shape does not fit, a weight is negative or not finite, or nan_policy is unknown.
+    """
+    policy = checks.one_of(nan_policy, "nan_policy", NAN_POLICIES)
+    omits = policy == "omit" and x.dtype.kind not in "iu"
+    if mask is None and sample_weight is None:
+        return Weights(None, True) if omits else None
+    kept = None if mask is None else spread(_mask(mask), "mask", x.shape, axes)
+    if sample_weight is None:
+        assert kept is not None
+        return Weights(np.broadcast_to(kept, x.shape), omits)
+    weights, scale = _weights(sample_weight)
+    weights = spread(weights, "sample_weight", x.shape, axes)
+    if kept is not None:
+        weights = np.where(kept, weights, weights.dtype.type(0))
+    return Weights(np.broadcast_to(weights, x.shape), omits, scale, False)
+
+
+def given(mask: Any, sample_weight: Any) -> dict[str, Array]:
+    """Return checked weights as arrays by the names they were given under."""
+    named = {"mask": mask, "sample_weight": sample_weight}
+    return {name: checks.as_array(value, name) for name, value in named.items() if value is not None}
+
+
+def _mask(value: Any) -> Array:
+    array = checks.as_array(value, "mask")
+    if array.dtype != np.bool_:
+        raise TypeError(must("mask", "have dtype bool", array.dtype))
+    return array
+
+
+def _weights(value: Any) -> tuple[Array, float]:
+    """Return checked weights of a type that kernels know, and the power of two they were divided by."""
+    array = checks.as_array(value, "sample_weight")
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    half = array.dtype.name == "bfloat16" or (kind == "f" and size == 2)
+    if not half and (kind not in "biuf" or size > 8):
+        raise TypeError(must("sample_weight", "have a bool, integer or real dtype of at most 64 bits", array.dtype))
+    if kind == "b" or array.dtype == np.uint8:
+        return array, 1.0
+    exact = half or (kind in "iu" and size <= 2) or (kind == "f" and size == 4)  # in float32
+    array = np.require(array, np.float32 if exact else np.float64, "A")
+    if not array.size:
+        return array, 1.0
+    low, high = _range(array)
+    if not (low >= 0 and high < math.inf):
+        raise ValueError(must("sample_weight", "be finite and not negative", high if low >= 0 else low))
+    if high == 0 or _SMALL <= high <= _LARGE:
+        return array, 1.0
+    exponent = math.frexp(high)[1] - 1
+    return np.ldexp(array.astype(np.float64), -exponent), math.ldexp(1.0, exponent)
+
+
+def _range(array: Array) -> tuple[float, float]:
+    """Return bounds of float32 or float64 values; the lower one is 0 where none is negative."""
+    if array.flags.c_contiguous:  # bits of numbers that are not negative are in order: one pass, not two
+        high = array.view(f"u{array.itemsize}").max()[None].view(array.dtype)[0]
+        if 0 <= high < math.inf and not np.signbit(high):
+            return 0.0, float(high)
+    return float(array.min()), float(array.max())
+
+
+def spread(array: Array, name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """Return an array per sample, position or value with as many axes as x has, 1 long where it says nothing."""
+    positions = tuple(1 if a in axes else n for a, n in enumerate(shape))
+    allowed = {shape: shape, positions: positions, tuple(n for a, n in enumerate(shape) if a not in axes): positions}
+    if len(shape) > 1 and 0 not in axes:
+        allowed[shape[:1]] = (shape[0], *(1 for _ in shape[1:]))
+    if array.shape not in allowed:
+        per_sample = f"{shape[:1]} per sample, " if len(shape) > 1 and 0 not in axes else ""
+        short = tuple(n for a, n in enumerate(shape) if a not in axes)
+        words = f"have shape {per_sample}{short} or {positions} per position, or {shape} per value"
+        raise ValueError(must(name, words, array.shape))
+    return array.reshape(allowed[array.shape])
+
+
+# -- counts ----------------------------------------------------------------------------------------------------------
+
+
+def tidy(count: Count) -> Count:
+    """Return one number for counts that are the same in all channels."""
+    if isinstance(count, np.ndarray) and (not count.size or (count == count[0]).all()):
+        return count[0].item() if count.size else 0
+    return count
+
+
+def per_channel(count: Count, channels: int) -> Array:
+    """Return counts as a contiguous float64 array."""
+    return np.array(np.broadcast_to(count, (channels,)), np.float64)
+
+
+def described(count: Count) -> str:
+    """Return a count in words."""
+    if isinstance(count, np.ndarray):
+        low, high = count.min(), count.max()
+        return f"{low} to {high} values each" if count.dtype.kind == "i" else f"weights of {low:.7g} to {high:.7g}"
+    return f"{count} values each" if isinstance(count, int) else f"weights of {count:.7g}"
+
+
+def checked_count(value: Any, channels: int, name: str = "count") -> Count:
+    """Return a count of values, a sum of weights, or an array of either per channel."""
+    if not isinstance(value, np.ndarray | list | tuple):
+        if isinstance(value, float | np.floating):
+            return checks.real(float(value), name, 0.0, math.inf, "finite and at least 0")
+        return checks.count(value, name)
+    array = checks.as_array(value, name)
+    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+        raise TypeError(must(name, "be integers or real numbers", array.dtype))
+    if array.shape != (channels,):
+        raise ValueError(must(name, f"have shape {(channels,)}", array.shape))
+    array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+    if not (np.isfinite(array) & (array >= 0)).all():
+        raise ValueError(must(name, "be finite and at least 0", array.min()))
+    return tidy(array)
