@@ -251,7 +251,8 @@ UPDATE = [
     ({"ddof": 1}, ValueError, "count"),
     ({"ddof": 3, "count": 5}, ValueError, "ddof must be 0 or 1, got 3"),
     ({"ddof": 1, "count": -1}, ValueError, "count must be"),
-    ({"ddof": 1, "count": 1.5}, TypeError, "count must be"),
+    ({"ddof": 1, "count": "many"}, TypeError, "count must be"),
+    ({"ddof": 1, "count": -1.5}, ValueError, "count must be finite and at least 0, got -1.5"),
 ]
 
 

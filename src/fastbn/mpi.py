@@ -185,7 +185,7 @@ class BatchNorm(layer.BatchNorm):
                 self.batches += 1
             elif pooled.count and learns:
                 self._learn(self._arrays, batch)
-        self._last.cache = _Pooled(cache, pooled.count)
+        self._last.cache = _Pooled(cache, int(pooled.count))
         return y
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:

@@ -45,7 +45,7 @@ def refuse_failed(rows: Array) -> None:
 
 def to_row(part: Moments) -> Array:
     """Return what a rank sends of its part: count, means, m2, as one vector of float64."""
-    return np.concatenate(([part.count], part.mean, part.m2))
+    return np.concatenate((np.full(1, part.count, np.float64), part.mean, part.m2))
 
 
 def merged(rows: Array) -> Moments:

@@ -203,7 +203,7 @@ def backward(
     dx = empty_like(x)
     source, gradient, target = array(x), array(dy), array(dx)
     order, axis = in_order(source)
-    kept: dict[str, Array] = {}
+    kept: dict[str, Any] = {}
     for name, tensor in (("y", y), ("residual", residual)):
         if tensor is not None:
             kept[name] = array(tensor) if order is None else array(tensor).transpose(order)

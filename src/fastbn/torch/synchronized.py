@@ -194,7 +194,7 @@ class _Synchronized(torch.autograd.Function):
             ),
         )
         if running[0] is not None and running[1] is not None:
-            bridge.update(running[0], running[1], pooled.mean, variance, pooled.count, momentum)
+            bridge.update(running[0], running[1], pooled.mean, variance, int(pooled.count), momentum)
         ctx.save_for_backward(x, weight)
         ctx.mean, ctx.variance, ctx.count, ctx.eps, ctx.group = pooled.mean, variance, pooled.count, eps, group
         ctx.bias_type = None if bias is None else bias.dtype
