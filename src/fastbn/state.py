@@ -27,7 +27,7 @@ __all__ = ["atomic_file", "check_statistics", "read_kind", "read_state", "write_
 
 FORMAT = "fastbn"
 VERSION = 1
-KINDS = ("batch_norm", "moments")
+KINDS = ("batch_norm", "moments", "variables")
 
 _HEADER = "header"
 _HEADER_KEYS = ("format", "version", "kind", "fastbn", "fields", "arrays")

@@ -1,0 +1,155 @@
+"""What the layers of TensorFlow 1 compute, by the core: normalize now, and hand out the updates for later."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import averages, checks, composite, functional, modes
+from .. import layout as layouts
+from ..composite import Batch, Composite
+from ..errors import must
+from ..options import Options
+from ..passes import Cache
+from ._graph import Variable
+
+Array = NDArray[Any]
+Action = tuple[Variable, Callable[[], None]]
+
+# What an update of the mean writes; that of the variance writes the other variables.
+_OF_MEAN = ("moving_mean", "renorm_mean", "renorm_mean_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a layer normalizes."""
+
+    axes: tuple[int, ...]  # ascending, not negative
+    momentum: float
+    epsilon: float
+    ddof: int
+    options: Options
+    activation: Any = None
+
+
+def normalize(
+    x: Array,
+    settings: Settings,
+    variables: Mapping[str, Variable],
+    mode: modes.Mode,
+    sample_weight: Array | None = None,
+) -> tuple[Array, Cache | Composite, list[Action]]:
+    """Normalize a batch.
+
+    Parameters
+    ----------
+    x : ndarray
+        The batch, checked.
+    settings : Settings
+        How.
+    variables : mapping
+        By their names in the layer: moving_mean and moving_variance; as far as there are such, gamma and beta, the
+        averages of batch renormalization, and biased and local_step of a debiased mean.
+    mode : {"train", "batch", "inference"}
+        As in `fastbn.modes`.
+    sample_weight : ndarray, optional
+        Of the shape that the core broadcasts to x.
+
+    Returns
+    -------
+    y : ndarray
+        The result.
+    cache : Cache or Composite
+        For the gradient.
+    updates : list of (Variable, callable)
+        In mode "train", what will move the mean and the variance by this batch. Each reads its variables when called.
+    """
+    axes, options = settings.axes, settings.options
+    shape = layouts.channel_shape(x.shape, axes)
+    arrays = {n: v.value.reshape(shape) if v.value.size == np.prod(shape) else v.value for n, v in variables.items()}
+    for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+        if name in arrays and arrays[name].shape != shape:
+            raise ValueError(must("inputs", f"have {arrays[name].size} channels, as {variables[name].op_name}", shape))
+    gamma, beta = arrays.get("gamma"), arrays.get("beta")
+    if mode == "inference":
+        y, cache = functional.batch_norm_forward(
+            x,
+            gamma=gamma,
+            beta=beta,
+            moving_mean=arrays["moving_mean"],
+            moving_variance=arrays["moving_variance"],
+            epsilon=settings.epsilon,
+            axis=axes,
+            activation=settings.activation,
+        )
+        return y, cache, []
+    renormalizer = options.renormalizer()
+    correction = None
+    if renormalizer is not None:
+        before = {name: variables[name].value.copy() for name in renormalizer.names}
+        correction = partial(renormalizer.correction, before, epsilon=settings.epsilon)
+    with np.errstate(all="ignore"):
+        y, last, batch = composite.forward(
+            x,
+            gamma=gamma,
+            beta=beta,
+            epsilon=settings.epsilon,
+            axis=axes,
+            layout=None,
+            ddof=settings.ddof,
+            activation=settings.activation,
+            residual=None,
+            out=None,
+            groups=options.groups(x, axes, None),
+            correction=correction,
+            adjustment=options.adjusted(x, axes, None),
+        )
+    if mode != "train" or not x.size:
+        return y, last, []
+    return y, last, _updates(settings, variables, batch)
+
+
+def _updates(settings: Settings, variables: Mapping[str, Variable], batch: Batch) -> list[Action]:
+    mean, variance = variables["moving_mean"], variables["moving_variance"]
+    if settings.options.renorm:
+        both = partial(_renormalize, settings, variables, batch)
+        return [(mean, partial(both, of_mean=True)), (variance, partial(both, of_mean=False))]
+    if settings.options.zero_debias:
+        move_mean: Callable[[], None] = partial(_move_debiased, settings, variables, batch.statistics.mean)
+    else:
+        move_mean = partial(averages.blend, mean.value, batch.statistics.mean, settings.momentum)
+    return [(mean, move_mean), (variance, partial(averages.blend, variance.value, batch.variance, settings.momentum))]
+
+
+def _renormalize(settings: Settings, variables: Mapping[str, Variable], batch: Batch, *, of_mean: bool) -> None:
+    """Carry out one half of the update of batch renormalization: the core does both, here on copies."""
+    renormalizer = settings.options.renormalizer()
+    assert renormalizer is not None
+    names = ("moving_mean", "moving_variance", *renormalizer.names)
+    new = {name: variables[name].value.copy() for name in names}
+    renormalizer.update(
+        new, new["moving_mean"], new["moving_variance"], batch.statistics, settings.epsilon, settings.momentum, None
+    )
+    for name in names:
+        if (name in _OF_MEAN) == of_mean:
+            variables[name].value[...] = new[name]
+
+
+def _move_debiased(settings: Settings, variables: Mapping[str, Variable], value: Array) -> None:
+    step = variables["local_step"].value
+    share = averages.share(settings.momentum, int(step), zero_debias=True)
+    averages.blend(variables["biased"].value, value, settings.momentum)
+    averages.blend(variables["moving_mean"].value, value, share)
+    step[...] = int(step) + 1
+
+
+def backward(dy: Any, cache: Cache | Composite) -> tuple[Array, ...]:
+    """Return dx, dgamma and dbeta."""
+    if isinstance(cache, Composite):
+        return cache.backward(checks.as_array(dy, "dy"), None)
+    return functional.batch_norm_backward(dy, cache)

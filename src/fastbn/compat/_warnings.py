@@ -1,0 +1,54 @@
+"""The two mistakes of TensorFlow 1's users: statistics that nothing reached, and updates that nobody ran."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from ..errors import PendingUpdatesWarning, UntrainedWarning
+from ._graph import Update, Variable
+
+
+def at_inference(moving_mean: Variable, moving_variance: Variable) -> None:
+    """Warn where a call normalizes with moving statistics that are not what the user takes them for."""
+    pending = len(moving_mean._pending)
+    if moving_mean._warned:
+        return
+    # One update may wait after others have run: a training step whose updates are yet to come.
+    if pending > 1 or (pending and not moving_mean._written):
+        moving_mean._warned = True
+        _warn(
+            f"{moving_mean.name} is used, and {pending} updates of it wait in a collection. Carry them out after each "
+            'training call: `for update in get_collection("update_ops"): update()`.',
+            PendingUpdatesWarning,
+        )
+    elif not pending and not moving_mean._written and _untouched(moving_mean, moving_variance):
+        moving_mean._warned = True
+        _warn(
+            f"{moving_mean.name} and {moving_variance.name} are used, which no batch has reached: mean 0, variance 1. "
+            "Call with training=True first, with the same variables, or restore them.",
+            UntrainedWarning,
+        )
+
+
+def repeated(update: Update) -> None:
+    """Warn where an update that was carried out is called again while newer ones wait."""
+    waiting = len(update.variable._pending)
+    if waiting:
+        _warn(
+            f"{update.name} was carried out before, and {waiting} newer updates of {update.variable.name} wait. Ask "
+            'get_collection("update_ops") again after each training call.',
+            PendingUpdatesWarning,
+        )
+
+
+def _untouched(mean: Variable, variance: Variable) -> bool:
+    return bool(mean.value.size) and not mean.value.any() and bool((variance.value == 1).all())
+
+
+def _warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called the library, however deep the call went in it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastbn."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
