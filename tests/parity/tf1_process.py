@@ -64,7 +64,11 @@ def load():
         from tensorflow.contrib.layers import batch_norm
 
         return tensorflow, batch_norm
-    # tf_slim was written for TensorFlow 2.3: two names have moved since.
+    # tf_slim was written for TensorFlow 2.3: some names have moved since.
+    import tf_keras.src.legacy_tf_layers.normalization as moved
+
+    sys.modules["tf_keras.legacy_tf_layers.normalization"] = moved
+    sys.modules["tf_keras.legacy_tf_layers"] = sys.modules["tf_keras.src.legacy_tf_layers"]
     from tensorflow.python.framework import ops, tensor
     from tensorflow.python.ops import cond, control_flow_ops
 
@@ -85,6 +89,8 @@ def answer(tf, contrib, request):
         if request.get("adjustment") is not None:
             scale, bias = (v.astype(np.float32) for v in request["adjustment"])
             kwargs["adjustment"] = lambda shape: (tf.constant(scale), tf.constant(bias))
+        if kwargs.get("updates_collections") == tf.GraphKeys.UPDATE_OPS:
+            kwargs["updates_collections"] = tf.GraphKeys.UPDATE_OPS  # contrib compares by identity
         shape = list(request["batches"][0][0].shape)
         x = tf.placeholder(tf.float32, shape)
         dy = tf.placeholder(tf.float32, shape)
