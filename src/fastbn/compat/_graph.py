@@ -593,10 +593,10 @@ def constant_initializer(value: ArrayLike = 0.0) -> Initializer:
 
     Returns
     -------
-    callable
+    ndarray
         For the initializers of variables.
     """
-    return lambda shape, dtype: np.array(value)
+    return np.array(value)
 
 
 def global_variables(scope: str | None = None) -> list[Variable]:

@@ -1,0 +1,400 @@
+"""fastbn.compat.tf_contrib and fastbn.compat.tf_nn: names, paths, collections, primitives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import PendingUpdatesWarning, UntrainedWarning
+from fastbn.compat import tf_contrib, tf_nn
+from fastbn.compat import tf_layers as tf
+
+f32 = np.float32
+
+
+@pytest.fixture(autouse=True)
+def graph():
+    tf.reset_default_graph()
+    yield
+    tf.reset_default_graph()
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(1, 2, (8, 3)).astype(f32)
+
+
+@pytest.fixture
+def image(rng):
+    return rng.normal(1, 2, (4, 2, 3, 5)).astype(f32)
+
+
+def names(key="variables"):
+    return [v.name for v in tf.get_collection(key)]
+
+
+def value(name):
+    (variable,) = tf.global_variables(name)
+    return variable.value
+
+
+# -- names and defaults ------------------------------------------------------------------------------------
+
+
+def test_names_and_defaults(x):
+    for _ in range(2):
+        tf_contrib.batch_norm(x)
+    assert names() == [
+        f"BatchNorm{n}/{v}:0" for n in ("", "_1") for v in ("beta", "moving_mean", "moving_variance")
+    ]
+    assert names("model_variables") == names()
+    assert names("trainable_variables") == ["BatchNorm/beta:0", "BatchNorm_1/beta:0"]
+    assert [u.name for u in tf.get_collection("update_ops")][:2] == [
+        "BatchNorm/AssignMovingAvg:0",
+        "BatchNorm/AssignMovingAvg_1:0",
+    ]
+    for update in tf.get_collection("update_ops", "BatchNorm/"):
+        update()
+    np.testing.assert_allclose(value("BatchNorm/moving_mean"), 0.001 * x.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        value("BatchNorm/moving_variance"), 0.999 + 0.001 * x.var(0, ddof=1), rtol=1e-6
+    )  # rank 2 is fused
+
+
+def test_the_layers_own_order_of_names(image):
+    tf_contrib.batch_norm(image, scale=True)  # the path through tf.layers
+    tf_contrib.batch_norm(image, scale=True, updates_collections=None)
+    assert names()[::4] == ["BatchNorm/gamma:0", "BatchNorm_1/beta:0"]
+    assert [u.name for u in tf.get_collection("update_ops")] == [
+        "BatchNorm/AssignMovingAvg",
+        "BatchNorm/AssignMovingAvg_1",
+    ]
+
+
+def test_scopes_and_reuse(x):
+    with tf.variable_scope("net"):
+        tf_contrib.batch_norm(x, scope="bn")
+        tf_contrib.batch_norm(x, scope="bn", reuse=True)
+        tf_contrib.batch_norm(x)
+    assert names()[::3] == ["net/bn/beta:0", "net/BatchNorm/beta:0"]
+    with pytest.raises(ValueError, match="name must be new, or its scope be entered with reuse=True"):
+        tf_contrib.batch_norm(x, scope="net/bn")
+    with pytest.raises(ValueError, match="name must exist where reuse=True, got 'other/beta'"):
+        tf_contrib.batch_norm(x, scope="other", reuse=True)
+    with pytest.raises(ValueError, match="reuse must be None where the scope has no name of its own, got True"):
+        tf_contrib.batch_norm(x, reuse=True)
+    with tf.variable_scope("net/bn", reuse=True) as scope:
+        pass
+    tf_contrib.batch_norm(x, scope=scope)
+    assert len(names()) == 6
+
+
+def test_layers_share_the_store(x):
+    tf_contrib.batch_norm(x, scale=True, scope="bn", updates_collections=None)
+    tf.batch_normalization(x, name="bn", reuse=True)
+    assert len(names()) == 4
+
+
+# -- updates -----------------------------------------------------------------------------------------------
+
+
+def tower(x, is_training, **options):
+    options = {"decay": 0.9, "updates_collections": None, "scope": "bn", "reuse": tf.AUTO_REUSE} | options
+    return tf_contrib.batch_norm(x, is_training=is_training, **options)
+
+
+def test_is_training_may_change_from_call_to_call(x):
+    tower(x, True)
+    np.testing.assert_allclose(value("bn/moving_mean"), 0.1 * x.mean(0), rtol=1e-6)
+    before = value("bn/moving_mean").copy(), value("bn/moving_variance").copy()
+    y = tower(x, False)
+    np.testing.assert_allclose(y, (x - before[0]) / np.sqrt(before[1] + 0.001), rtol=1e-5, atol=1e-6)
+    assert (value("bn/moving_mean") == before[0]).all()
+    assert (value("bn/moving_variance") == before[1]).all()
+    assert tf.get_collection("update_ops") == []
+    tower(x, True)
+    assert (value("bn/moving_mean") != before[0]).all()
+
+
+def test_a_collection_of_ones_own(x):
+    tower(x, True, updates_collections="mine")
+    tower(x, True, updates_collections=["mine", "also"])
+    assert len(tf.get_collection("mine")) == 4
+    assert len(tf.get_collection("also")) == 2
+    with pytest.warns(PendingUpdatesWarning, match="bn/moving_mean:0 is used, and 2 updates of it wait") as caught:
+        tower(x, False)
+    assert caught[0].filename == __file__
+    for update in tf.get_collection("mine"):
+        update()
+    assert tf.get_collection("mine") == tf.get_collection("also") == []
+
+
+def test_inference_without_training(x):
+    with pytest.warns(UntrainedWarning, match="bn/moving_mean:0 and bn/moving_variance:0") as caught:
+        tower(x, False)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "ddof", "moves"),
+    [
+        ((8, 3), {}, 1, True),
+        ((8, 3), {"fused": False}, 0, False),
+        ((8, 3), {"fused": False, "updates_collections": None}, 0, True),
+        ((8, 3), {"data_format": "NCHW"}, 1, True),
+        ((4, 2, 3, 5), {}, 1, False),
+        ((4, 2, 3, 5), {"updates_collections": "mine"}, 1, True),
+        ((4, 2, 3, 5), {"updates_collections": None, "data_format": "NCHW"}, 1, True),
+        ((4, 2, 3, 5), {"data_format": "NCHW"}, 1, False),
+        ((4, 2, 3, 5), {"fused": False}, 0, False),
+        ((4, 2, 5), {}, 0, False),
+        ((4, 2, 5), {"updates_collections": None}, 0, True),
+        ((4, 2, 5), {"zero_debias_moving_mean": True, "data_format": "NCHW"}, 0, True),
+    ],
+)
+def test_the_three_paths(rng, shape, options, ddof, moves):
+    x = rng.normal(1, 2, shape).astype(f32)
+    channel = 1 if options.get("data_format") == "NCHW" else x.ndim - 1
+    reduced = tuple(a for a in range(x.ndim) if a != channel)
+    for trainable in (True, False):
+        tf_contrib.batch_norm(x, decay=0.0, trainable=trainable, **options)
+        for key in ("update_ops", "mine"):
+            for update in tf.get_collection(key):
+                update()
+    wanted = x.astype(np.float64).var(reduced, ddof=ddof)
+    np.testing.assert_allclose(value("BatchNorm/moving_variance"), wanted, rtol=1e-5)
+    # Without trainable the path through tf.layers moves nothing.
+    np.testing.assert_allclose(value("BatchNorm_1/moving_variance"), wanted if moves else 1, rtol=1e-5)
+    assert names("trainable_variables") == ["BatchNorm/beta:0"]
+
+
+# -- features ----------------------------------------------------------------------------------------------
+
+
+def test_zero_debiased_mean(x):
+    for step in range(1, 4):
+        tower(x * step, True, zero_debias_moving_mean=True)
+    means = np.array([x.mean(0, np.float64) * step for step in range(1, 4)])
+    biased = 0.1 * (means[0] * 0.81 + means[1] * 0.9 + means[2])
+    np.testing.assert_allclose(value("bn/bn/moving_mean/biased"), biased, rtol=1e-6)
+    assert value("bn/bn/moving_mean/local_step") == 3
+    np.testing.assert_allclose(value("bn/moving_mean"), biased / (1 - 0.9**3), rtol=1e-6)
+    variances = [x.astype(np.float64).var(0, ddof=1) * step**2 for step in range(1, 4)]
+    wanted = 0.9**3 + 0.1 * (variances[0] * 0.81 + variances[1] * 0.9 + variances[2])
+    np.testing.assert_allclose(value("bn/moving_variance"), wanted, rtol=1e-6)
+    assert "bn/bn/moving_mean/biased:0" not in names("model_variables")
+
+
+def test_activations(x):
+    plain = tf_contrib.batch_norm(x)
+    for function in ("relu", tf_nn.relu, lambda y: np.maximum(y, 0)):
+        np.testing.assert_array_equal(tf_contrib.batch_norm(x, activation_fn=function), np.maximum(plain, 0))
+    dy = np.ones_like(x)
+    with pytest.raises(ValueError, match="activation_fn must be a name of fastbn's for a gradient, got another function"):
+        tf.get_layer("BatchNorm_3").backward(dy)
+    expected = fastbn.BatchNorm(3, activation="relu", scale=False)
+    expected(x, training=True)
+    np.testing.assert_array_equal(tf.get_layer("BatchNorm_2").backward(dy), expected.backward(dy))
+    tf_contrib.batch_norm(x, activation_fn=tf_nn.relu6)
+    tf_contrib.batch_norm(x, activation_fn=("leaky_relu", 0.2))
+
+
+def test_initializers_and_regularizers(image):
+    first = {"beta": [1.0, 2, 3, 4, 5], "gamma": "zeros", "moving_mean": "ones", "moving_variance": ("constant", 2.0)}
+    penalties = {"beta": tf_contrib.l2_regularizer(0.5), "gamma": tf_contrib.l1_regularizer(1.0)}
+    for options in ({}, {"updates_collections": None}):
+        tf_contrib.batch_norm(image, scale=True, param_initializers=first, param_regularizers=penalties, **options)
+    assert value("BatchNorm/beta").tolist() == [1, 2, 3, 4, 5]
+    assert value("BatchNorm/gamma").tolist() == [0] * 5
+    losses = {loss.name: loss() for loss in tf.get_collection("regularization_losses")}
+    assert losses == {
+        "BatchNorm/gamma/Regularizer:0": 0.0,
+        "BatchNorm/beta/Regularizer:0": 0.5 * 55 / 2,
+        "BatchNorm_1/beta/Regularizer:0": 0.5 * 55 / 2,
+        "BatchNorm_1/gamma/Regularizer:0": 0.0,
+    }
+    tf_contrib.batch_norm(image, fused=False, updates_collections=None, param_regularizers=penalties)
+    assert len(tf.get_collection("regularization_losses")) == 4  # TensorFlow's older path ignored them
+
+
+def test_collections_of_variables_and_outputs(x):
+    y = tf_contrib.batch_norm(x, variables_collections=["mine", "all"], outputs_collections="out", scope="a")
+    tf_contrib.batch_norm(x, variables_collections={"beta": "mine"}, scope="b")
+    tf_contrib.batch_norm(x, variables_collections=["mine"], scope="a", reuse=True)
+    assert names("mine") == ["a/beta:0", "a/moving_mean:0", "a/moving_variance:0", "b/beta:0"]
+    assert names("all") == ["a/beta:0", "a/moving_mean:0", "a/moving_variance:0"]
+    assert tf.get_collection("out")[0] is y
+
+
+def test_renormalization_and_adjustment(x):
+    tf_contrib.batch_norm(x, renorm=True, renorm_clipping={"rmax": 2.0}, renorm_decay=0.5, scope="renorm")
+    assert names()[-1] == "renorm/renorm_stddev_weight:0"
+    y = tf_contrib.batch_norm(x, adjustment=lambda shape: (np.full(3, 2.0), np.ones(3)))
+    np.testing.assert_allclose(y, 2 * fastbn.BatchNorm(3)(x, training=True) + 1, rtol=1e-5, atol=1e-6)
+
+
+WRONG = [
+    ({"data_format": "NHCW"}, ValueError, "data_format must be one of NHWC, NCHW, got 'NHCW'"),
+    ({"is_training": "yes"}, TypeError, "is_training must be a bool, got 'yes'"),
+    ({"fused": "no"}, TypeError, "fused must be a bool, got 'no'"),
+    ({"zero_debias_moving_mean": None}, TypeError, "zero_debias_moving_mean must be a bool, got None"),
+    ({"decay": 2.0}, ValueError, r"momentum must be in \[0, 1\], got 2.0"),
+    ({"renorm": True, "updates_collections": None}, ValueError, "renorm must be False with batch_weights, zero_debias"),
+    ({"renorm": True, "zero_debias_moving_mean": True}, ValueError, "renorm must be False with batch_weights"),
+    (
+        {"adjustment": lambda s: (1, 0), "updates_collections": None},
+        ValueError,
+        "adjustment must be None with batch_weights, zero_debias_moving_mean or updates_collections of your own",
+    ),
+    ({"param_initializers": {"bias": "zeros"}}, ValueError, "param_initializers must have no keys but beta, gamma, mov"),
+    ({"param_initializers": "zeros"}, TypeError, "param_initializers must be a dict or None, got str"),
+    ({"param_regularizers": {"moving_mean": "l2"}}, ValueError, "param_regularizers must have no keys but beta, gamma"),
+    ({"activation_fn": "softmax"}, ValueError, "activation must be None, relu"),
+    ({"inputs": np.ones((4, 3), int)}, TypeError, "inputs must be float16, .*, got int64"),
+    ({"inputs": np.ones(4, f32), "data_format": "NCHW"}, ValueError, "axis must be in"),
+    ({"batch_weights": np.ones((8, 1))}, ValueError, r"batch_weights must have shape \(8,\), got \(8, 1\)"),
+    ({"batch_weights": np.ones(7)}, ValueError, r"batch_weights must have shape \(8,\), got \(7,\)"),
+    ({"batch_weights": np.ones(8), "renorm": True}, ValueError, "renorm must be False with batch_weights"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG, ids=[f"{next(iter(w[0]))}-{w[2][:30]}" for w in WRONG])
+def test_a_wrong_argument_changes_nothing(x, wrong, error, message):
+    with pytest.raises(error, match=message):
+        tf_contrib.batch_norm(**{"inputs": x} | wrong)
+    assert names() == names("model_variables") == tf.get_collection("update_ops") == []
+    tf_contrib.batch_norm(x)
+    assert names()[0] == "BatchNorm/beta:0"
+
+
+@pytest.mark.parametrize("make", [tf_contrib.l1_regularizer, tf_contrib.l2_regularizer])
+def test_regularizers_that_are_none(make):
+    with pytest.raises(ValueError, match="scale must be finite and at least 0, got -1.0"):
+        make(-1.0)
+
+
+# -- tf.nn -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("axes", [0, [0], [0, 1, 2], (0, 2), [-1], [0, 1, 2, 3], []])
+def test_moments(image, axes, keep):
+    mean, variance = tf_nn.moments(image, axes, keep_dims=keep)
+    reduced = tuple(axes) if isinstance(axes, list | tuple) else axes
+    wide = image.astype(np.float64)
+    if reduced == ():
+        np.testing.assert_array_equal(mean, image)
+        assert not variance.any()
+        return
+    assert mean.dtype == variance.dtype == f32
+    assert mean.shape == wide.mean(reduced, keepdims=keep).shape
+    np.testing.assert_allclose(mean, wide.mean(reduced, keepdims=keep), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(variance, wide.var(reduced, keepdims=keep), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.uint8])
+def test_dtype_of_moments(dtype):
+    mean, variance = tf_nn.moments(np.array([[1, 2], [3, 6]], dtype), [0])
+    assert mean.dtype == variance.dtype == (f32 if dtype is np.uint8 else dtype)
+    assert (mean.tolist(), variance.tolist()) == ([2, 4], [1, 4])
+
+
+@pytest.mark.parametrize("shift", [None, 100.0, np.full(5, 99.5, f32)])
+def test_sufficient_statistics_and_back(rng, shift):
+    x = rng.normal(100, 1, (50, 5)).astype(f32)
+    count, first, second, given = tf_nn.sufficient_statistics(x, [0], shift)
+    wide = x.astype(np.float64) - (0 if shift is None else shift)
+    assert count == 50
+    assert (given is None) == (shift is None)
+    np.testing.assert_allclose(first, wide.sum(0), rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(second, (wide**2).sum(0), rtol=1e-12)
+    mean, variance = tf_nn.normalize_moments(count, first, second, given)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(variance, x.astype(np.float64).var(0), rtol=1e-9)
+    _, kept, _, _ = tf_nn.sufficient_statistics(x, [0], shift if shift is None else 100.0, keep_dims=True)
+    assert kept.shape == (1, 5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 1, 5), (2, 1, 1), (4, 1, 1, 1), (), (4, 2, 3, 5), (2, 1, 5)])
+def test_batch_normalization_broadcasts(rng, image, shape):
+    mean, offset = rng.normal(0, 1, shape), rng.normal(0, 1, shape)
+    variance, scale = rng.uniform(0.5, 2, shape), rng.normal(1, 1, shape)
+    wanted = (image - mean) / np.sqrt(variance + 0.01) * scale + offset
+    y = tf_nn.batch_normalization(image, mean, variance, offset, scale, 0.01)
+    assert y.dtype == f32
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    plain = tf_nn.batch_normalization(image, mean, np.ones(5), None, None, 0.0)
+    np.testing.assert_allclose(plain, image - mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+def test_fused_batch_norm(rng, image, data_format):
+    channel = 3 if data_format == "NHWC" else 1
+    size, reduced = image.shape[channel], tuple(a for a in range(4) if a != channel)
+    scale, offset = rng.normal(1, 1, size), rng.normal(0, 1, size)
+    y, mean, variance = tf_nn.fused_batch_norm(image, scale, offset, data_format=data_format)
+    wide = image.astype(np.float64)
+    np.testing.assert_allclose(mean, wide.mean(reduced), rtol=1e-6)
+    np.testing.assert_allclose(variance, wide.var(reduced, ddof=1), rtol=1e-6)
+    shown = [1] * 4
+    shown[channel] = size
+    centered = wide - wide.mean(reduced, keepdims=True)
+    wanted = centered / np.sqrt(wide.var(reduced, keepdims=True) + 0.001) * scale.reshape(shown) + offset.reshape(shown)
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    again, same_mean, same_variance = tf_nn.fused_batch_norm(
+        image, scale, offset, mean, np.zeros(size), epsilon=0.0, data_format=data_format, is_training=False
+    )
+    assert same_mean.tolist() == mean.tolist()
+    assert not same_variance.any()
+    wanted = (wide - mean.reshape(shown)) / np.sqrt(1.001e-5) * scale.reshape(shown) + offset.reshape(shown)
+    np.testing.assert_allclose(again, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_activation_functions():
+    x = np.array([-1.0, 3.0, 9.0, np.nan], f32)
+    assert tf_nn.relu(x).tolist()[:3] == [0, 3, 9]
+    assert tf_nn.relu6(x).tolist()[:3] == [0, 3, 6]
+    assert np.isnan(tf_nn.relu6(x)[3])
+    assert tf_nn.relu(x).dtype == tf_nn.relu6(x).dtype == f32
+
+
+NN = [
+    (lambda x: tf_nn.moments(x, 4), ValueError, "axes must be in -2 to 1, got 4"),
+    (lambda x: tf_nn.moments(x, [0, 0]), ValueError, r"axes must name each axis once, got \[0, 0\]"),
+    (lambda x: tf_nn.moments(x, 0.5), TypeError, "axes must be an int or a sequence of ints, got 0.5"),
+    (lambda x: tf_nn.moments(x, [True]), TypeError, "axes must be an int or a sequence of ints"),
+    (lambda x: tf_nn.moments(x.astype(int), 0), TypeError, "x must be float16, .*, got int64"),
+    (lambda x: tf_nn.sufficient_statistics(x, 0, np.ones(2)), ValueError, r"shift must be a number or have shape \(3,\)"),
+    (lambda x: tf_nn.normalize_moments(0, x, x, None), ValueError, "counts must be positive, got 0"),
+    (lambda x: tf_nn.batch_normalization(x, None, x, None, None, 0.1), ValueError, "mean must be given, got None"),
+    (
+        lambda x: tf_nn.batch_normalization(x, np.ones(2), x, None, None, 0.1),
+        ValueError,
+        r"mean must broadcast to shape \(8, 3\), got \(2,\)",
+    ),
+    (
+        lambda x: tf_nn.batch_normalization(x, x, x, np.ones((1, 8, 3)), None, 0.1),
+        ValueError,
+        r"offset must broadcast to shape \(8, 3\), got \(1, 8, 3\)",
+    ),
+    (lambda x: tf_nn.batch_normalization(x, x, x, None, None, -1.0), ValueError, "epsilon must be finite and at least 0"),
+    (
+        lambda x: tf_nn.fused_batch_norm(x[:, None, None], np.ones(3), np.ones(3), is_training=False),
+        ValueError,
+        "mean and variance must be given without is_training, and only then, got is_training=False",
+    ),
+    (
+        lambda x: tf_nn.fused_batch_norm(x[:, None, None], np.ones(3), np.ones(3), np.ones(3), np.ones(3)),
+        ValueError,
+        "mean and variance must be given without is_training, and only then, got is_training=True",
+    ),
+    (lambda x: tf_nn.fused_batch_norm(x, np.ones(3), np.ones(3)), ValueError, "x must have 4 dimensions with layout"),
+    (lambda x: tf_nn.fused_batch_norm(x, 1, 1, data_format="NC"), ValueError, "data_format must be one of NHWC, NCHW"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), NN, ids=range(len(NN)))
+def test_primitives_refuse(x, call, error, message):
+    with pytest.raises(error, match=message):
+        call(x)
