@@ -58,7 +58,7 @@ def normalize(
     mode : {"train", "batch", "inference"}
         As in `fastbn.modes`.
     sample_weight : ndarray, optional
-        Of the shape that the core broadcasts to x.
+        How often each sample counts, in the modes that look at the batch; then there are no options but a debiased mean.
 
     Returns
     -------
@@ -88,6 +88,21 @@ def normalize(
             activation=settings.activation,
         )
         return y, cache, []
+    if sample_weight is not None:
+        y, cache = functional.batch_norm_forward(
+            x,
+            gamma=gamma,
+            beta=beta,
+            training=True,
+            update=False,
+            epsilon=settings.epsilon,
+            axis=axes,
+            activation=settings.activation,
+            sample_weight=sample_weight,
+        )
+        batch = Batch(cache.statistics, cache.statistics.variance, layouts.values_per_channel(x.shape, axes))
+        updates = mode == "train" and x.size > 0 and bool(np.any(sample_weight))
+        return y, cache, _updates(settings, variables, batch) if updates else []
     renormalizer = options.renormalizer()
     correction = None
     if renormalizer is not None:

@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import checks, functional
 from .. import layout as layouts
-from .. import moments as core
+from ..moments import Moments
+from ..moments import moments as channel_moments
 from ..errors import must
 
 __all__ = [
@@ -394,13 +395,13 @@ def _reduction(x: ArrayLike, axes: Any) -> tuple[Array, tuple[int, ...]]:
     return data, tuple(sorted(reduced))
 
 
-def _moments(data: Array, reduced: tuple[int, ...], weights: Array | None = None) -> core.Moments:
+def _moments(data: Array, reduced: tuple[int, ...], weights: Array | None = None) -> Moments:
     """Return the moments of the axes that are kept, as channels; a single channel if there are none."""
     kept = tuple(axis for axis in range(data.ndim) if axis not in reduced)
     options: dict[str, Any] = {}
     if weights is not None:
         options["sample_weight"] = weights if kept else weights[..., None]
-    return core.moments(data if kept else data[..., None], axis=kept or -1, **options)
+    return channel_moments(data if kept else data[..., None], axis=kept or -1, **options)
 
 
 def _kept(flat: Array, data: Array, reduced: tuple[int, ...], keep_dims: bool) -> Array:
