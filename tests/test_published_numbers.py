@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -171,3 +173,130 @@ def test_forgetting_training_normalizes_with_zero_and_one_and_warns(rng):
     with pytest.warns(fastbn.UntrainedWarning):
         y = bn(x)
     np.testing.assert_allclose(y, x / np.sqrt(1.001), rtol=3e-7)
+
+
+# -- the same through the old APIs, names included ---------------------------------------------------------
+
+
+@pytest.fixture
+def tf():
+    from fastbn.compat import tf_layers
+
+    tf_layers.reset_default_graph()
+    yield tf_layers
+    tf_layers.reset_default_graph()
+
+
+@pytest.mark.parametrize(
+    ("training", "trainable", "pixel", "mean", "variance"),
+    [
+        (False, False, [9, 11, 19, 1], [0] * 4, [1] * 4),
+        (True, False, [2, 2, 3, -1], [0] * 4, [1] * 4),
+        (True, True, [2, 2, 3, -1], MOVED_MEAN, MOVED_VARIANCE),
+    ],
+)
+def test_a_through_tf_layers(tf, training, trainable, pixel, mean, variance):
+    with pytest.warns(fastbn.UntrainedWarning) if not training else contextlib.nullcontext():
+        y = tf.batch_normalization(
+            IMAGE,
+            training=training,
+            trainable=trainable,
+            gamma_initializer=tf.constant_initializer(2.0),
+            beta_initializer=tf.constant_initializer(1.0),
+        )
+    assert np.round(y[0, 0, 0]).tolist() == pixel
+    updates = tf.get_collection(tf.GraphKeys.UPDATE_OPS)
+    assert len(updates) == (2 if trainable else 0)
+    for update in updates:
+        update()
+    found = {v.name: v.value for v in tf.global_variables()}
+    assert list(found) == [
+        f"batch_normalization/{name}:0" for name in ("gamma", "beta", "moving_mean", "moving_variance")
+    ]
+    np.testing.assert_allclose(found["batch_normalization/moving_mean:0"], mean, rtol=2e-7, atol=6e-8)
+    np.testing.assert_allclose(found["batch_normalization/moving_variance:0"], variance, rtol=2e-7, atol=0)
+    assert [v.name for v in tf.trainable_variables()] == (list(found)[:2] if trainable else [])
+
+
+def test_b_through_tf_layers(tf):
+    x, targets = np.array([[0.0], [1.0]], np.float32), np.array([[3.0], [4.0]], np.float32)
+    hidden_kernel, output_kernel = np.array([[1.4059724]], np.float32), np.array([[0.13]], np.float32)
+
+    def network(training):
+        with tf.variable_scope("net", reuse=tf.AUTO_REUSE):
+            normalized = tf.batch_normalization(x @ hidden_kernel, momentum=0.5, training=training)
+            active = np.maximum(normalized, 0)
+            return normalized, active, tf.batch_normalization(active @ output_kernel, momentum=0.5, training=training)
+
+    normalized, active, prediction = network(True)
+    first, second = tf.get_layer("net/batch_normalization"), tf.get_layer("net/batch_normalization_1")
+    d_output = second.backward(prediction - targets)
+    d_hidden = first.backward((d_output @ output_kernel.T) * (active > 0))
+    for update in tf.get_collection("update_ops"):
+        update()
+    hidden_kernel = adam_step(hidden_kernel, x.T @ d_hidden).astype(np.float32)
+    for layer in (first, second):
+        layer.gamma.assign(adam_step(layer.gamma.value, layer.grads["gamma"]))
+        layer.beta.assign(adam_step(layer.beta.value, layer.grads["beta"]))
+
+    values = {v.name: v.value for v in tf.global_variables("net/batch_normalization/")}
+    np.testing.assert_allclose(values["net/batch_normalization/moving_mean:0"], 0.3514931, rtol=2e-7)
+    np.testing.assert_allclose(values["net/batch_normalization/moving_variance:0"], 0.74709475, rtol=2e-7)
+    np.testing.assert_allclose(values["net/batch_normalization/gamma:0"], 0.999, rtol=1e-6)
+    np.testing.assert_allclose(values["net/batch_normalization/beta:0"], -0.001, rtol=1e-4)
+    np.testing.assert_allclose(hidden_kernel, 1.404974, rtol=4e-7)
+    normalized, active, _ = network(False)
+    np.testing.assert_allclose(normalized.ravel(), [-0.40697935, 1.215785], rtol=5e-7)
+    np.testing.assert_allclose(active.ravel(), [0, 1.215785], rtol=5e-7)
+
+
+@pytest.mark.parametrize("row", [1, 2])
+def test_c_through_tf_contrib(tf, row):
+    """What the asker saw: inference by one tower, while a second one with the same variables went on to update."""
+    from fastbn.compat import tf_contrib
+
+    x, y, mean_after, variance_after = (np.array([v]) for v in ROWS_C[row])
+    initial = {"moving_mean": np.array(ROWS_C[row - 1][2]), "moving_variance": np.array(ROWS_C[row - 1][3])}
+
+    def tower(is_training):
+        return tf_contrib.batch_norm(
+            x,
+            decay=0.9,
+            is_training=is_training,
+            updates_collections=None,
+            scope="bn",
+            reuse=tf.AUTO_REUSE,
+            param_initializers=initial,
+        )
+
+    result = tower(False)
+    assert np.abs(result - y).max() < 0.005 / np.sqrt(0.53) + 0.002
+    mean, variance = tf.global_variables("bn/moving")
+    assert (mean.name, variance.name) == ("bn/moving_mean:0", "bn/moving_variance:0")
+    assert mean.value.tolist() == ROWS_C[row - 1][2]  # the right behaviour: nothing has moved
+    tower(True)
+    assert np.abs(mean.value - mean_after)[0, 0] < 0.0011
+    assert np.abs(mean.value - mean_after)[0, 1] < 0.011
+    np.testing.assert_allclose(variance.value, variance_after[0], atol=0.0011)
+
+
+def test_d_through_tf_layers(tf, rng):
+    """The moving statistics by name, the order of the variables, and the mistake of the asker."""
+    x = rng.normal(2, 3, (50, 6))
+    layer = tf.BatchNormalization(momentum=0.9, epsilon=1e-8)
+    with pytest.warns(fastbn.UntrainedWarning):
+        np.testing.assert_allclose(layer(x), x, rtol=1e-7)  # by 0 and 1, while the network trains
+    for batch in (x, x[:20], x[20:]):
+        y = layer(batch, training=True)
+        np.testing.assert_allclose(y, (batch - batch.mean(0)) / np.sqrt(batch.var(0) + 1e-8), rtol=1e-10, atol=1e-12)
+        for update in tf.get_collection("update_ops"):
+            update()
+    mean, variance = np.zeros(6), np.ones(6)
+    for batch in (x, x[:20], x[20:]):
+        mean, variance = 0.9 * mean + 0.1 * batch.mean(0), 0.9 * variance + 0.1 * batch.var(0)
+    assert [v.name for v in layer.variables] == [
+        f"batch_normalization/{name}:0" for name in ("gamma", "beta", "moving_mean", "moving_variance")
+    ]
+    with tf.variable_scope("batch_normalization", reuse=True):
+        np.testing.assert_allclose(tf.get_variable("moving_mean").value, mean, rtol=1e-12)
+        np.testing.assert_allclose(tf.get_variable("moving_variance").value, variance, rtol=1e-12)

@@ -45,9 +45,7 @@ def value(name):
 def test_names_and_defaults(x):
     for _ in range(2):
         tf_contrib.batch_norm(x)
-    assert names() == [
-        f"BatchNorm{n}/{v}:0" for n in ("", "_1") for v in ("beta", "moving_mean", "moving_variance")
-    ]
+    assert names() == [f"BatchNorm{n}/{v}:0" for n in ("", "_1") for v in ("beta", "moving_mean", "moving_variance")]
     assert names("model_variables") == names()
     assert names("trainable_variables") == ["BatchNorm/beta:0", "BatchNorm_1/beta:0"]
     assert [u.name for u in tf.get_collection("update_ops")][:2] == [
@@ -191,7 +189,9 @@ def test_activations(x):
     for function in ("relu", tf_nn.relu, lambda y: np.maximum(y, 0)):
         np.testing.assert_array_equal(tf_contrib.batch_norm(x, activation_fn=function), np.maximum(plain, 0))
     dy = np.ones_like(x)
-    with pytest.raises(ValueError, match="activation_fn must be a name of fastbn's for a gradient, got another function"):
+    with pytest.raises(
+        ValueError, match="activation_fn must be a name of fastbn's for a gradient, got another function"
+    ):
         tf.get_layer("BatchNorm_3").backward(dy)
     expected = fastbn.BatchNorm(3, activation="relu", scale=False)
     expected(x, training=True)
@@ -247,7 +247,11 @@ WRONG = [
         ValueError,
         "adjustment must be None with batch_weights, zero_debias_moving_mean or updates_collections of your own",
     ),
-    ({"param_initializers": {"bias": "zeros"}}, ValueError, "param_initializers must have no keys but beta, gamma, mov"),
+    (
+        {"param_initializers": {"bias": "zeros"}},
+        ValueError,
+        "param_initializers must have no keys but beta, gamma, mov",
+    ),
     ({"param_initializers": "zeros"}, TypeError, "param_initializers must be a dict or None, got str"),
     ({"param_regularizers": {"moving_mean": "l2"}}, ValueError, "param_regularizers must have no keys but beta, gamma"),
     ({"activation_fn": "softmax"}, ValueError, "activation must be None, relu"),
@@ -365,7 +369,11 @@ NN = [
     (lambda x: tf_nn.moments(x, 0.5), TypeError, "axes must be an int or a sequence of ints, got 0.5"),
     (lambda x: tf_nn.moments(x, [True]), TypeError, "axes must be an int or a sequence of ints"),
     (lambda x: tf_nn.moments(x.astype(int), 0), TypeError, "x must be float16, .*, got int64"),
-    (lambda x: tf_nn.sufficient_statistics(x, 0, np.ones(2)), ValueError, r"shift must be a number or have shape \(3,\)"),
+    (
+        lambda x: tf_nn.sufficient_statistics(x, 0, np.ones(2)),
+        ValueError,
+        r"shift must be a number or have shape \(3,\)",
+    ),
     (lambda x: tf_nn.normalize_moments(0, x, x, None), ValueError, "counts must be positive, got 0"),
     (lambda x: tf_nn.batch_normalization(x, None, x, None, None, 0.1), ValueError, "mean must be given, got None"),
     (
@@ -378,7 +386,11 @@ NN = [
         ValueError,
         r"offset must broadcast to shape \(8, 3\), got \(1, 8, 3\)",
     ),
-    (lambda x: tf_nn.batch_normalization(x, x, x, None, None, -1.0), ValueError, "epsilon must be finite and at least 0"),
+    (
+        lambda x: tf_nn.batch_normalization(x, x, x, None, None, -1.0),
+        ValueError,
+        "epsilon must be finite and at least 0",
+    ),
     (
         lambda x: tf_nn.fused_batch_norm(x[:, None, None], np.ones(3), np.ones(3), is_training=False),
         ValueError,

@@ -54,9 +54,7 @@ def test_names_are_numbered_where_they_repeat(x):
         "batch_normalization_1/gamma:0",
         "batch_normalization_2/gamma:0",
     ]
-    assert names()[:4] == [
-        f"batch_normalization/{n}:0" for n in ("gamma", "beta", "moving_mean", "moving_variance")
-    ]
+    assert names()[:4] == [f"batch_normalization/{n}:0" for n in ("gamma", "beta", "moving_mean", "moving_variance")]
 
 
 def test_scopes_nest_and_count_for_themselves(x):
@@ -136,7 +134,9 @@ def test_a_name_is_found_again(x, reuse):
 @pytest.mark.parametrize("reuse", [None, False])
 def test_a_name_must_be_new(x, reuse):
     tf.batch_normalization(x, training=True, name="bn")
-    with pytest.raises(ValueError, match="name must be new, or its scope be entered with reuse=True or AUTO_REUSE, got"):
+    with pytest.raises(
+        ValueError, match="name must be new, or its scope be entered with reuse=True or AUTO_REUSE, got"
+    ):
         tf.batch_normalization(x, training=True, name="bn", reuse=reuse)
     assert len(names()) == 4
     assert len(tf.get_collection("update_ops")) == 2
@@ -227,9 +227,7 @@ def test_a_variable(x):
     assert gamma.value.tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kept"), [(np.float64, np.float64), (f32, f32), (np.float16, f32), (np.uint8, f32)]
-)
+@pytest.mark.parametrize(("dtype", "kept"), [(np.float64, np.float64), (f32, f32), (np.float16, f32), (np.uint8, f32)])
 def test_dtype_of_variables(dtype, kept):
     tf.batch_normalization(np.arange(12).reshape(4, 3).astype(dtype), training=True)
     assert {v.dtype for v in tf.global_variables()} == {np.dtype(kept)}
@@ -353,7 +351,9 @@ def test_an_update_that_fails_can_be_called_again(x):
 def test_inference_after_training_whose_updates_never_ran(x):
     layer = tf.BatchNormalization()
     layer(x, training=True)
-    with pytest.warns(PendingUpdatesWarning, match="batch_normalization/moving_mean:0 is used, and 1 updates of it wait") as w:
+    with pytest.warns(
+        PendingUpdatesWarning, match="batch_normalization/moving_mean:0 is used, and 1 updates of it wait"
+    ) as w:
         layer(x)
     assert w[0].filename == __file__
     layer(x)  # once is enough
@@ -377,7 +377,9 @@ def test_updates_asked_for_once_and_run_every_step(x):
     for update in updates:
         update()
     layer(x, training=True)
-    with pytest.warns(PendingUpdatesWarning, match="AssignMovingAvg was carried out before, and 1 newer updates of") as w:
+    with pytest.warns(
+        PendingUpdatesWarning, match="AssignMovingAvg was carried out before, and 1 newer updates of"
+    ) as w:
         updates[0]()
     assert w[0].filename == __file__
     layer(x)  # within a step one update may wait
@@ -506,7 +508,9 @@ def test_ghost_batches_are_strided_rows(rng):
     y = layer(x, training=True)
     for g in range(3):
         group = x[g::3].astype(np.float64)
-        np.testing.assert_allclose(y[g::3], (group - group.mean(0)) / np.sqrt(group.var(0) + 1e-3), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            y[g::3], (group - group.mean(0)) / np.sqrt(group.var(0) + 1e-3), rtol=1e-4, atol=1e-5
+        )
     run_updates()
     variances = np.mean([x[g::3].astype(np.float64).var(0) for g in range(3)], 0)
     np.testing.assert_allclose(layer.moving_variance.value.ravel(), variances, rtol=1e-5)

@@ -104,7 +104,9 @@ class Bounds:
     def dgamma(self, dy, r=1.0, d=0.0):
         m = self.m
         D = np.abs(dy).max(self.kept, keepdims=True)
-        return 2 * m * D * (r * (m * U * (2 * self.K + self.X) + self.ex + self.X * 2 * self.ds) + 4 * m * U * np.abs(d))
+        return (
+            2 * m * D * (r * (m * U * (2 * self.K + self.X) + self.ex + self.X * 2 * self.ds) + 4 * m * U * np.abs(d))
+        )
 
     def dbeta(self, dy):
         D = np.abs(dy).max(self.kept, keepdims=True)

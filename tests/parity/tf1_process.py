@@ -149,9 +149,7 @@ def answer(tf, contrib, request):
                     {
                         "y": y,
                         "dx": found[0],
-                        "grads": {
-                            p.name.rpartition("/")[2][: -len(":0")]: g for p, g in zip(parameters, found[1:])
-                        },
+                        "grads": {p.name.rpartition("/")[2][: -len(":0")]: g for p, g in zip(parameters, found[1:])},
                         "values": {v.name: value for v, value in zip(variables, session.run(variables))},
                     }
                 )

@@ -336,7 +336,7 @@ def reset_default_graph() -> None:
 def checked_reuse(reuse: Any) -> Reuse:
     """Return what reuse may be: None, a bool or "auto"."""
     if reuse is None or reuse is True or reuse is False or (isinstance(reuse, str) and reuse == AUTO_REUSE):
-        return reuse
+        return reuse  # type: ignore[return-value]
     error = ValueError if isinstance(reuse, str) else TypeError
     raise error(must("reuse", 'be None, True, False or "auto" (AUTO_REUSE)', repr(reuse)))
 
@@ -527,7 +527,9 @@ def get_variable(
         penalty = regularizers.checked(regularizer, f"regularizer of {full}")
         projection = constraints.checked(constraint, f"constraint of {full}")
         loaded = home.waiting.get(full)
-        value = initial_value(initializer, wanted, kind, full) if loaded is None else _fitting(loaded, full, wanted, kind)
+        value = (
+            initial_value(initializer, wanted, kind, full) if loaded is None else _fitting(loaded, full, wanted, kind)
+        )
         variable = Variable(full, value, trainable=trainable, regularizer=penalty, constraint=projection)
         variable._written = loaded is not None
         home.variables[full] = variable

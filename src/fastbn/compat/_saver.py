@@ -112,9 +112,7 @@ class Saver:
             if name not in saved:
                 raise StateError(f"{os.fspath(path)}: has no variable {name!r}")
             if saved[name].shape != variable.shape:
-                raise StateError(
-                    f"{os.fspath(path)}: {name} must have shape {variable.shape}, got {saved[name].shape}"
-                )
+                raise StateError(f"{os.fspath(path)}: {name} must have shape {variable.shape}, got {saved[name].shape}")
         if self._given is None:
             load_variables(saved)
         else:

@@ -426,9 +426,7 @@ class BatchNormalization:
 
     apply = __call__
 
-    def _call(
-        self, inputs: ArrayLike, mode: modes.Mode, collections: Any, sample_weight: Array | None = None
-    ) -> Array:
+    def _call(self, inputs: ArrayLike, mode: modes.Mode, collections: Any, sample_weight: Array | None = None) -> Array:
         """Call in a given mode; updates go into collections, or are carried out where that is None."""
         x = checks.data(inputs, "inputs")
         home = _graph.graph()
