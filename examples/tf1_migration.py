@@ -1,8 +1,8 @@
 """Code of TensorFlow 1 on NumPy arrays: the same calls, the same variables, the same numbers.
 
 Four published questions about batch norm in TensorFlow 1, with the numbers that were printed there: the three flags of
-``tf.layers``, a network after one step of Adam, ``tf.contrib.layers`` whose statistics moved at test time, and the names
-of the moving statistics.
+``tf.layers``, a network after one step of Adam, ``tf.contrib.layers`` whose statistics moved at test time, and the
+names of the moving statistics.
 """
 
 import warnings

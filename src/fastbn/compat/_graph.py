@@ -350,7 +350,7 @@ def checked_name(name: Any, what: str = "name") -> str:
     return name
 
 
-class variable_scope:  # noqa: N801
+class variable_scope:
     """A context in which names of variables begin with a name; scopes nest.
 
     Parameters

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import checks, modes
+from .. import layout as layouts
 from .. import options as core
 from .. import renorm as renorms
-from .. import layout as layouts
 from ..errors import must
 from . import _graph, _warnings
 from ._graph import (

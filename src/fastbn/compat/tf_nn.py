@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import checks, functional
 from .. import layout as layouts
+from ..errors import must
 from ..moments import Moments
 from ..moments import moments as channel_moments
-from ..errors import must
 
 __all__ = [
     "moments",
