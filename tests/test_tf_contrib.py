@@ -274,7 +274,7 @@ def test_a_wrong_argument_changes_nothing(x, wrong, error, message):
 
 @pytest.mark.parametrize("make", [tf_contrib.l1_regularizer, tf_contrib.l2_regularizer])
 def test_regularizers_that_are_none(make):
-    with pytest.raises(ValueError, match="scale must be finite and at least 0, got -1.0"):
+    with pytest.raises(ValueError, match=r"scale must be finite and at least 0, got -1\.0"):
         make(-1.0)
 
 

@@ -85,7 +85,7 @@ def test_a_scope_entered_again_counts_from_the_start(x):
     assert len(names()) == 8
     with (
         tf.variable_scope("net"),
-        pytest.raises(ValueError, match="name must be new, .*'net/batch_normalization/gamma', which exists"),
+        pytest.raises(ValueError, match=r"name must be new, .*'net/batch_normalization/gamma', which exists"),
     ):
         tf.batch_normalization(x, training=True)
 
@@ -647,7 +647,7 @@ def test_what_a_file_must_have(tmp_path, x):
     path = tf.Saver().save(tmp_path / "a.npz")
     train(x, "b")
     before = [v.eval() for v in tf.global_variables()]
-    with pytest.raises(StateError, match="a.npz: has no variable 'b/gamma'"):
+    with pytest.raises(StateError, match=r"a\.npz: has no variable 'b/gamma'"):
         tf.Saver().restore(path)
     tf.reset_default_graph()
     train(x[:, :2], "a")
@@ -685,7 +685,7 @@ def test_a_file_whose_list_makes_no_sense(tmp_path, listed):
 
     path = tmp_path / "bad.npz"
     state.write_state(path, "variables", {"variables": listed}, {"float32": np.zeros(3, f32)})
-    with pytest.raises(StateError, match="bad.npz: has a list of variables that makes no sense"):
+    with pytest.raises(StateError, match=r"bad\.npz: has a list of variables that makes no sense"):
         tf.Saver().restore(path)
 
 

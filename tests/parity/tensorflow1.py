@@ -203,7 +203,7 @@ def compare(real, request, api, scheme, *, axes, epsilon, ddof, momentum, groups
     wide = tuple(n if a in axes else 1 for a, n in enumerate(x0.shape))
     # Errors that TensorFlow's moving statistics may have by now.
     errors = {"moving_mean": np.zeros(wide), "moving_variance": np.zeros(wide)}
-    state = values_of({name: value for name, value in _initial(reply["variables"], request, scheme).items()})
+    state = values_of(_initial(reply["variables"], request, scheme))
     renorm = request["kwargs"].get("renorm", False)
     steps = len(request["batches"])
     biased_error, biased = np.zeros(wide), np.zeros(wide)

@@ -122,7 +122,7 @@ def answer(tf, contrib, request):
         key = kwargs.get("updates_collections", "update_ops")
         updates = [u for u in tf.get_collection(key or "none") if u.name.startswith(own + "/")]
         parameters = [v for v in variables if v.name in (own + "/gamma:0", own + "/beta:0")]
-        gradients = [tf.gradients(y, [x] + parameters, dy) for y in outputs]
+        gradients = [tf.gradients(y, [x, *parameters], dy) for y in outputs]
         reply = {
             "variables": [[v.name, list(v.shape.as_list())] for v in variables],
             "trainable": [v.name for v in tf.trainable_variables()],

@@ -58,7 +58,7 @@ def normalize(
     mode : {"train", "batch", "inference"}
         As in `fastbn.modes`.
     sample_weight : ndarray, optional
-        How often each sample counts, in the modes that look at the batch; then there are no options but a debiased mean.
+        How often each sample counts, where the batch is looked at; then there are no options but a debiased mean.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""``tf.contrib.layers.batch_norm`` of TensorFlow 1 (and of tf_slim) on NumPy arrays: the same names and numbers, at once.
+"""``tf.contrib.layers.batch_norm`` of TensorFlow 1, and of tf_slim, on NumPy arrays: same names and numbers, at once.
 
 What of TensorFlow is around it (`variable_scope`, `get_collection`, `Saver`, ...) is in `fastbn.compat.tf_layers`; both
 share their variables.
@@ -94,8 +94,8 @@ def batch_norm(
     epsilon : float, default: 0.001
         Added to the variance; at least 1.001e-5 on the fused path.
     activation_fn : str, tuple or callable, optional
-        Applied to the result. Those of `batch_norm` by name, `tf_nn.relu` and `tf_nn.relu6` have a gradient and are part
-        of the pass; after any other function, take its gradient yourself, and call without it.
+        Applied to the result. The names that `fastbn.batch_norm` knows, `tf_nn.relu` and `tf_nn.relu6` have a
+        gradient and are part of the pass; after any other function, take its gradient yourself, and call without it.
     param_initializers : dict, optional
         First values of beta, gamma, moving_mean and moving_variance.
     param_regularizers : dict, optional
