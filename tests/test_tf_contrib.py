@@ -218,6 +218,33 @@ def test_initializers_and_regularizers(image):
     assert len(tf.get_collection("regularization_losses")) == 4  # TensorFlow's older path ignored them
 
 
+def test_batch_weights(x):
+    """A weight of 2 is as good as the sample twice; weighted calls are never fused."""
+    weights = np.array([0, 1, 2, 1, 0, 3, 1, 1])
+    repeated = np.repeat(x, weights, 0).astype(np.float64)
+    y = tf_contrib.batch_norm(x, decay=0.0, batch_weights=weights, scope="bn", updates_collections=None)
+    np.testing.assert_allclose(value("bn/moving_mean"), repeated.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(value("bn/moving_variance"), repeated.var(0), rtol=1e-6)
+    wanted = (x - repeated.mean(0)) / np.sqrt(repeated.var(0) + 0.001)
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    dx = tf.get_layer("bn").backward(np.ones_like(x))
+    assert dx.shape == x.shape
+    before = value("bn/moving_mean").copy()
+    tf_contrib.batch_norm(
+        x, decay=0.0, batch_weights=np.zeros(8), scope="bn", reuse=True, updates_collections=None
+    )  # nothing counts, nothing moves
+    np.testing.assert_array_equal(value("bn/moving_mean"), before)
+
+
+def test_batch_weights_with_a_debiased_mean_and_images(image):
+    weights = np.array([1.0, 0.5, 2.0, 0.0])
+    tf_contrib.batch_norm(image, batch_weights=weights, zero_debias_moving_mean=True, data_format="NCHW", scope="bn")
+    for update in tf.get_collection("update_ops"):
+        update()
+    mean = np.average(image.astype(np.float64).mean((2, 3)), 0, weights)
+    np.testing.assert_allclose(value("bn/moving_mean"), mean, rtol=1e-6)
+
+
 def test_collections_of_variables_and_outputs(x):
     y = tf_contrib.batch_norm(x, variables_collections=["mine", "all"], outputs_collections="out", scope="a")
     tf_contrib.batch_norm(x, variables_collections={"beta": "mine"}, scope="b")
@@ -304,6 +331,28 @@ def test_dtype_of_moments(dtype):
     assert (mean.tolist(), variance.tolist()) == ([2, 4], [1, 4])
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "shape"), [([0, 1, 2], (4, 1, 1, 1)), ([0, 1, 2], (4, 2, 3, 5)), ([0], (3, 5)), ([0, 1, 2, 3], (4, 1, 1, 1))]
+)
+def test_weighted_moments(rng, image, axes, shape, keep):
+    weights = rng.uniform(0, 3, shape)
+    mean, variance = tf_nn.weighted_moments(image, axes, weights, keep_dims=keep)
+    wide, w = image.astype(np.float64), np.broadcast_to(weights, image.shape)
+    wanted = np.average(wide, tuple(axes), w, keepdims=True)
+    spread = np.average((wide - wanted) ** 2, tuple(axes), w, keepdims=True)
+    assert mean.dtype == f32
+    assert mean.shape == (wanted.shape if keep else wanted.squeeze(tuple(axes)).shape)
+    np.testing.assert_allclose(mean, wanted.reshape(mean.shape), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(variance, spread.reshape(mean.shape), rtol=1e-5)
+
+
+def test_moments_of_nothing_but_weights_of_0(image):
+    mean, variance = tf_nn.weighted_moments(image, [0, 1, 2], np.array([0, 1, 1, 1, 1.0]))
+    assert np.isnan([mean[0], variance[0]]).all()
+    assert np.isfinite([mean[1:], variance[1:]]).all()
+
+
 @pytest.mark.parametrize("shift", [None, 100.0, np.full(5, 99.5, f32)])
 def test_sufficient_statistics_and_back(rng, shift):
     x = rng.normal(100, 1, (50, 5)).astype(f32)
@@ -374,6 +423,8 @@ NN = [
         ValueError,
         r"shift must be a number or have shape \(3,\)",
     ),
+    (lambda x: tf_nn.weighted_moments(x, 0, np.ones(2)), ValueError, r"frequency_weights must broadcast to shape \(8, 3\)"),
+    (lambda x: tf_nn.weighted_moments(x, 0, -x), ValueError, "sample_weight must be finite and not negative"),
     (lambda x: tf_nn.normalize_moments(0, x, x, None), ValueError, "counts must be positive, got 0"),
     (lambda x: tf_nn.batch_normalization(x, None, x, None, None, 0.1), ValueError, "mean must be given, got None"),
     (

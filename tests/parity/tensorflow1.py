@@ -370,3 +370,40 @@ def _renorm_bound(name, state, after, step):
             missed, average = 2 * np.abs(average) * missed + 4 * U * average**2, average**2
         bound = of(name, average, missed, momentum)
     return np.broadcast_to(bound, step["wide"]).reshape(shape)
+
+
+def run_program(program):
+    """Do with fastbn what the process does with a list of steps that make names."""
+    tf.reset_default_graph()
+    x, stack = np.arange(12, dtype=np.float32).reshape(4, 3), []
+    reply = {"failed": None, "scopes": [], "layers": []}
+    for number, (what, name, reuse) in enumerate(program):
+        try:
+            if what == "enter":
+                context = tf.variable_scope(name, reuse=reuse)
+                reply["scopes"].append(context.__enter__().name)
+                stack.append(context)
+            elif what == "enter default":
+                context = tf.variable_scope(None, name)
+                reply["scopes"].append(context.__enter__().name)
+                stack.append(context)
+            elif what == "exit" and stack:
+                stack.pop().__exit__(None, None, None)
+            elif what == "layers":
+                tf.batch_normalization(x, training=True, name=name, reuse=reuse)
+            elif what == "contrib":
+                tf_contrib.batch_norm(x, scope=name, reuse=reuse)
+            elif what == "object":
+                layer = tf.BatchNormalization(name=name)
+                layer.apply(x, training=True)
+                layer.apply(x, training=True)
+                reply["layers"].append([layer.name, layer.scope_name])
+        except ValueError:
+            reply["failed"] = number
+            break
+    while stack:
+        stack.pop().__exit__(None, None, None)
+    reply["variables"] = [v.name for v in tf.global_variables()]
+    reply["trainable"] = [v.name for v in tf.trainable_variables()]
+    reply["updates"] = len(tf.get_collection("update_ops"))
+    return reply

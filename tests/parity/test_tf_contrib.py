@@ -26,7 +26,7 @@ def configurations(draw, version):
     rank = draw(st.sampled_from([2, 2, 3, 4, 4, 4, 5]))
     rows = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     shape = (rows, *draw(st.lists(st.integers(1, 4), min_size=rank - 1, max_size=rank - 1)))
-    kind = draw(st.sampled_from(["plain", "plain", "plain", "renorm", "adjusted"]))
+    kind = draw(st.sampled_from(["plain", "plain", "plain", "renorm", "adjusted", "weights"]))
     deferred = st.sampled_from(["update_ops", None, "mine"])
     kwargs = {
         "decay": draw(st.sampled_from([0.0, 0.5, 0.9, 0.999])),

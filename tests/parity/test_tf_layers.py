@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity.tensorflow1 import Oracle, compare
+from parity.tensorflow1 import Oracle, compare, run_program
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -115,3 +115,21 @@ def configurations(draw, version):
 def test_forward_statistics_gradients_and_names(real, data):
     request, scheme, options = data.draw(configurations(real.version))
     compare(real, request, "layers", scheme, **options)
+
+
+names = st.sampled_from([None, None, "a", "b", "batch_normalization", "a/b"])
+steps = st.tuples(
+    st.sampled_from(["enter", "enter", "enter default", "exit", "exit", "layers", "layers", "layers", "contrib", "object"]),
+    names,
+    st.sampled_from([None, None, None, "auto", "auto", True, False]),
+).map(lambda step: (step[0], step[1] or "a", step[2]) if step[0].startswith("enter") else step)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(program=st.lists(steps, min_size=1, max_size=15))
+def test_names_of_scopes_and_variables(real, program):
+    found, wanted = run_program(program), real({"program": program})
+    if wanted["failed"] is not None:  # TensorFlow leaves the variables that the call had made before it failed
+        for key in ("variables", "trainable"):
+            wanted[key] = wanted[key][: len(found[key])]
+    assert found == wanted

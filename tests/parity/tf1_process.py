@@ -156,6 +156,45 @@ def answer(tf, contrib, request):
     return reply
 
 
+def run_program(tf, contrib, program):
+    """Carry out steps that make names; stop at the first that is refused."""
+    graph, stack = tf.Graph(), []
+    reply = {"failed": None, "scopes": [], "layers": []}
+    with graph.as_default():
+        x = tf.placeholder(tf.float32, [4, 3])
+        for number, (what, name, reuse) in enumerate(program):
+            reuse = tf.AUTO_REUSE if reuse == "auto" else reuse
+            try:
+                if what == "enter":
+                    context = tf.variable_scope(name, reuse=reuse)
+                    reply["scopes"].append(context.__enter__().name)
+                    stack.append(context)
+                elif what == "enter default":
+                    context = tf.variable_scope(None, name)
+                    reply["scopes"].append(context.__enter__().name)
+                    stack.append(context)
+                elif what == "exit" and stack:
+                    stack.pop().__exit__(None, None, None)
+                elif what == "layers":
+                    tf.layers.batch_normalization(x, training=True, name=name, reuse=reuse)
+                elif what == "contrib":
+                    contrib(x, scope=name, reuse=reuse)
+                elif what == "object":
+                    layer = tf.layers.BatchNormalization(name=name)
+                    layer.apply(x, training=True)
+                    layer.apply(x, training=True)
+                    reply["layers"].append([layer.name, layer.scope_name])
+            except ValueError:
+                reply["failed"] = number
+                break
+        while stack:
+            stack.pop().__exit__(None, None, None)
+        reply["variables"] = [v.name for v in tf.global_variables()]
+        reply["trainable"] = [v.name for v in tf.trainable_variables()]
+        reply["updates"] = len(tf.get_collection("update_ops"))
+    return reply
+
+
 def main():
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what TensorFlow prints
@@ -172,7 +211,10 @@ def main():
         if request is None:
             return
         try:
-            send(replies, answer(tf, contrib, request))
+            if "program" in request:
+                send(replies, run_program(tf, contrib, request["program"]))
+            else:
+                send(replies, answer(tf, contrib, request))
         except Exception as error:
             import traceback
 

@@ -240,6 +240,7 @@ class _Local(threading.local):
         self.scope = VariableScope("", False)
         self.opened: dict[str, int] = {}  # how often each scope was entered: what numbers names
         self.created: list[Variable] | None = None  # by a call that may still fail
+        self.layers: dict[str, Any] = {}
 
 
 class Graph:
@@ -735,6 +736,8 @@ def add_to_collection(key: str, value: Any) -> None:
 def get_layer(name: str) -> Any:
     """Return the layer behind a functional call, for its gradient: that of the last call with its variables.
 
+    A call of this thread comes before those of others. The layer refers to the last batch until its next call.
+
     Parameters
     ----------
     name : str
@@ -750,7 +753,7 @@ def get_layer(name: str) -> Any:
     ValueError
         If no call has this name.
     """
-    layers = graph().layers
+    layers = graph().layers | graph().local.layers
     if name not in layers:
         raise ValueError(must("name", "be the scope of a layer: " + (", ".join(layers) or "there is none"), repr(name)))
     return layers[name]

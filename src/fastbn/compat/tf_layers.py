@@ -447,7 +447,7 @@ class BatchNormalization:
             _warnings.at_inference(self._variables["moving_mean"], self._variables["moving_variance"])
         self._defer(actions, collections)
         self._last.cache = cache
-        home.layers[self.scope_name] = self
+        home.layers[self.scope_name] = home.local.layers[self.scope_name] = self
         return y
 
     def _defer(self, actions: list[tuple[Variable, Callable[[], None]]], collections: Any) -> None:
