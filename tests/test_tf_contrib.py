@@ -333,7 +333,8 @@ def test_dtype_of_moments(dtype):
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(
-    ("axes", "shape"), [([0, 1, 2], (4, 1, 1, 1)), ([0, 1, 2], (4, 2, 3, 5)), ([0], (3, 5)), ([0, 1, 2, 3], (4, 1, 1, 1))]
+    ("axes", "shape"),
+    [([0, 1, 2], (4, 1, 1, 1)), ([0, 1, 2], (4, 2, 3, 5)), ([0], (3, 5)), ([0, 1, 2, 3], (4, 1, 1, 1))],
 )
 def test_weighted_moments(rng, image, axes, shape, keep):
     weights = rng.uniform(0, 3, shape)
@@ -423,7 +424,11 @@ NN = [
         ValueError,
         r"shift must be a number or have shape \(3,\)",
     ),
-    (lambda x: tf_nn.weighted_moments(x, 0, np.ones(2)), ValueError, r"frequency_weights must broadcast to shape \(8, 3\)"),
+    (
+        lambda x: tf_nn.weighted_moments(x, 0, np.ones(2)),
+        ValueError,
+        r"frequency_weights must broadcast to shape \(8, 3\)",
+    ),
     (lambda x: tf_nn.weighted_moments(x, 0, -x), ValueError, "sample_weight must be finite and not negative"),
     (lambda x: tf_nn.normalize_moments(0, x, x, None), ValueError, "counts must be positive, got 0"),
     (lambda x: tf_nn.batch_normalization(x, None, x, None, None, 0.1), ValueError, "mean must be given, got None"),

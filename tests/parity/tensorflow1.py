@@ -1,4 +1,15 @@
-"""Asking the real TensorFlow 1, and how far float32 may take it from exact numbers."""
+"""Asking the real TensorFlow 1, and how far float32 may take it from exact numbers.
+
+Environment variables:
+
+FASTBN_TF1_PYTHON
+    The Python that has TensorFlow, by default the one that runs the tests: TensorFlow 2 with tf_keras and tf_slim, or
+    TensorFlow 1.13 to 1.15 (Python 3.7). 1.13 and before renormalize in a scheme of their own.
+FASTBN_PARITY_EXAMPLES
+    Configurations per test.
+FASTBN_PARITY_REQUIRE
+    With "tensorflow" in it, TensorFlow that cannot be started is an error.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +21,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 from parity import tf1_process
 
 from fastbn.compat import tf_contrib
 from fastbn.compat import tf_layers as tf
+
+# Configurations per test.
+EXAMPLES = int(os.environ.get("FASTBN_PARITY_EXAMPLES", "500"))
 
 U = 2.0**-24  # unit roundoff of float32
 
@@ -44,6 +59,22 @@ class Oracle:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def started():
+    """Start the process, or skip and say why."""
+    oracle = Oracle()
+    try:
+        if oracle.missing:
+            reason = (
+                f"no TensorFlow with tf_keras and tf_slim ({oracle.missing}); FASTBN_TF1_PYTHON names a Python with it"
+            )
+            assert "tensorflow" not in os.environ.get("FASTBN_PARITY_REQUIRE", ""), reason
+            pytest.skip(reason)
+        yield oracle
+    finally:
+        oracle.close()
 
 
 class Bounds:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity.tensorflow1 import Oracle, compare
+from parity.tensorflow1 import EXAMPLES, compare, started
 from parity.test_tf_layers import batches, clipping, first_values
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
@@ -14,11 +14,8 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def real():
-    oracle = Oracle()
-    if oracle.missing:
-        pytest.skip(f"no TensorFlow with contrib or tf_slim: {oracle.missing} (FASTBN_TF1_PYTHON names a Python)")
-    yield oracle
-    oracle.close()
+    with started() as oracle:
+        yield oracle
 
 
 @st.composite
@@ -82,7 +79,7 @@ def configurations(draw, version):
     return request, scheme, options
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_forward_statistics_gradients_and_names(real, data):
     request, scheme, options = data.draw(configurations(real.version))

@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity.tensorflow1 import Oracle, compare, run_program
+from parity.tensorflow1 import EXAMPLES, compare, run_program, started
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def real():
-    oracle = Oracle()
-    if oracle.missing:
-        pytest.skip(f"no TensorFlow with the API of version 1: {oracle.missing} (FASTBN_TF1_PYTHON names a Python)")
-    yield oracle
-    oracle.close()
+    with started() as oracle:
+        yield oracle
 
 
 def batches(random, shape, count):
@@ -110,7 +107,7 @@ def configurations(draw, version):
     return request, scheme, options
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_forward_statistics_gradients_and_names(real, data):
     request, scheme, options = data.draw(configurations(real.version))
@@ -119,13 +116,15 @@ def test_forward_statistics_gradients_and_names(real, data):
 
 names = st.sampled_from([None, None, "a", "b", "batch_normalization", "a/b"])
 steps = st.tuples(
-    st.sampled_from(["enter", "enter", "enter default", "exit", "exit", "layers", "layers", "layers", "contrib", "object"]),
+    st.sampled_from(
+        ["enter", "enter", "enter default", "exit", "exit", "layers", "layers", "layers", "contrib", "object"]
+    ),
     names,
     st.sampled_from([None, None, None, "auto", "auto", True, False]),
 ).map(lambda step: (step[0], step[1] or "a", step[2]) if step[0].startswith("enter") else step)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(program=st.lists(steps, min_size=1, max_size=15))
 def test_names_of_scopes_and_variables(real, program):
     found, wanted = run_program(program), real({"program": program})
