@@ -776,6 +776,16 @@ def test_a_first_call_that_fails_builds_nothing(x):
     assert layer.scope_name == "batch_normalization"
 
 
+def test_values_go_on_waiting_where_a_call_fails(x):
+    tf.load_variables({"bn/gamma": [1, 2, 3], "bn/beta": [1, 2]})
+    with pytest.raises(ValueError, match="loaded bn/beta must have shape"):
+        tf.batch_normalization(x, training=True, name="bn")
+    assert tf.global_variables() == []
+    tf.load_variables({"bn/beta": [4, 5, 6]})
+    tf.batch_normalization(x, training=True, name="bn")
+    assert [v.value.tolist() for v in tf.trainable_variables()] == [[1, 2, 3], [4, 5, 6]]
+
+
 def test_later_inputs_must_fit(x, image):
     layer = tf.BatchNormalization()
     layer(x, training=True)

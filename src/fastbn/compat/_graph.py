@@ -239,7 +239,8 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.scope = VariableScope("", False)
         self.opened: dict[str, int] = {}  # how often each scope was entered: what numbers names
-        self.created: list[Variable] | None = None  # by a call that may still fail
+        # By a call that may still fail, with the values that had waited for them.
+        self.created: list[tuple[Variable, Array | None]] | None = None
         self.layers: dict[str, Any] = {}
 
 
@@ -290,8 +291,10 @@ class Graph:
         except BaseException:
             local.opened = opened
             with self.lock:
-                for variable in local.created:
+                for variable, loaded in local.created:
                     del self.variables[variable.op_name]
+                    if loaded is not None:
+                        self.waiting[variable.op_name] = loaded
                     for key in self.collections:
                         self.discard_variable(variable, key)
             raise
@@ -536,7 +539,7 @@ def get_variable(
         home.variables[full] = variable
         home.waiting.pop(full, None)
         if home.local.created is not None:
-            home.local.created.append(variable)
+            home.local.created.append((variable, loaded))
         home.add(GraphKeys.GLOBAL_VARIABLES if collections is None else collections, variable)
         if trainable:
             home.add(GraphKeys.TRAINABLE_VARIABLES, variable)
