@@ -17,13 +17,13 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.nn import functional as F
 
 from ..activation import named
 from . import bridge, operators
 
-Tensor = torch.Tensor
 # How PyTorch says what goes on around a call. There is no public way to ask for these.
 _transforms = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack

@@ -118,7 +118,7 @@ def fuse(model: nn.Module) -> fx.GraphModule:
 
 def _twin(module: nn.Module, activation: bridge.Activation) -> nn.Module:
     """Return another module of the same parameters, buffers and hooks."""
-    kind = (_FAST if activation is None else _FUSED)[type(module)]
+    kind: Any = (_FAST if activation is None else _FUSED)[type(module)]
     twin = kind.__new__(kind)
     twin.__dict__.update(
         {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}

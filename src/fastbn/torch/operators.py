@@ -9,15 +9,15 @@ the next as float64 tensors; they are functions of x that no gradient is taken o
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from ..activation import _FIXED, SLOPE
 from . import bridge
 
-Tensor = torch.Tensor
-Optional = torch.Tensor | None
+Optional: TypeAlias = Tensor | None
 
 
 def encoded(activation: bridge.Activation) -> tuple[str, float]:
