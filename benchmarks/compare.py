@@ -47,11 +47,14 @@ ENTRIES = {
     "inference-relu": Entry("inference", options=lambda case: {"activation": "relu"}),
     "inference-residual": Entry("inference", reads=2, options=lambda case: {"residual": case.dy}),
     "train-relu": Entry("train", options=lambda case: {"activation": "relu"}),
+    "train-residual-relu": Entry("train", reads=2, options=lambda case: {"residual": case.dy, "activation": "relu"}),
+    "backward-relu": Entry("backward", reads=2, options=lambda case: {"activation": "relu"}),
     "inference-float16": Entry("inference", dtype="float16"),
     "inference-bfloat16": Entry("inference", dtype="bfloat16"),
     "inference-uint8": Entry("inference", dtype="uint8", writes=4),
     "train-float16": Entry("train", dtype="float16"),
     "train-bfloat16": Entry("train", dtype="bfloat16"),
+    "train-uint8": Entry("train", dtype="uint8", writes=4),
 }
 
 # (batch, channels, *spatial), and where the channels are.
@@ -88,7 +91,7 @@ def contenders(entry: Entry, case: Case, threads: int, peers: list[str]) -> dict
     calls = limit.calls(case.x.nbytes, pair=entry.reads == 2, writes=entry.writes, threads=threads)
     calls["fastbn"] = prepare(entry.operation, "fastbn", case, **entry.options(case))
     calls["fastbn"]()
-    for peer in peers if entry.dtype == "float32" else []:
+    for peer in peers if entry.dtype == "float32" else [peer for peer in peers if peer == "torch"]:
         try:
             calls[peer] = prepare(entry.operation, peer, case, **entry.options(case))
             calls[peer]()

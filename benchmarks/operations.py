@@ -23,10 +23,10 @@ OPERATIONS = ["train", "inference", "backward", "moments"]
 def prepare(operation: str, library: str, case: Case, **options: Any) -> Callable[[], Any]:
     """Return the call to be timed; without the library NotImplementedError, which asv reports as skipped.
 
-    Options are for fastbn's forward functions.
+    Options are for fastbn's forward functions; PyTorch does an activation and a residual in calls of its own.
     """
-    if options and library != "fastbn":
-        raise NotImplementedError(f"{library} has no {', '.join(options)} in the same call")
+    if options and library not in ("fastbn", "torch"):
+        raise NotImplementedError(f"{library} has no {', '.join(options)} here")
     if library != "fastbn" and find_spec(library) is None:
         raise NotImplementedError(f"{library} is not installed")
     call: Callable[[], Any] = globals()[f"_{library}"](operation, case, **options)
@@ -86,11 +86,23 @@ def _numpy(operation: str, c: Case) -> Callable[[], Any]:
     return {"train": train, "inference": inference, "moments": moments, "backward": backward}[operation]
 
 
-def _torch(operation: str, c: Case) -> Callable[[], Any]:
+def _torch(operation: str, c: Case, activation: str | None = None, residual: Any = None) -> Callable[[], Any]:
     import torch
 
-    # PyTorch wants the channels second. This moves strides, not data.
-    x, dy, out = (torch.from_numpy(a).movedim(c.axis, 1) for a in (c.x, c.dy, c.out))
+    if activation not in (None, "relu"):
+        raise NotImplementedError(f"no {activation} of PyTorch here")
+
+    def second(a: Any) -> Any:
+        """Return an array with the channels second, as PyTorch wants it. This moves strides, not data."""
+        bits = a.dtype.name == "bfloat16"  # which NumPy has under another type's name
+        tensor = torch.from_numpy(a.view(np.uint16) if bits else a)
+        return (tensor.view(torch.bfloat16) if bits else tensor).movedim(c.axis, 1)
+
+    x, dy, out = (second(a) for a in (c.x, c.dy, c.out))
+    added = None if residual is None else second(residual)
+    images = x if x.dtype == torch.uint8 else None
+    if images is not None:  # PyTorch has no batch norm of bytes
+        x = torch.empty_like(out)
     gamma, beta, mean, variance = (torch.from_numpy(a) for a in (c.gamma, c.beta, c.moving_mean, c.moving_variance))
     saved = {"save_mean": torch.empty_like(mean), "save_invstd": torch.empty_like(mean)}
     aten = torch.ops.aten
@@ -98,10 +110,18 @@ def _torch(operation: str, c: Case) -> Callable[[], Any]:
     def forward(training: bool) -> Any:
         args = (x, gamma, beta, mean, variance, training, 1 - MOMENTUM, EPSILON)
         # With out=, PyTorch 2.13 computes wrong statistics of a table stored by columns (seen in training).
+        if images is not None:
+            x.copy_(images)
         if x.ndim == 2 and c.axis == 0:
-            return aten.native_batch_norm(*args)[0].movedim(1, c.axis).numpy()
-        aten.native_batch_norm.out(*args, out=out, **saved)
-        return c.out
+            y = aten.native_batch_norm(*args)[0]
+        else:
+            aten.native_batch_norm.out(*args, out=out, **saved)
+            y = out
+        if added is not None:
+            y.add_(added)
+        if activation is not None:
+            y.relu_()
+        return c.out if y is out else y.movedim(1, c.axis).numpy()
 
     def train() -> Any:
         return forward(True), c.moving_mean, c.moving_variance
@@ -114,11 +134,12 @@ def _torch(operation: str, c: Case) -> Callable[[], Any]:
         return mean.numpy(), variance.numpy()
 
     if operation == "backward":
-        _, save_mean, save_invstd = aten.native_batch_norm(x, gamma, beta, None, None, True, 0.0, EPSILON)
+        y, save_mean, save_invstd = aten.native_batch_norm(x, gamma, beta, None, None, True, 0.0, EPSILON)
 
         def backward() -> Any:
+            before = dy if activation is None else aten.threshold_backward(dy, y, 0)
             dx, dgamma, dbeta = aten.native_batch_norm_backward(
-                dy, x, gamma, None, None, save_mean, save_invstd, True, EPSILON, [True, True, True]
+                before, x, gamma, None, None, save_mean, save_invstd, True, EPSILON, [True, True, True]
             )
             return dx.movedim(1, c.axis).numpy(), dgamma.numpy(), dbeta.numpy()
 

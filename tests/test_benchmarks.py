@@ -186,6 +186,26 @@ def test_peers_compute_the_same(library, operation, layout):
         check(call(), wanted)
 
 
+EQUIVALENTS = [n for n in compare.ENTRIES if "-" in n]
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("name", EQUIVALENTS)
+def test_pytorch_computes_the_same_as_fused_calls_and_small_types(name, layout):
+    pytest.importorskip("torch")
+    entry = compare.ENTRIES[name]
+    results = []
+    for library in ("torch", "fastbn"):
+        case = cases.Case((4, 5, 6, 7), layout, entry.dtype)
+        results.append(operations.prepare(entry.operation, library, case, **entry.options(case))())
+    half = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(entry.dtype, 1e-5)
+    if entry.operation == "train":  # the moving variance of PyTorch is divided by m - 1
+        results = [result[:2] for result in results]
+    for theirs, ours in zip(*results) if isinstance(results[0], tuple) else [results]:
+        theirs, ours = (np.asarray(a, np.float64) for a in (theirs, ours))
+        np.testing.assert_allclose(theirs, ours, rtol=2 * half, atol=4 * half)
+
+
 needs_compiler = pytest.mark.skipif(limit.library() is None, reason="no C compiler with OpenMP is installed")
 
 
