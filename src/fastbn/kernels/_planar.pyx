@@ -35,7 +35,7 @@ cdef enum:
     GROUP = 64             # channels taken together at most: their lanes fill half of such a cache
     LONG_RUN = 1 << 16     # values; shorter neighbouring runs are summed together until they reach this
     FETCHED_RUN = 2048     # values; shorter runs end before the processor's own prefetching has paid
-    FUSED_RUN = 4096       # values that channels taken together for the fused pass have side by side, if they can
+    FUSED_RUN = 4096       # values of operands that channels taken together for the fused pass have side by side, if they can
     CACHED = 1 << 20       # bytes of operands that are still in the second level cache when they are read again
     STRETCH = 1 << 18      # bytes of one task where channels are cut
     WAVE = 1 << 28         # bytes between two looks for signals
@@ -59,7 +59,8 @@ cdef struct Cut:
 cdef Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t itemsize = job.u.size
-    cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * (2 if job.reads_pair else 1)
+    cdef Py_ssize_t operands = 2 if job.reads_pair else 1
+    cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * operands
     cdef Py_ssize_t tile_bytes, row_bytes
     # The first four decide about parts, so they depend on the shape alone.
     k.segments = (job.inner + TILE - 1) // TILE
@@ -69,7 +70,7 @@ cdef Cut cut(const Job* job) noexcept nogil:
     k.group = 1
     if k.segments == 1:
         k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)
-    k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, FUSED_RUN // job.inner))
+    k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, FUSED_RUN // (operands * job.inner)))
     k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= CACHED
     k.fetches = k.fused and job.inner < FETCHED_RUN
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
