@@ -15,6 +15,7 @@ cdef enum:
     # measured, not asked of the system: a virtual machine reported 320 MB of last level cache.
     STREAM = 1 << 24
     STREAM_INFERENCE = 1 << 26
+    STREAM_ROWS = 3 << 23  # the same of an interleaved pass
 
 
 cdef inline Pattern pattern_of(Py_ssize_t inner) noexcept nogil:
@@ -26,7 +27,7 @@ cdef inline bint streams(const Job* job, Pattern pattern) noexcept nogil:
     # In place the lines of y are in a cache already.
     return (job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
             and job.outer * job.channels * job.inner * job.y.size
-            >= (STREAM_INFERENCE if job.operation == NORMALIZE and pattern == PLANAR else STREAM))
+            >= (STREAM if job.operation != NORMALIZE else STREAM_INFERENCE if pattern == PLANAR else STREAM_ROWS))
 
 
 cdef class Plan:
