@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     import fastbn
 
     print(f"fastbn {fastbn.__version__}, NumPy {np.__version__}, {args.threads} threads\n")
-    if limit.library() is None:
+    if limit.compiled() is None:
         print("no C compiler with OpenMP: no limit\n")
     if args.sweep or args.plots:
         from . import sweep

@@ -19,7 +19,7 @@ SMALL = 1 << 20  # bytes of an array: smaller ones stay in a core's own cache
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """Return limit.c as a library, or None where no C compiler with OpenMP is found."""
     compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
     if compiler is None:
@@ -75,7 +75,7 @@ def calls(nbytes: int, *, pair: bool = False, writes: float = 1, threads: int = 
     dict of str to callable
         Empty without a compiler.
     """
-    lib = library()
+    lib = compiled()
     if lib is None:
         return {}
     lu, ly = {0: (1, 0), 0.5: (2, 1), 1: (1, 1), 2: (1, 2), 4: (1, 4)}[writes]

@@ -206,7 +206,7 @@ def test_pytorch_computes_the_same_as_fused_calls_and_small_types(name, layout):
         np.testing.assert_allclose(theirs, ours, rtol=2 * half, atol=4 * half)
 
 
-needs_compiler = pytest.mark.skipif(limit.library() is None, reason="no C compiler with OpenMP is installed")
+needs_compiler = pytest.mark.skipif(limit.compiled() is None, reason="no C compiler with OpenMP is installed")
 
 
 @needs_compiler
@@ -233,7 +233,7 @@ def test_the_limit_moves_everything(nbytes, pair, writes):
 
 
 def test_limit_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(limit, "library", lambda: None)
+    monkeypatch.setattr(limit, "compiled", lambda: None)
     assert limit.calls(1000) == {}
     assert limit.least({"fastbn": 3.0}) == float("inf")
 

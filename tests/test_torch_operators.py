@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import library, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import fastbn.torch as ft  # noqa: E402
@@ -47,16 +47,16 @@ def test_opcheck_forward(dtype, activation, format):
     x, weight, bias, residual = operands(dtype, format=FORMATS[format])
     rest = (1e-3, *encoded(activation))
     ops = torch.ops.fastbn
-    torch.library.opcheck(ops.batch_norm_train.default, (x, weight, bias, residual, *rest))
-    torch.library.opcheck(ops.batch_norm_eval.default, (x, *statistics(4, dtype), weight, bias, residual, *rest))
+    library.opcheck(ops.batch_norm_train.default, (x, weight, bias, residual, *rest))
+    library.opcheck(ops.batch_norm_eval.default, (x, *statistics(4, dtype), weight, bias, residual, *rest))
 
 
 def test_opcheck_without_parameters():
     x = operands(torch.float64)[0]
     ops = torch.ops.fastbn
-    torch.library.opcheck(ops.batch_norm_train.default, (x, None, None, None, 1e-3, "", 0.0))
+    library.opcheck(ops.batch_norm_train.default, (x, None, None, None, 1e-3, "", 0.0))
     mean, variance = statistics(4, torch.float64)
-    torch.library.opcheck(ops.batch_norm_eval.default, (x, mean, variance, None, None, None, 1e-3, "", 0.0))
+    library.opcheck(ops.batch_norm_eval.default, (x, mean, variance, None, None, None, 1e-3, "", 0.0))
 
 
 @pytest.mark.parametrize("frozen", (False, True))
@@ -66,12 +66,12 @@ def test_opcheck_backward(format, frozen):
     ops = torch.ops.fastbn
     detached = [t.detach() for t in (x, weight, bias)]
     y, mean, variance = ops.batch_norm_train(*detached, None, 1e-3, "", 0.0)
-    torch.library.opcheck(ops.batch_norm_backward.default, (dy, x, mean, variance, weight, 1e-3, frozen))
+    library.opcheck(ops.batch_norm_backward.default, (dy, x, mean, variance, weight, 1e-3, frozen))
     for kept, name in (((y.relu(), None, None, None), "relu"), ((None, weight, bias, dy), "silu")):
         operands_of_both = (dy, x, mean, variance, *kept, 1e-3, name, 0.0, frozen)
-        torch.library.opcheck(ops.batch_norm_gate.default, operands_of_both)
+        library.opcheck(ops.batch_norm_gate.default, operands_of_both)
         for keep in (False, True):
-            torch.library.opcheck(ops.batch_norm_backward_fused.default, (*operands_of_both, keep))
+            library.opcheck(ops.batch_norm_backward_fused.default, (*operands_of_both, keep))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -79,7 +79,7 @@ def test_opcheck_backward(format, frozen):
 def test_opcheck_update(dtype, batches):
     mean, variance = statistics(4, torch.float64)
     running = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.fastbn.batch_norm_update.default, (*running, mean, variance, torch.randn(3, 4, 6), 0.1, batches)
     )
 

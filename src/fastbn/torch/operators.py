@@ -12,7 +12,7 @@ import math
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..activation import _FIXED, SLOPE
 from . import bridge
@@ -40,7 +40,7 @@ def _vectors(mean: Tensor, variance: Tensor, frozen: bool) -> bridge.Statistics:
     return bridge.Statistics(mean.detach().numpy(), variance.detach().numpy(), frozen)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastbn::batch_norm_train",
     mutates_args=(),
     device_types="cpu",
@@ -65,7 +65,7 @@ def _(
     return bridge.empty_like(x), mean, variance
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastbn::batch_norm_eval",
     mutates_args=(),
     device_types="cpu",
@@ -103,7 +103,7 @@ def _(
     return bridge.empty_like(x)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastbn::batch_norm_update",
     mutates_args=("running_mean", "running_var"),
     device_types="cpu",
@@ -139,7 +139,7 @@ def _(
     return None
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastbn::batch_norm_gate",
     mutates_args=(),
     device_types="cpu",
@@ -184,7 +184,7 @@ def _(
     return bridge.empty_like(x)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastbn::batch_norm_backward",
     mutates_args=(),
     device_types="cpu",
@@ -209,7 +209,7 @@ def _(
     return bridge.empty_like(x), dweight, dbias
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastbn::batch_norm_backward_fused",
     mutates_args=(),
     device_types="cpu",
