@@ -15,9 +15,12 @@ from benchmarks import ranks, scaler
 def test_scaler(monkeypatch, capsys):
     pytest.importorskip("sklearn", minversion="1.6")
     monkeypatch.setattr(scaler, "SHAPES", ((64, 3),))
+    monkeypatch.setattr(scaler, "REST", 0)
     assert scaler.main(["--rounds", "1", "--dtypes", "float32", "float64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * 5
+    assert len(lines) == 2 + 2 * 10
+    for name in ("partial_fit, NaN", "partial_fit, sample_weight", "transform, copy=False"):
+        assert sum(f"| {name} |" in line for line in lines) == 2
     assert "| 64 x 3 | float32 | partial_fit |" in lines[2]
     assert lines[2].endswith("| 8.0 |")
     monkeypatch.setattr(scaler, "GOALS", {"transform": 1e9})
@@ -25,6 +28,25 @@ def test_scaler(monkeypatch, capsys):
     capsys.readouterr()
     assert scaler.main(["--rounds", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["method"] == "partial_fit"
+
+
+def test_a_busy_round_does_not_decide(monkeypatch):
+    """The ratio is the median over rounds, of blocks that lie side by side."""
+    pytest.importorskip("sklearn", minversion="1.6")
+    monkeypatch.setattr(scaler, "REST", 0)
+
+    class Fake:
+        def __init__(self, times):
+            self.times = iter(times)
+
+        def timed(self):
+            return next(self.times)
+
+    calls = scaler.BLOCK + 1
+    ours = Fake([1.0] * calls + [50.0] * calls + [2.0] * calls)
+    theirs = Fake([4.0] * calls + [4.0] * calls + [8.0] * calls)
+    seconds = scaler.measure({"method": (ours, theirs)}, 3)["method"]
+    assert seconds == (1.0, 4.0, 4.0)
 
 
 def test_rounds_of_the_model():

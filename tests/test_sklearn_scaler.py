@@ -140,6 +140,98 @@ def test_a_feature_may_begin_with_nothing_but_missing_values():
     np.testing.assert_array_equal(scaler.n_samples_seen_, [4, 2])
 
 
+def test_what_is_missing_in_a_feature_shows_in_no_other(rng):
+    x = table(rng)
+    holes = x.copy()
+    holes[7, 2] = np.nan
+    whole, part = BatchNormScaler().fit(x), BatchNormScaler().fit(holes)
+    others = [0, 1, 3, 4]
+    np.testing.assert_array_equal(part.var_[others], whole.var_[others])
+    np.testing.assert_array_equal(part.mean_[others], whole.mean_[others])
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("offset", [1e15, -3e11, 1e3])
+def test_missing_values_and_weights_far_from_zero(offset, holes, weights, rng):
+    """Against exact fractions: the mean is a sum of two float64, also of rows that have weights."""
+    x = offset + rng.integers(-16, 17, (500, 2)) / 8
+    w = rng.integers(0, 5, 500) / 4 if weights else None
+    if holes:
+        x[rng.random(x.shape) < 0.3] = np.nan
+    scaler = BatchNormScaler(epsilon=1e-20)
+    for rows in (slice(0, 77), slice(77, 500)):
+        scaler.partial_fit(x[rows], sample_weight=None if w is None else w[rows])
+    for j in range(2):
+        seen = ~np.isnan(x[:, j])
+        values = [Fraction(v) for v in x[seen, j]]
+        shares = [Fraction(v) for v in (np.ones(500) if w is None else w)[seen]]
+        mean = sum(v * s for v, s in zip(values, shares, strict=True)) / sum(shares)
+        m2 = sum(s * (v - mean) ** 2 for v, s in zip(values, shares, strict=True))
+        got = Fraction(scaler._running.mean[j]) + Fraction(scaler._running.low[j])
+        assert abs(float(got - mean)) < 1e-12
+        assert abs(scaler.var_[j] / float(m2 / sum(shares)) - 1) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_infinity_is_refused_where_it_has_no_weight(method, rng):
+    x, w = rng.normal(size=(20, 3)), np.ones(20)
+    x[4, 1], w[4] = np.inf, 0
+    with pytest.raises(ValueError, match="Input X contains infinity"):
+        getattr(BatchNormScaler(), method)(x, sample_weight=w)
+    x[4, 1] = np.nan
+    assert BatchNormScaler().fit(x, sample_weight=w).n_samples_seen_ == 19
+
+
+def test_data_that_are_said_to_be_finite_are_read_once(rng):
+    """Nobody looks for infinity under scikit-learn's assume_finite."""
+    from sklearn import config_context
+
+    x = rng.normal(size=(20, 3))
+    scaler = BatchNormScaler().fit(x)
+    x[3, 1] = np.inf
+    with config_context(assume_finite=True):
+        y = scaler.transform(x)
+    np.testing.assert_array_equal(np.isinf(y), np.isinf(x))
+
+
+def test_arrays_like_those_that_were_seen_take_a_short_way(rng, monkeypatch):
+    """It comes to what scikit-learn's checks let through, and everything else goes through them."""
+    import fastbn.sklearn
+
+    x = rng.normal(2, 3, (30, 4))
+    frozen, names = x.copy(), BatchNormScaler()
+    frozen.flags.writeable = False
+    scaler = BatchNormScaler().fit(x)
+    wanted = scaler.transform(x.tolist())
+    checked = []
+
+    def validate(*args, **kwargs):
+        checked.append(1)
+        return checks(*args, **kwargs)
+
+    checks = fastbn.sklearn.validate_data
+    monkeypatch.setattr(fastbn.sklearn, "validate_data", validate)
+    for plain in (x, frozen, np.asfortranarray(x), x[::2]):
+        scaler.transform(plain)
+    ref.assert_same_bits(scaler.transform(x), wanted)
+    assert not checked
+    with pytest.raises(ValueError, match="X has 3 features, but BatchNormScaler is expecting 4 features"):
+        scaler.transform(x[:, :3])
+    with pytest.raises(ValueError, match="minimum of 1 is required"):
+        scaler.partial_fit(x[:0])
+    with pytest.raises(ValueError, match="Expected 2D array, got 1D array"):
+        scaler.transform(x[0])
+    for other in (x.tolist(), x.astype(np.int32), x.astype(">f8"), np.ma.array(x)):
+        np.testing.assert_allclose(scaler.transform(other), scaler.transform(np.array(other, np.float64)))
+    result = scaler.transform(frozen, copy=False)
+    assert result is not frozen
+    assert len(checked) == 8
+    names.fit(x).feature_names_in_ = np.array(list("abcd"), object)
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        names.transform(x)
+
+
 def test_infinity_is_refused_and_changes_nothing(rng):
     x = rng.normal(size=(20, 3)).astype(np.float32)
     scaler = BatchNormScaler().fit(x)
@@ -301,6 +393,11 @@ def test_no_temporary_copies(dtype, rng):
             tracemalloc.stop()
 
     assert peak(lambda: scaler.partial_fit(x))[0] < x.nbytes / 8
+    holes = x.copy()
+    holes[::7] = np.nan
+    assert peak(lambda: scaler.partial_fit(holes))[0] < x.nbytes / 8
+    weight = rng.uniform(size=len(x))
+    assert peak(lambda: scaler.partial_fit(holes, sample_weight=weight))[0] < x.nbytes / 8 + weight.nbytes
     assert peak(lambda: scaler.transform(x))[0] < x.nbytes * 9 / 8
     assert peak(lambda: scaler.transform(x, copy=False))[0] < x.nbytes / 8
 
@@ -336,8 +433,27 @@ def test_merging(rng):
         a.merge(1)
     with pytest.raises(ValueError, match="other must have 5 features, got 2"):
         a.merge(BatchNormScaler().fit(np.eye(2)))
-    with pytest.raises(ValueError, match="moments must have one whole count for all columns"):
-        BatchNormScaler().fit([[1.0, np.nan], [1.0, 2.0]]).to_moments()
+
+
+def test_moments_with_counts_of_each_feature(rng):
+    """Whatever a scaler has seen goes into moments and back."""
+    x, w = table(rng), rng.integers(0, 4, 200).astype(float)
+    x[3, 1] = x[5:9, 2] = np.nan
+    for options in ({"nan_policy": "omit"}, {"nan_policy": "omit", "sample_weight": w}):
+        scaler = BatchNormScaler().fit(x, sample_weight=options.get("sample_weight"))
+        moments, wanted = scaler.to_moments(), fastbn.moments(x, **options)
+        assert moments.count.dtype == wanted.count.dtype
+        np.testing.assert_array_equal(moments.count, wanted.count)
+        np.testing.assert_allclose(moments.mean, wanted.mean, rtol=1e-14)
+        np.testing.assert_allclose(moments.m2, wanted.m2, rtol=1e-12, atol=1e-20)
+        again = BatchNormScaler().merge(moments)
+        np.testing.assert_array_equal(again.n_samples_seen_, scaler.n_samples_seen_)
+        np.testing.assert_array_equal(again.transform(x), scaler.transform(x))
+    whole = BatchNormScaler().fit(np.eye(3), sample_weight=[1.0, 2.0, 1.0]).to_moments().count
+    assert (type(whole), whole) == (float, 4.0)
+    assert type(BatchNormScaler().fit(np.eye(3)).to_moments().count) is int
+    stream = BatchNormScaler(momentum=0.3).partial_fit(np.eye(3)).partial_fit(np.eye(3))
+    assert stream.to_moments().count == 3 * 0.3 + 3
 
 
 def test_merging_takes_names_over(rng):

@@ -38,12 +38,13 @@ class Running:
 
     @classmethod
     def of(cls, x: Array, weight: Array | None = None) -> tuple[Self, Array]:
-        """Return the statistics of a table, and which columns have values that are not finite.
+        """Return the statistics of a table, and which columns have values that are infinite, or too large.
 
         Parameters
         ----------
         x : ndarray of float16, float32 or float64, shape (rows, columns)
-            NaN is a missing value. Memory is read once, but for columns with missing values or far from zero.
+            NaN is a missing value. Memory is read once; twice where values are missing, and once more for columns far
+            from zero.
         weight : ndarray of float64, shape (rows,), optional
             Weights of rows, not negative.
 
@@ -52,21 +53,30 @@ class Running:
         Running
             The statistics; NaN where a value is infinite.
         ndarray of bool, shape (columns,)
-            Columns in which a value is NaN or infinite.
+            Columns whose statistics are not finite. Infinite values without weight do not show.
         """
-        plain = moments(x)
-        result = cls.from_moments(plain)
-        finite = np.isfinite(plain.mean) & np.isfinite(plain.m2)
-        if weight is not None:
-            return _with_care(cls, x, weight), ~finite
+        found = moments(x, sample_weight=weight)
+        result, sound = cls.from_moments(found), finite(found)
+        if not sound.all():
+            # The others keep their numbers: no column depends on what is missing in another.
+            present = moments(x, sample_weight=weight, nan_policy="omit")
+            result._put(~sound, cls.from_moments(present)._only(~sound))
+            sound |= finite(present)
         with np.errstate(all="ignore"):
-            far = (plain.mean * plain.mean * plain.count > FAR * plain.m2) & (plain.m2 > 0)
-        careful = ~finite | far
-        if careful.any():
-            part = _with_care(cls, x[:, careful], None)
-            for name in ("count", "mean", "low", "m2"):
-                getattr(result, name)[careful] = getattr(part, name)
-        return result, ~finite
+            far = (result.mean * result.mean * result.count > FAR * result.m2) & (result.m2 > 0)
+        if far.any():
+            center = result.mean[far]
+            rest = cls.from_moments(_centered(x, far, center, weight))
+            rest.mean, rest.low = two_sum(center, rest.mean)
+            result._put(far, rest)
+        return result, ~sound
+
+    def _only(self, columns: Array) -> Self:
+        return type(self)(self.count[columns], self.mean[columns], self.low[columns], self.m2[columns])
+
+    def _put(self, columns: Array, part: Running) -> None:
+        self.count[columns], self.mean[columns] = part.count, part.mean
+        self.low[columns], self.m2[columns] = part.low, part.m2
 
     @classmethod
     def from_moments(cls, part: Moments) -> Self:
@@ -75,18 +85,23 @@ class Running:
         count = np.broadcast_to(np.asarray(part.count, np.float64), columns).copy()
         return cls(count, part.mean.copy(), np.zeros(columns), part.m2.copy())
 
-    def to_moments(self) -> Moments:
-        """Return the same statistics as `fastbn.Moments`, whose columns have one count.
+    def to_moments(self, *, weighted: bool = False) -> Moments:
+        """Return the same statistics as `fastbn.Moments`, with a mean of one float64.
 
-        Raises
-        ------
-        ValueError
-            If the counts differ, or are no integers.
+        Parameters
+        ----------
+        weighted : bool
+            Whether counts are sums of weights, also where these are whole numbers.
         """
-        count = self.count[0] if len(self.count) else 0
-        if (self.count != count).any() or count % 1:
-            raise ValueError("moments must have one whole count for all columns, got missing values or weights")
-        return Moments.from_dict({"count": int(count), "mean": self.mean + self.low, "m2": self.m2})
+        count = self.count
+        if not weighted and not (count % 1).any():
+            count = count.astype(np.int64)
+        if len(count) == 0:
+            count = np.zeros((), count.dtype)
+        elif (count == count[0]).all():
+            count = count[0]
+        state = {"count": count if count.ndim else count.item(), "mean": self.mean + self.low, "m2": self.m2}
+        return Moments.from_dict(state)
 
     def copy(self) -> Self:
         """Return a copy."""
@@ -131,25 +146,23 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     return s, (a - (s - t)) + (b - t)
 
 
-def _with_care(kind: type[Running], x: Array, weight: Array | None) -> Any:
-    """Two passes over each block of rows in float64, with what the first mean left over as its second part."""
-    total = kind.nothing(x.shape[1])
-    rows = max(1, BLOCK // max(1, x.shape[1]))
-    with np.errstate(all="ignore"):
-        for start in range(0, len(x), rows):
-            z = x[start : start + rows].astype(np.float64)
-            missing = np.isnan(z)
-            w = ~missing if weight is None else ~missing * weight[start : start + rows, None]
-            z[missing] = 0
-            count = w.sum(axis=0, dtype=np.float64)
-            some = count > 0
-            mean = np.where(some, (w * z).sum(axis=0) / count, 0)
-            z -= mean
-            z[missing] = 0
-            low = np.where(some, (w * z).sum(axis=0) / count, 0)
-            z -= low
-            m2 = np.where(some, (w * z * z).sum(axis=0), 0)
-            total.merge(kind(count, *two_sum(mean, low), m2))
+def finite(part: Moments) -> Array:
+    """Return whether the statistics of each column are finite; then all that counts in them is."""
+    both: Array = np.isfinite(part.mean) & np.isfinite(part.m2)
+    return both
+
+
+def _centered(x: Array, columns: Array, center: Array, weight: Array | None) -> Moments:
+    """Return the moments of some columns relative to a center each, in blocks of rows.
+
+    Near the center, which is where the values are of columns that are far from zero, differences are exact.
+    """
+    total = Moments(len(center))
+    rows = max(1, BLOCK // len(center))
+    for start in range(0, len(x), rows):
+        block = slice(start, start + rows)
+        z = x[block][:, columns].astype(np.float64) - center
+        total.update(z, sample_weight=None if weight is None else weight[block], nan_policy="omit")
     return total
 
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 try:
     from scipy import sparse
+    from sklearn import get_config
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
     from sklearn.utils import assert_all_finite, check_array
     from sklearn.utils._param_validation import Interval
@@ -27,7 +28,7 @@ from . import layout as layouts
 from .errors import must
 from .layer import BatchNorm
 from .moments import Moments, moments
-from .running import Running, of_sparse
+from .running import Running, finite, of_sparse
 
 Array = NDArray[Any]
 
@@ -185,14 +186,16 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
             This object.
         """
         self._validate_params()
-        table = validate_data(
-            self,
-            X,
-            accept_sparse=("csr", "csc"),
-            dtype=_dtypes(X),
-            ensure_all_finite=False,
-            reset=not hasattr(self, "_running"),
-        )
+        table: Any = X
+        if not self._fits(X):
+            table = validate_data(
+                self,
+                X,
+                accept_sparse=("csr", "csc"),
+                dtype=_dtypes(X),
+                ensure_all_finite=False,
+                reset=not hasattr(self, "_running"),
+            )
         self._refuse_centering(table)
         self._range(table.shape[1])
         context = None
@@ -220,6 +223,8 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         if sparse.issparse(table):
             self._check_finite(table.data)
             return of_sparse(table, weight)
+        if weight is not None and not weight.all():
+            self._check_finite(table[weight == 0])  # what the statistics do not show
         part, suspicious = Running.of(table, weight)
         if suspicious.any():
             self._check_finite(table)
@@ -308,14 +313,15 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
     def to_moments(self) -> Moments:
         """Return what was seen as `fastbn.Moments`.
 
-        Raises
-        ------
-        ValueError
-            If values were missing in some features, or samples had weights: moments have one whole count.
+        Returns
+        -------
+        fastbn.Moments
+            With counts per feature where values were missing, and sums of weights where samples had weights or
+            momentum has let them count for less.
         """
         check_is_fitted(self)
         running: Running = self._running
-        return running.to_moments()
+        return running.to_moments(weighted=self._weighted)
 
     def to_batch_norm(self, dtype: str = "float64") -> BatchNorm:
         """Return a layer whose inference is `transform`: to fold into the next layer, or to export.
@@ -362,9 +368,11 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         ndarray or sparse matrix of shape (n_samples, n_features)
             float32 and float16 stay what they are; else float64.
         """
-        check_is_fitted(self)
         copy = self.copy if copy is None else copy
-        table = validate_data(self, X, reset=False, **self._checks(X, copy))
+        table: Any = X
+        if not self._fits(X, writes=not copy):
+            check_is_fitted(self)
+            table = validate_data(self, X, reset=False, **self._checks(X, copy))
         gamma, beta = self._range(table.shape[1])
         scale = gamma if self.scale_ is None else gamma / self.scale_
         if sparse.issparse(table):
@@ -393,9 +401,11 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         ValueError
             If a gamma is 0.
         """
-        check_is_fitted(self)
         copy = self.copy if copy is None else copy
-        table = check_array(X, estimator=self, **self._checks(X, copy))
+        table: Any = X
+        if not self._fits(X, writes=not copy):
+            check_is_fitted(self)
+            table = check_array(X, estimator=self, **self._checks(X, copy))
         features = len(self._running.count)
         if table.shape[1] != features:
             raise ValueError(must("X", f"have {features} features", table.shape[1]))
@@ -431,8 +441,12 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
 
     def _apply(self, table: Array, copy: bool, mean: Array | None, scale: Array, shift: Array) -> Array:
         """Return (table - mean) * scale + shift, having looked for infinite values."""
-        part = moments(table)  # statistics that are finite show that all values are
-        if not (np.isfinite(part.m2).all() and np.isfinite(part.mean).all()):
+        # Statistics that are finite show that all values are, or with "omit" all that are not NaN.
+        if not (
+            get_config()["assume_finite"]
+            or finite(moments(table)).all()
+            or finite(moments(table, nan_policy="omit")).all()
+        ):
             self._check_finite(table)
         y: Array = layouts.like(table, table.dtype) if copy else table
         passes.run(
@@ -448,6 +462,22 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
+    def _fits(self, X: Any, *, writes: bool = False) -> bool:
+        """Whether X is an array like those that were seen, of which `validate_data` would find nothing to say.
+
+        It takes 0.2 ms where the caches are full of data: a sixth of a transform of 4 million values.
+        """
+        return (
+            type(X) is np.ndarray
+            and X.ndim == 2
+            and X.dtype in DTYPES
+            and len(X) > 0
+            and hasattr(self, "_running")
+            and X.shape[1] == self.n_features_in_
+            and not hasattr(self, "feature_names_in_")
+            and (X.flags.writeable or not writes)
+        )
+
     def _refuse_centering(self, table: Any) -> None:
         if not sparse.issparse(table):
             return
@@ -461,7 +491,10 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         result = []
         for name, default in (("gamma", 1.0), ("beta", 0.0)):
             given = getattr(self, name)
-            value = np.asarray(default if given is None else given, np.float64)
+            if given is None:
+                result.append(np.full(features, default))
+                continue
+            value = np.asarray(given, np.float64)
             if value.shape not in ((), (features,)):
                 raise ValueError(must(name, f"be a number or have shape ({features},)", value.shape))
             if not np.isfinite(value).all():
