@@ -53,6 +53,18 @@ def main() -> None:
     # Inference is local: one rank alone may call it.
     if rank == 0:
         np.testing.assert_allclose(first(x), alone[0](x), rtol=1e-9, atol=1e-9)
+    # Weights of some ranks, and values that are missing.
+    bn = fastbn.mpi.BatchNorm(6, axis=1, nan_policy="omit", dtype="float64")
+    plain = fastbn.BatchNorm(6, axis=1, nan_policy="omit", dtype="float64")
+    x, dy = (rng.normal(3, 2, (9, 6, 4)) for _ in range(2))
+    x[rng.random(x.shape) < 0.2] = np.nan
+    weight, part = rng.uniform(0, 2, (9, 4)), share(9)
+    weight[: share(9).stop if rank == 0 else 0] = 1  # so that rank 0 has none
+    weight = comm.bcast(weight)
+    y = bn(x[part], training=True, sample_weight=weight[part] if rank else None)
+    np.testing.assert_allclose(y, plain(x, training=True, sample_weight=weight)[part], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(bn.backward(dy[part]), plain.backward(dy)[part], rtol=1e-7, atol=1e-9)
+    same_everywhere(bn.moving_variance)
     # float32, and the tolerance of batch norm itself.
     x = rng.normal(1000, 1, (40, 8)).astype(np.float32)
     y = fastbn.mpi.BatchNorm()(x[share(40)], training=True)

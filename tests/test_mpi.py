@@ -88,6 +88,185 @@ def test_residual_and_activation(rng):
         np.testing.assert_allclose(np.concatenate(got), expected, rtol=1e-10, atol=1e-12)
 
 
+def weights_of(kind, x, rng):
+    """How some values count, per sample, per position or per value, beside the policy; and x with what is missing."""
+    x = x.copy()
+    if kind == "omit":
+        x[rng.random(x.shape) < 0.2] = np.nan
+        return x, {}
+    if kind == "mask":
+        mask = rng.random(len(x)) < 0.7
+        x[~mask] = np.nan  # masked values may be anything
+        return x, {"mask": mask}
+    if kind == "weights":
+        return x, {"sample_weight": rng.integers(0, 4, len(x)) / 2}
+    if kind == "large weights":
+        return x, {"sample_weight": rng.uniform(1, 2, (len(x), *x.shape[2:])) * 1e15}
+    x[rng.random(x.shape) < 0.2] = np.nan
+    return x, {"mask": rng.random((len(x), *x.shape[2:])) < 0.8, "sample_weight": rng.uniform(0, 2, x.shape)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", ["mask", "weights", "large weights", "omit", "all"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masks_weights_and_missing_values(dtype, kind, size, rng):
+    """Training as of one layer with the whole batch: y, gradients, moving statistics, and what counts for them."""
+    policy = "omit" if kind in ("omit", "all") else "propagate"
+    options = {"axis": 1, "momentum": 0.6, "ddof": 1, "epsilon": 1e-2, "nan_policy": policy, "dtype": dtype}
+    batches = []
+    for rows in (11, 3, 0, 8):
+        x, given = weights_of(kind, rng.normal(3, 2, (rows, 4, 3)).astype(dtype), rng)
+        batches.append((x, given, rng.normal(size=x.shape).astype(dtype)))
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(4, comm=comm, **options)
+        bn.gamma = [1.0, 2.0, 0.5, -1.0]
+        results = []
+        for x, given, dy in batches:
+            part = slice(*cuts(len(x), size)[rank : rank + 2])
+            y = bn(x[part], training=True, **{name: value[part] for name, value in given.items()})
+            results.append((y, bn.backward(dy[part]), bn.grads))
+        return results, bn.state_dict()
+
+    ranks = run_comms(work, size)
+    plain = fastbn.BatchNorm(4, **options)
+    plain.gamma = [1.0, 2.0, 0.5, -1.0]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is np.float32 else {"rtol": 1e-9, "atol": 1e-12}
+    for i, (x, given, dy) in enumerate(batches):
+        y = plain(x, training=True, **given)
+        dx = plain.backward(dy)
+        np.testing.assert_allclose(np.concatenate([r[0][i][0] for r in ranks]), y, **tolerance)
+        np.testing.assert_allclose(np.concatenate([r[0][i][1] for r in ranks]), dx, **tolerance)
+        assert np.isfinite(dx).all()
+        for name, gradient in plain.grads.items():
+            np.testing.assert_allclose(sum(r[0][i][2][name] for r in ranks), gradient, **tolerance)
+    for name, value in plain.state_dict().items():
+        ours = [np.asarray(r[1][name]) for r in ranks]
+        assert len({a.tobytes() for a in ours}) == 1, name  # the same bits on every rank
+        np.testing.assert_allclose(ours[0], value, **tolerance)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_weights_behind_an_activation_and_a_residual(activation, rng):
+    x, residual, dy = (rng.normal(size=(12, 3)) for _ in range(3))
+    mask, weight = rng.random(12) < 0.7, rng.uniform(0, 2, (12, 3))
+    x[~mask] = np.nan
+
+    def work(comm, rank):
+        part = slice(*cuts(12, 3)[rank : rank + 2])
+        bn = fastbn.mpi.BatchNorm(activation=activation, comm=comm)
+        y = bn(x[part], training=True, residual=residual[part], mask=mask[part], sample_weight=weight[part])
+        buffer = dy[part].copy()
+        assert bn.backward(buffer, out=buffer) is buffer
+        return y, buffer, bn.grads["residual"]
+
+    plain = fastbn.BatchNorm(activation=activation)
+    y = plain(x, training=True, residual=residual, mask=mask, sample_weight=weight)
+    wanted = y, plain.backward(dy), plain.grads["residual"]
+    for got, expected in zip(zip(*run_comms(work, 3), strict=True), wanted, strict=True):
+        np.testing.assert_allclose(np.concatenate(got), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8"])
+def test_weights_of_small_types(dtype, rng):
+    """Within the rounding of the type, once, of what one process gives."""
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    x = rng.integers(0, 9, (12, 3)).astype(dtype)
+    out = np.dtype(np.float32 if x.dtype == np.uint8 else dtype)
+    weight, dy = rng.integers(0, 3, 12), rng.normal(size=(12, 3)).astype(out)
+
+    def work(comm, rank):
+        part = slice(*cuts(12, 2)[rank : rank + 2])
+        bn = fastbn.mpi.BatchNorm(comm=comm)
+        return bn(x[part], training=True, sample_weight=weight[part]), bn.backward(dy[part])
+
+    plain = fastbn.BatchNorm()
+    wanted = plain(x, training=True, sample_weight=weight), plain.backward(dy)
+    u = {"float16": 2.0**-10, "float32": 2.0**-22}.get(out.name, 2.0**-7)
+    for got, expected in zip(zip(*run_comms(work, 2), strict=True), wanted, strict=True):
+        joined = np.concatenate(got)
+        assert joined.dtype == out
+        np.testing.assert_allclose(joined.astype(float), expected.astype(float), rtol=u, atol=u)
+
+
+def test_ranks_need_not_agree_about_weights(rng):
+    """Without weights every value of a rank counts once; a rank that is empty gives none, and nobody waits."""
+    x, dy = rng.normal(size=(9, 3)), rng.normal(size=(9, 3))
+    weight, mask = np.ones(9), np.ones(9, bool)
+    weight[:4] = rng.uniform(0, 3, 4)
+    mask[4:6] = [True, False]
+    parts = [slice(0, 4), slice(4, 6), slice(6, 6), slice(6, 9)]
+    given = [{"sample_weight": weight[:4]}, {"mask": mask[4:6]}, {}, {}]
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(3, comm=comm, dtype="float64")
+        y = bn(x[parts[rank]], training=True, **given[rank])
+        return y, bn.backward(dy[parts[rank]]), bn.moving_variance.tobytes(), comm.calls
+
+    ranks = run_comms(work, 4)
+    plain = fastbn.BatchNorm(3, dtype="float64")
+    wanted = plain(x, training=True, sample_weight=weight, mask=mask), plain.backward(dy)
+    for i, expected in enumerate(wanted):
+        np.testing.assert_allclose(np.concatenate([r[i] for r in ranks]), expected, rtol=1e-11, atol=1e-13)
+    assert len({r[2] for r in ranks}) == 1
+    assert {r[3] for r in ranks} == {3}  # two exchanges forward, one back
+    np.testing.assert_allclose(np.frombuffer(ranks[0][2]), plain.moving_variance, rtol=1e-13)
+
+
+def test_a_channel_in_which_nothing_counts(rng):
+    """y is beta, dx is 0, and its statistics stay, whatever the other channels do."""
+    x = rng.normal(size=(6, 3))
+    x[:, 1] = np.nan
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(3, comm=comm, dtype="float64", nan_policy="omit")
+        bn.beta = [1.0, 2.0, 3.0]
+        bn(x[3 * rank : 3 * rank + 3], training=True)
+        dx = bn.backward(np.ones((3, 3)))
+        return dx, bn.moving_mean, bn.moving_variance, bn.batches
+
+    for dx, mean, variance, batches in run_comms(work, 2):
+        assert not dx[:, 1].any()
+        assert (mean[1], variance[1], batches) == (0.0, 1.0, 1)
+        assert mean[0] != 0.0
+
+
+def test_missing_values_that_are_refused(rng):
+    x = rng.normal(size=(6, 3))
+    x[4, 2] = np.nan
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(3, comm=comm, nan_policy="raise")
+        with pytest.raises(ValueError if rank else RuntimeError) as error:
+            bn(x[3 * rank : 3 * rank + 3], training=True)
+        return str(error.value), bn.batches
+
+    assert run_comms(work, 2) == [
+        ("rank 1 has raised an error in this call, so no rank goes on", 0),
+        ('x must have no NaN with nan_policy="raise", got 1, of them 1 in channel 2', 0),
+    ]
+
+
+def test_weights_that_do_not_fit(rng):
+    x = rng.normal(size=(4, 3))
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(3, comm=comm)
+        with pytest.raises(ValueError if rank else RuntimeError) as error:
+            bn(x, training=True, sample_weight=[1.0, -1.0, 1.0, 1.0] if rank else None)
+        return str(error.value)
+
+    assert run_comms(work, 2)[1] == "sample_weight must be finite and not negative, got -1.0"
+    weight = np.ones((4, 3))
+
+    def overwritten(comm, rank):
+        fastbn.mpi.BatchNorm(comm=comm)(x, training=True, sample_weight=weight, out=weight)
+
+    with pytest.raises(ValueError, match="out must"):
+        run_comms(overwritten, 1)
+
+
 def test_inference_and_frozen_layers_send_nothing(rng):
     x = rng.normal(size=(6, 3))
 
@@ -205,9 +384,6 @@ def test_statistics_recomputed_over_all_ranks(rng):
 
 
 def test_messages():
-    with pytest.raises(ValueError) as weighted:
-        run_comms(lambda comm, rank: fastbn.mpi.BatchNorm(comm=comm)(np.ones((2, 2)), mask=np.ones(2, bool)), 1)
-    assert str(weighted.value) == "mask must be None where the batch is that of all ranks, got an array"
     with pytest.raises(ValueError) as refused:
         fastbn.mpi.BatchNorm(renorm=True)
     assert str(refused.value) == "renorm must not be given where the batch is that of all ranks, got True"

@@ -379,7 +379,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     dresidual = layouts.like(x, dtype) if cache.has_residual else None
     activation = cache.activation
     if cache.weights is not None and fused and x.size:
-        gradient = _before(gradient, cache, x)  # in a pass of its own
+        gradient = before_activation(gradient, cache, x)  # in a pass of its own
         activation = None
     before = None if activation is None else dresidual  # where to keep the gradient before the activation
     if dresidual is not None and activation is None:
@@ -416,7 +416,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     return gradients if dresidual is None else (*gradients, dresidual)
 
 
-def _before(dy: Array, cache: Cache, x: Array) -> Array:
+def before_activation(dy: Array, cache: Cache, x: Array) -> Array:
     """Return the gradient before an activation, 0 where x is missing, as a new array."""
     channels = len(cache.statistics.mean)
     result = layouts.like(x, dy.dtype)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import averages, layer, passes, synchronized
+from . import weights as weighting
 from .composite import Batch
 from .errors import must
 from .moments import Moments
@@ -35,7 +36,7 @@ class _Pooled(NamedTuple):
     """What the gradient needs: the cache of this rank's part, and the values per channel of all parts."""
 
     cache: passes.Cache
-    values: int
+    values: weighting.Count
 
 
 class BatchNorm(layer.BatchNorm):
@@ -57,6 +58,8 @@ class BatchNorm(layer.BatchNorm):
 
     Notes
     -----
+    A mask, weights or ``nan_policy="omit"`` cost one more exchange, of a number per channel.
+
     `backward` gives the gradient of x through the statistics of the whole batch. The gradients of gamma and beta in
     `grads` are this rank's share: add them up over the ranks, with those of all other parameters of the model.
 
@@ -92,9 +95,6 @@ class BatchNorm(layer.BatchNorm):
             value = getattr(self, name)
             if value not in (None, False):
                 raise ValueError(must(name, "not be given where the batch is that of all ranks", repr(value)))
-        policy = options.get("nan_policy", "propagate")
-        if policy != "propagate":
-            raise ValueError(must("nan_policy", "be 'propagate' where the batch is that of all ranks", repr(policy)))
         self.comm = comm
 
     @property
@@ -133,7 +133,7 @@ class BatchNorm(layer.BatchNorm):
         x, training, residual, out
             As of `fastbn.BatchNorm`. All ranks must agree about training.
         mask, sample_weight
-            None: values of a batch that is spread over ranks count alike.
+            As of `fastbn.BatchNorm`, of this rank's part. Ranks need not agree: without, every value counts once.
 
         Returns
         -------
@@ -147,12 +147,9 @@ class BatchNorm(layer.BatchNorm):
         RuntimeError
             If another rank has raised.
         """
-        for name, value in (("mask", mask), ("sample_weight", sample_weight)):
-            if value is not None:
-                raise ValueError(must(name, "be None where the batch is that of all ranks", "an array"))
         mode, recorder = self.mode(training), self._recorder
         if mode == "inference" and recorder is None:
-            return super().__call__(x, training, residual=residual, out=out)
+            return super().__call__(x, training, residual=residual, mask=mask, sample_weight=sample_weight, out=out)
         arrays = self._arrays
         learns = mode == "train" and recorder is None
         y, cache, pooled = synchronized.forward(
@@ -168,24 +165,29 @@ class BatchNorm(layer.BatchNorm):
             out=out,
             channels=None if arrays is None else math.prod(arrays.shape),
             check=_refuse_nonfinite if learns and self.on_nonfinite == "raise" else None,
+            mask=mask,
+            sample_weight=sample_weight,
+            nan_policy=self.nan_policy,
         )
         assert cache is not None
         if arrays is None:
             arrays = self._created(*_features_of(y, cache))
-        variance = pooled.m2 / max(pooled.count - self.ddof, 1)
+        # A channel in which nothing counts has an infinite variance, as everywhere, and keeps its averages.
+        variance = np.where(np.greater(pooled.count, 0), pooled.variance(self.ddof), np.inf)
         batch = Batch(cache.statistics, variance, pooled.count)
+        counts = np.any(batch.counted)
         with self._lock:
             if self._arrays is None:
                 self._arrays = arrays
-            if pooled.count and recorder is not None:
+            if counts and recorder is not None:
                 recorder.take(y, self._arrays.shape, batch)
-            elif pooled.count and learns and self._direct:
+            elif counts and learns and self._direct:
                 share = averages.share(self.momentum, self.batches)
                 passes.store_moving(*self._tracked(), cache.statistics, pooled.count, share, self.ddof)
                 self.batches += 1
-            elif pooled.count and learns:
+            elif counts and learns:
                 self._learn(self._arrays, batch)
-        self._last.cache = _Pooled(cache, int(pooled.count))
+        self._last.cache = _Pooled(cache, pooled.count)
         return y
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:

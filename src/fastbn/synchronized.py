@@ -6,11 +6,13 @@ rank then puts the same rows together in the same order, so all of them get the 
 does not matter.
 
 Forward      a rank sends (count, mean, m2) of its part, 2 C + 1 numbers; they merge by Chan's formula
-             (kernels/moments.pxd).
+             (kernels/moments.pxd). A rank whose values do not all count alike sends a negative number for the count;
+             then all ranks send their counts or sums of weights per channel in a second round, C numbers.
 Gradient     a rank sends (0, sum(dy), sum(dy * (x - mean))) of its part, 2 C + 1 numbers; they add up.
 
 A rank without data takes part like any other: it sends zeros. A rank whose arguments do not fit sends a count of -1
-before it raises, so that the others raise too, instead of waiting for it.
+before it raises, so that the others raise too, instead of waiting for it. Ranks need not agree about weights: without,
+every value counts once.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import activation as activations
-from . import checks, kernels, passes
+from . import checks, functional, kernels, passes
 from . import layout as layouts
+from . import weights as weighting
 from .errors import must
 from .kernels import _channels
 from .moments import Moments, moments
@@ -33,7 +36,10 @@ from .passes import Cache
 Array = NDArray[Any]
 Gather = Callable[[Array], Array]
 
-FAILED: Final = -1.0  # in place of a count: this rank has raised
+# In place of a count:
+FAILED: Final = -1.0  # this rank has raised
+COUNTED: Final = -2.0  # its counts of values follow
+WEIGHTED: Final = -3.0  # its sums of weights follow
 
 
 def refuse_failed(rows: Array) -> None:
@@ -43,9 +49,9 @@ def refuse_failed(rows: Array) -> None:
         raise RuntimeError(f"rank {failed[0]} has raised an error in this call, so no rank goes on")
 
 
-def to_row(part: Moments) -> Array:
-    """Return what a rank sends of its part: count, means, m2, as one vector of float64."""
-    return np.concatenate((np.full(1, part.count, np.float64), part.mean, part.m2))
+def to_row(part: Moments, mark: float | None = None) -> Array:
+    """Return what a rank sends of its part: count, or what stands in its place, means, m2, as one vector of float64."""
+    return np.concatenate((np.full(1, part.count if mark is None else mark, np.float64), part.mean, part.m2))
 
 
 def merged(rows: Array) -> Moments:
@@ -54,6 +60,18 @@ def merged(rows: Array) -> Moments:
     total = Moments((len(row) - 1) // 2)
     total.count = int(row[0])
     total.mean, total.m2 = (half.copy() for half in np.split(row[1:], 2))
+    return total
+
+
+def merged_counted(rows: Array, counts: Array) -> Moments:
+    """The same for parts whose counts, per channel, came as rows of their own."""
+    whole = not (rows[:, 0] == WEIGHTED).any()
+    total = Moments(counts.shape[1])
+    for row, count in zip(rows, counts, strict=True):
+        part = Moments(counts.shape[1])
+        part.count = weighting.tidy(count.astype(np.int64) if whole else count.copy())
+        part.mean, part.m2 = (half.copy() for half in np.split(row[1:], 2))
+        total.merge(part)
     return total
 
 
@@ -77,6 +95,9 @@ def forward(
     keep: Literal["nothing", "always", "unless in place"] = "unless in place",
     channels: int | None = None,
     check: Callable[[Moments], None] | None = None,
+    mask: Any = None,
+    sample_weight: Any = None,
+    nan_policy: Any = "propagate",
 ) -> tuple[Array, Cache | None, Moments]:
     """Normalize a part of a batch with the statistics of the whole.
 
@@ -86,8 +107,8 @@ def forward(
         This rank's part, maybe without values.
     gather : callable
         Sends a vector of float64 to all ranks, and returns those of all ranks as the rows of a matrix.
-    gamma, beta, epsilon, axis, layout, activation, residual, out
-        As in `batch_norm`.
+    gamma, beta, epsilon, axis, layout, activation, residual, out, mask, sample_weight, nan_policy
+        As in `batch_norm`. A rank's mask and weights are of its own part.
     keep : {"unless in place", "always", "nothing"}
         What the cache is to hold.
     channels : int, optional
@@ -112,6 +133,7 @@ def forward(
     RuntimeError
         If another rank has raised.
     """
+    mark: float | None = None
     try:
         data = checks.data(x, "x")
         axes = layouts.channel_axes(axis, layout, data.ndim)
@@ -123,8 +145,13 @@ def forward(
         if out is not None:
             y = checks.output(out, data.shape, checks.result_dtype(data.dtype))
             checks.in_place_or_apart(y, "out", data, "x")
+            checks.apart(y, "out", **weighting.given(mask, sample_weight))
         activations.resolved(activation)
-        row = to_row(moments(data, axis=axes))
+        weights = weighting.resolved(mask, sample_weight, nan_policy, data, axes)
+        part = moments(data, axis=axes, mask=mask, sample_weight=sample_weight, nan_policy=nan_policy)
+        if weights is not None:
+            mark = COUNTED if weights.whole else WEIGHTED
+        row = to_row(part, mark)
     except Exception:
         if channels is not None:
             failure = np.zeros(2 * channels + 1)
@@ -133,7 +160,14 @@ def forward(
         raise
     rows = gather(row)
     refuse_failed(rows)
-    pooled = merged(rows)
+    if (rows[:, 0] < 0).any():
+        pooled = merged_counted(rows, gather(weighting.per_channel(part.count, len(part.mean))))
+        variance = _channels.variance_counted(
+            pooled.m2, weighting.per_channel(pooled.count, len(part.mean)), 0, math.inf
+        )
+    else:
+        pooled = merged(rows)
+        variance = pooled.variance() if pooled.count else pooled.m2
     if check is not None:
         check(pooled)
     y, cache = passes.forward(
@@ -141,7 +175,7 @@ def forward(
         gamma=gamma,
         beta=beta,
         moving_mean=pooled.mean.reshape(shape),
-        moving_variance=(pooled.variance() if pooled.count else pooled.m2).reshape(shape),
+        moving_variance=variance.reshape(shape),
         training=False,
         momentum=0.0,
         epsilon=epsilon,
@@ -153,13 +187,16 @@ def forward(
         residual=residual,
         out=out,
         keep=keep,
+        weights=weights,
     )
     if cache is not None:
         cache.mode = "batch"  # the statistics are those of the batch, though not found by this call
     return y, cache, pooled
 
 
-def backward(dy: Any, cache: Cache, gather: Gather, count: int, *, out: Array | None = None) -> tuple[Array, ...]:
+def backward(
+    dy: Any, cache: Cache, gather: Gather, count: weighting.Count, *, out: Array | None = None
+) -> tuple[Array, ...]:
     """Return the gradient of `forward`, through the statistics of the whole batch.
 
     Parameters
@@ -170,8 +207,8 @@ def backward(dy: Any, cache: Cache, gather: Gather, count: int, *, out: Array | 
         Of `forward`.
     gather : callable
         As in `forward`.
-    count : int
-        Values per channel of the whole batch.
+    count : int, float or ndarray
+        Values per channel of the whole batch, or the sums of their weights: the count of the pooled moments.
     out : array, optional
         As in `batch_norm_backward`.
 
@@ -195,7 +232,9 @@ def backward(dy: Any, cache: Cache, gather: Gather, count: int, *, out: Array | 
     sent = np.empty(2 * channels + 1)  # the first number says whether this rank is well
     try:
         x, gradient, dx = _prepared(dy, cache, out)
-        if cache.activation is not None:  # it goes through dx where nobody else wants it
+        if cache.weights is not None:
+            before = functional.before_activation(gradient, cache, x) if x.size else gradient.copy()
+        elif cache.activation is not None:  # it goes through dx where nobody else wants it
             before = layouts.like(x, gradient.dtype) if cache.has_residual or out is not None else dx
         else:
             before = gradient.copy() if cache.has_residual else gradient
@@ -209,7 +248,11 @@ def backward(dy: Any, cache: Cache, gather: Gather, count: int, *, out: Array | 
     sent[1:] = sums.reshape(-1)
     rows = gather(sent)
     refuse_failed(rows)
-    apply_sums(before, x, cache, added(rows)[1:].reshape(2, channels), count, dx)
+    pooled = added(rows)[1:].reshape(2, channels)
+    if cache.weights is not None:
+        apply_weighted_sums(before, x, cache, cache.weights, pooled, count, dx)
+    else:
+        apply_sums(before, x, cache, pooled, count, dx)
     dgamma, dbeta = (np.empty(channels, checks.parameter_dtype(x.dtype)) for _ in range(2))
     _channels.parameter_gradients(sums[0], sums[1], variance, cache.epsilon, dgamma, dbeta)
     shape = layouts.channel_shape(x.shape, cache.axes)
@@ -234,6 +277,8 @@ def _prepared(dy: Any, cache: Cache, out: Array | None) -> tuple[Array, Array, A
         for source, name in ((gradient, "dy"), (x, "x"), (cache.y, "y"), (cache.residual, "residual")):
             if source is not None:
                 checks.in_place_or_apart(dx, "out", source, name)
+        if cache.weights is not None:
+            cache.weights.keep_apart(dx)
     return x, gradient, dx
 
 
@@ -244,13 +289,22 @@ def local_sums(dy: Array, x: Array, cache: Cache, before: Array) -> Array:
     """
     mean, variance = cache.statistics
     sums = np.zeros((2, len(mean)))
-    if x.size:
+    if x.size and cache.weights is not None:  # what is missing is 0 in `before` already, and is left out of the sums
+        arguments: dict[str, Any] = {"dy": before, "weights": cache.weights, "total": cache.total}
+    else:
         activation = cache.activation
+        arguments = {
+            "dy": dy,
+            "residual": None if activation is None else cache.residual if cache.y is None else cache.y,
+            "bend": None if activation is None else activation.bend,
+            "by_output": cache.y is not None,
+            "kept": None if activation is None else before,
+        }
+    if x.size:
         passes.run(
             kernels.FROZEN,
             cache.axes,
             x,
-            dy=dy,
             gamma=cache.gamma,
             beta=cache.beta,
             mean=mean,
@@ -258,18 +312,21 @@ def local_sums(dy: Array, x: Array, cache: Cache, before: Array) -> Array:
             epsilon=cache.epsilon,
             first=sums[0],
             second=sums[1],
-            residual=None if activation is None else cache.residual if cache.y is None else cache.y,
-            bend=None if activation is None else activation.bend,
-            by_output=cache.y is not None,
-            kept=None if activation is None else before,
+            **arguments,
         )
     return sums
 
 
-def apply_sums(dy: Array, x: Array, cache: Cache, sums: Array, count: int, dx: Array) -> None:
+def _per_value(sums: Array, count: weighting.Count) -> Array:
+    """Return sums over the values of the whole batch divided by their number; 0 where there are none."""
+    counts = weighting.per_channel(count, sums.shape[1])
+    return np.stack([_channels.variance_counted(row, counts, 0, 0.0) for row in sums])
+
+
+def apply_sums(dy: Array, x: Array, cache: Cache, sums: Array, count: weighting.Count, dx: Array) -> None:
     """Write ``dx = gamma r (dy - sums[0] / count - (x - mean) r^2 sums[1] / count)``, of checked arrays."""
     if x.size:
-        first, second = (_channels.variance(row, count) for row in sums)
+        first, second = _per_value(sums, count)
         mean, variance = cache.statistics
         passes.run(
             kernels.POOLED,
@@ -284,3 +341,37 @@ def apply_sums(dy: Array, x: Array, cache: Cache, sums: Array, count: int, dx: A
             first=first,
             second=second,
         )
+
+
+def apply_weighted_sums(
+    dy: Array, x: Array, cache: Cache, weights: weighting.Weights, sums: Array, count: weighting.Count, dx: Array
+) -> None:
+    """Write ``dx = gamma r (dy - w (sums[0] / count + (x - mean) r^2 sums[1] / count))``; dy is 0 where x is missing.
+
+    Kernels multiply by weights only with sums that they have found themselves, so the product is taken in between:
+    an array of x's size, and two passes more.
+    """
+    if not x.size:
+        return
+    if dy.dtype.itemsize == 2:  # rounded once, at the end
+        wide = layouts.like(x, np.dtype(np.float32))
+        source = x.astype(np.float32)
+        apply_weighted_sums(dy.astype(np.float32), source, cache, weights, sums, count, wide)
+        dx[...] = wide
+        return
+    mean, variance = cache.statistics
+    first, second = _per_value(sums, count)
+    with np.errstate(all="ignore"):
+        r = 1 / np.sqrt(variance + cache.epsilon)
+        r[np.isinf(r)] = 0.0
+        scale, shift = -r * r * second * weights.scale, -first * weights.scale
+        gamma = r if cache.gamma is None else r * cache.gamma.reshape(-1)
+        passed = layouts.like(x, dy.dtype)  # what comes through the statistics
+        passes.run(kernels.NORMALIZE, cache.axes, x, out=passed, mean=mean, gamma=scale, beta=shift)
+        if weights.array is not None:
+            np.multiply(passed, weights.array, out=passed, casting="same_kind")
+            np.copyto(passed, 0, where=weights.array == 0)
+        if weights.omits:
+            np.copyto(passed, 0, where=np.isnan(x))
+        passed += dy
+    passes.run(kernels.NORMALIZE, cache.axes, passed, out=dx, gamma=gamma)
