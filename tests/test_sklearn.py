@@ -14,13 +14,14 @@ sklearn = pytest.importorskip("sklearn", minversion="1.6")
 pytest.importorskip("scipy")
 
 from sklearn import config_context  # noqa: E402
-from sklearn.base import clone  # noqa: E402
+from sklearn.base import BaseEstimator, clone  # noqa: E402
 from sklearn.compose import ColumnTransformer  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 from sklearn.utils import estimator_checks  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing  # noqa: E402
 
 from fastbn.sklearn import BatchNormScaler  # noqa: E402
 
@@ -108,6 +109,17 @@ def test_in_a_pipeline_and_a_column_transformer(rng):
     np.testing.assert_allclose(result[:, :2], StandardScaler().fit_transform(x[:, [0, 2]]), atol=1e-6)
 
 
+class MetaOf(BaseEstimator):
+    """An estimator that hands on what it gets to another."""
+
+    def __init__(self, estimator=None):
+        self.estimator = estimator
+
+    def get_metadata_routing(self):
+        mapping = MethodMapping().add(caller="partial_fit", callee="partial_fit")
+        return MetadataRouter(owner="MetaOf").add(estimator=self.estimator, method_mapping=mapping)
+
+
 def test_metadata_routing(rng):
     x, y, w = rng.normal(size=(20, 2)), np.arange(20) % 2, rng.uniform(0.1, 3, 20)
     with config_context(enable_metadata_routing=True):
@@ -115,7 +127,12 @@ def test_metadata_routing(rng):
         model = LogisticRegression().set_fit_request(sample_weight=False)
         pipeline = make_pipeline(scaler, model).fit(x, y, sample_weight=w)
         assert scaler.get_metadata_routing().fit.requests["sample_weight"] is True
-        assert BatchNormScaler().set_partial_fit_request(sample_weight="w")
+        stream = BatchNormScaler().set_partial_fit_request(sample_weight="w")
+        routed = process_routing(MetaOf(stream), "partial_fit", w=w)
+        stream.partial_fit(x, **routed.estimator.partial_fit)
+        for method in ("transform", "inverse_transform"):
+            assert "copy" in getattr(scaler.get_metadata_routing(), method).requests
+    np.testing.assert_array_equal(stream.mean_, pipeline[0].mean_)
     np.testing.assert_allclose(pipeline[0].mean_, np.average(x, axis=0, weights=w))
 
 

@@ -345,6 +345,52 @@ def test_sparse(dtype, weights, container, rng):
     np.testing.assert_array_equal(x.toarray(), before.toarray())
 
 
+@pytest.mark.parametrize("form", ["csr", "csc"])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("holes", [False, True])
+def test_sparse_in_blocks(holes, weights, form, rng, monkeypatch):
+    """Blocks may begin and end within a row or column; rows and columns may be empty, and so may everything."""
+    import fastbn.running
+
+    monkeypatch.setattr(fastbn.running, "BLOCK", 7)
+    dense = np.where(rng.random((41, 5)) < 0.3, rng.normal(1e3, 1, (41, 5)), 0)
+    dense[[0, 3, 40]] = dense[:, 2] = 0
+    if holes:
+        dense[5, 1] = dense[6, 3] = dense[7, 4] = np.nan
+    w = rng.integers(0, 3, 41).astype(float) if weights else None
+    for x in (dense, dense * 0 if not holes else np.full((4, 5), np.nan)):
+        given = None if w is None else w[: len(x)] + 1
+        got = fastbn.running.of_sparse(sparse.csr_array(x).asformat(form), given)
+        wanted = fastbn.moments(x, sample_weight=given, nan_policy="omit")
+        np.testing.assert_allclose(got.count, np.broadcast_to(wanted.count, 5), rtol=1e-15)
+        np.testing.assert_allclose(got.mean + got.low, wanted.mean, rtol=1e-14)
+        np.testing.assert_allclose(got.m2, wanted.m2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("container", [sparse.csr_array, sparse.csc_array])
+def test_sparse_in_place(container, rng):
+    x = container(np.where(rng.random((30, 4)) < 0.5, rng.normal(2, 1, (30, 4)), 0))
+    scaler = BatchNormScaler(with_mean=False, copy=False).fit(x)
+    wanted = scaler.transform(x, copy=True)
+    data = x.data
+    assert scaler.transform(x).data is data
+    np.testing.assert_array_equal(data, wanted.data)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
+def test_tensors(dtype, rng):
+    """What exports its memory (DLPack) keeps its type, and gives NumPy arrays."""
+    torch = pytest.importorskip("torch")
+    values = rng.integers(0, 50, (40, 3)).astype(dtype)
+    x = torch.from_numpy(values.copy())
+    scaler, plain = BatchNormScaler().fit(x), BatchNormScaler().fit(values)
+    y = scaler.transform(x)
+    assert type(y) is np.ndarray
+    ref.assert_same_bits(y, plain.transform(values))
+    np.testing.assert_array_equal(scaler.var_, plain.var_)
+    np.testing.assert_array_equal(x.numpy(), values)
+
+
 def test_sparse_is_not_centered(rng):
     x = sparse.csr_array(np.eye(4))
     with pytest.raises(ValueError, match="Cannot center sparse matrices: pass `with_mean=False`"):

@@ -7,6 +7,7 @@ rows may have weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -178,36 +179,73 @@ def of_sparse(x: Any, weight: Array | None = None) -> Running:
     """
     rows, columns = x.shape
     everything = float(rows) if weight is None else float(weight.sum())
-
-    def stored() -> Any:
-        """Blocks of (column, value, weight) of what is stored and not missing; and the weights of what is missing."""
-        for start in range(0, len(x.data), BLOCK):
-            piece = slice(start, min(start + BLOCK, len(x.data)))
-            minor = x.indices[piece]
-            major = np.searchsorted(x.indptr, np.arange(piece.start, piece.stop), side="right") - 1
-            column, row = (minor, major) if x.format == "csr" else (major, minor)
-            value = x.data[piece].astype(np.float64)
-            w = np.ones(len(value)) if weight is None else weight[row]
-            yield column, value, w, np.isnan(value)
-
-    def summed(what: Any) -> Array:
-        total = np.zeros(columns)
-        for column, value, w, missing in stored():
-            keep = ~missing
-            total += np.bincount(column[keep], what(column[keep], value[keep], w[keep]), minlength=columns)
-        return total
-
-    present = summed(lambda column, value, w: w)
-    lost = np.zeros(columns)
-    if np.isnan(x.data).any():
-        for column, _, w, missing in stored():
-            lost += np.bincount(column[missing], w[missing], minlength=columns)
+    present, lost, sums, rest, m2 = np.zeros((5, columns))
+    holes = bool(np.isnan(x.data).any())
+    for block in _stored(x, weight, holes):
+        block.add(present, block.weight)
+        block.add(sums, block.value if block.weight is None else block.weight * block.value)
+        if block.missing is not None:
+            block.add(lost, block.missing)
     count = everything - lost
     with np.errstate(all="ignore"):
-        mean = np.where(count > 0, summed(lambda column, value, w: w * value) / count, 0)
+        mean = np.where(count > 0, sums / count, 0)
+        for block in _stored(x, weight, holes):
+            d = block.value - block.spread(mean)
+            share = d if block.weight is None else block.weight * d
+            block.add(rest, share)
+            block.add(m2, share * d)
         # What the mean's rounding left over is its second part, and is taken out of the squares.
-        rest = summed(lambda column, value, w: w * (value - mean[column])) - (count - present) * mean
-        m2 = summed(lambda column, value, w: w * (value - mean[column]) ** 2) + (count - present) * mean * mean
+        rest -= (count - present) * mean
+        m2 += (count - present) * mean * mean
         low = np.where(count > 0, rest / count, 0)
         m2 = np.where(count > 0, np.maximum(m2 - rest * low, 0), 0)
     return Running(count, *two_sum(mean, low), m2)
+
+
+@dataclass
+class _Block:
+    """Some stored values of a sparse matrix; one that is missing stands there as 0 with weight 0."""
+
+    value: Array
+    weight: Array | None  # None: all 1
+    missing: Array | None  # the weights of what is missing
+    column: Array  # of each value; of CSC, of each run of values
+    runs: tuple[Array, Array] | None  # of CSC: where runs start, and how long they are
+
+    def add(self, total: Array, numbers: Array | None) -> None:
+        """Add a number per value, or 1, to the totals of the columns."""
+        if self.runs is None:
+            total += np.bincount(self.column, numbers, len(total))
+        elif numbers is None:
+            total[self.column] += self.runs[1]
+        else:
+            total[self.column] += np.add.reduceat(numbers, self.runs[0])
+
+    def spread(self, numbers: Array) -> Array:
+        """Return the number of its column for each value."""
+        chosen: Array = numbers[self.column]
+        return chosen if self.runs is None else np.repeat(chosen, self.runs[1])
+
+
+def _stored(x: Any, weight: Array | None, holes: bool) -> Iterator[_Block]:
+    """What is stored in a matrix, in blocks."""
+    step = max(BLOCK, x.shape[1])
+    for start in range(0, len(x.data), step):
+        stop = min(start + step, len(x.data))
+        column, runs, w, gone = x.indices[start:stop], None, None, None
+        if x.format == "csc" or weight is not None:
+            first, last = np.searchsorted(x.indptr, (start, stop - 1), side="right") - 1
+            lengths = np.diff(np.clip(x.indptr[first : last + 2], start, stop))
+            lines, lengths = first + np.flatnonzero(lengths), lengths[lengths > 0]
+            if x.format == "csc":
+                w = None if weight is None else weight[column]
+                column, runs = lines, (np.cumsum(lengths) - lengths, lengths)
+            elif weight is not None:
+                w = np.repeat(weight[lines], lengths)
+        value = x.data[start:stop].astype(np.float64)
+        if holes:
+            missing = np.isnan(value)
+            value[missing] = 0
+            gone = missing.astype(np.float64) if w is None else missing * w
+            w = (~missing).astype(np.float64) if w is None else ~missing * w
+        yield _Block(value, w, gone, column, runs)

@@ -512,9 +512,17 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
 
 
 def _dtypes(X: Any) -> Any:
-    """Return the dtypes that data may have. Frames of polars scikit-learn would make float64 whatever they hold."""
-    names = {str(t) for t in getattr(X, "dtypes", ())} if np.ndim(getattr(X, "dtypes", 0)) == 1 else set()
-    return np.float32 if names == {"Float32"} else DTYPES
+    """Return the dtypes that data may have.
+
+    Frames of polars, and arrays of other libraries, scikit-learn would make float64 whatever they hold.
+    """
+    dtypes = getattr(X, "dtypes", None)
+    if dtypes is not None and np.ndim(dtypes) == 1:
+        return np.float32 if {str(t) for t in dtypes} == {"Float32"} else DTYPES
+    if hasattr(X, "__dlpack__") and not isinstance(X, np.ndarray):
+        name = str(X.dtype).rpartition(".")[2]  # torch.float32
+        return next((t for t in DTYPES if np.dtype(t).name == name), DTYPES)
+    return DTYPES
 
 
 def _deviation(variance: Array, mean: Array, count: Array, epsilon: float) -> Array:
