@@ -67,6 +67,7 @@ parity: .venv-parity/.parity $(if $(PARITY_TF),.venv-parity-tf/.parity) ## compa
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=torch,keras,jax,flax,onnx,onnxruntime,sklearn \
 	    KERAS_BACKEND=torch \
 	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py $(PYTEST_ARGS)
+	.venv-parity/bin/pytest tests/test_sklearn_scaler.py -k "onnx or skorch or tensors" $(PYTEST_ARGS)  # recipes
 ifneq ($(PARITY_TF),)
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=tensorflow,tf_keras,tf_slim TF_USE_LEGACY_KERAS=1 \
 	    .venv-parity-tf/bin/pytest $(PARITY_TF) $(PYTEST_ARGS)

@@ -30,9 +30,9 @@ def chunk(block_info: dict) -> np.ndarray:
 
 
 def main() -> None:
-    with dask.config.set({"distributed.worker.memory.terminate": 0.98, "logging.distributed": "error"}):
+    with dask.config.set({"distributed.worker.memory.terminate": 0.98, "logging.distributed": "critical"}):
         cluster = LocalCluster(
-            n_workers=2, threads_per_worker=1, memory_limit=f"{MEMORY}MB", dashboard_address=None, silence_logs=40
+            n_workers=2, threads_per_worker=1, memory_limit=f"{MEMORY}MB", dashboard_address=None, silence_logs=50
         )
     with cluster, Client(cluster):
         chunks = ((ROWS_OF_A_CHUNK,) * (ROWS // ROWS_OF_A_CHUNK), (COLUMNS,))

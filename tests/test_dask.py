@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -68,6 +69,23 @@ def test_axes(axis, rng):
     np.testing.assert_allclose(m.mean, wanted.mean, rtol=1e-13)
     y = fastbn.dask.batch_norm(da.from_array(x, chunks=(2, 3, 3)), axis=axis).compute()
     np.testing.assert_allclose(y, fastbn.batch_norm(x, axis=axis, training=True), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("split_every", [None, 2])
+def test_missing_values(split_every, rng):
+    x = rng.normal(1e3, 1, (60, 4, 3))
+    x[rng.random(x.shape) < 0.2] = np.nan
+    x[:, 3] = np.nan
+    d = da.from_array(x, chunks=(7, 3, 2))
+    got = fastbn.dask.moments(d, axis=1, nan_policy="omit", split_every=split_every).compute()
+    wanted = fastbn.moments(x, axis=1, nan_policy="omit")
+    np.testing.assert_array_equal(got.count, wanted.count)
+    assert got.count.dtype == np.int64
+    np.testing.assert_allclose(got.mean, wanted.mean, rtol=1e-14)
+    np.testing.assert_allclose(got.m2, wanted.m2, rtol=1e-12)
+    assert np.isnan(fastbn.dask.moments(d, axis=1).compute().mean).all()
+    with pytest.raises(ValueError, match='x must have no NaN with nan_policy="raise"'):
+        fastbn.dask.moments(d, axis=1, nan_policy="raise").compute()
 
 
 def test_layout_and_vectors(rng):
@@ -148,6 +166,8 @@ def test_normalize(rng):
     (lambda d: fastbn.dask.moments(np.ones((2, 2))), TypeError, "x must be a dask array, got ndarray"),
     (lambda d: fastbn.dask.moments(d.astype(int)), TypeError,
      "x must be float16, bfloat16, float32, float64, uint8 or int8, got int64"),
+    (lambda d: fastbn.dask.moments(d, nan_policy="drop"), ValueError,
+     "nan_policy must be one of propagate, omit, raise, got 'drop'"),
     (lambda d: fastbn.dask.normalize(d, np.ones(2), np.ones(3)), ValueError, "mean must have shape (3,), got (2,)"),
     (lambda d: fastbn.dask.normalize(d, np.ones(3), da.ones(4)), ValueError, "variance must have shape (3,), got (4,)"),
     (lambda d: fastbn.dask.normalize(d, None, np.ones(3)), ValueError, "mean must be given, got None"),
@@ -169,11 +189,58 @@ def test_without_dask():
         fastbn.dask.nothing
 
 
+@pytest.fixture
+def client():
+    """A cluster of two processes."""
+    distributed = pytest.importorskip("distributed")
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="1GiB"
+    )
+    with dask.config.set(scheduler=None), cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+def random_cuts(rng, n):
+    return tuple(int(m) for m in np.diff([0, *sorted(rng.integers(0, n + 1, rng.integers(0, 6))), n]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of distributed, about ports
+def test_random_chunks_on_a_cluster_of_processes(client, rng):
+    """The answer of the one array: moments, batch norm and the scaler, on blocks that came over a wire."""
+    pytest.importorskip("sklearn", minversion="1.6")
+    from fastbn.sklearn import BatchNormScaler
+
+    for i in range(8):
+        rows, columns = int(rng.integers(1, 300)), int(rng.integers(1, 7))
+        x = rng.normal(1e3, 2, (rows, columns)).astype(np.float32 if i % 2 else np.float64)
+        if i > 4:
+            x[rng.random(x.shape) < 0.1] = np.nan
+        d = da.from_array(x, chunks=(random_cuts(rng, rows), random_cuts(rng, columns)))
+        policy = "omit" if i > 4 else "propagate"
+        m, exact = fastbn.dask.moments(d, nan_policy=policy).compute(), fastbn.moments(x, nan_policy=policy)
+        np.testing.assert_array_equal(m.count, exact.count)
+        np.testing.assert_allclose(m.mean, exact.mean, rtol=1e-13)
+        np.testing.assert_allclose(m.m2, exact.m2, rtol=1e-9, atol=1e-6)
+        if i <= 4:
+            got = fastbn.dask.batch_norm(d).compute()
+            ref.assert_within(got, ref.train(x), ref.train_tolerance(x))
+        weight = rng.uniform(0.5, 2, rows)
+        scaler = fastbn.dask.BatchNormScaler().fit(d, sample_weight=weight)
+        plain = BatchNormScaler().fit(x, sample_weight=weight)
+        np.testing.assert_allclose(scaler.mean_, plain.mean_, rtol=1e-13)
+        np.testing.assert_allclose(scaler.var_, plain.var_, rtol=1e-8, atol=1e-9)
+        y = scaler.transform(d)
+        assert y.dtype == x.dtype
+        if rows > 2:
+            np.testing.assert_allclose(y.compute(), plain.transform(x), rtol=1e-5, atol=1e-5)
+    assert len(set(client.run(os.getpid).values())) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of distributed, about ports and the worker that dies
-def test_a_worker_is_killed_in_the_middle(rng):
+def test_a_worker_is_killed_in_the_middle(client, rng):
     """Processes; one of them dies while it has results that others still need. The answer is the same."""
-    distributed = pytest.importorskip("distributed")
 
     def slow_block(block):  # a local function: workers cannot import this file
         time.sleep(0.3)
@@ -181,13 +248,14 @@ def test_a_worker_is_killed_in_the_middle(rng):
 
     x = rng.normal(1e4, 1, (2000, 4))
     d = da.from_array(x, chunks=(100, 4)).map_blocks(slow_block, dtype=x.dtype, meta=np.empty((0, 0)))
-    wanted = fastbn.dask.moments(da.from_array(x, chunks=(100, 4))).compute()
-    cluster = distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="1GiB"
-    )
-    with cluster, distributed.Client(cluster) as client:
-        whole = client.compute(fastbn.dask.moments(d, split_every=4))
-        normalized = client.compute(fastbn.dask.batch_norm(d))
+    with dask.config.set(scheduler="synchronous"):
+        wanted = fastbn.dask.moments(da.from_array(x, chunks=(100, 4))).compute()
+    whole = client.compute(fastbn.dask.moments(d, split_every=4))
+    normalized = client.compute(fastbn.dask.batch_norm(d))
+    fitted = []
+    try:
+        fit = threading.Thread(target=lambda: fitted.append(fastbn.dask.BatchNormScaler().fit(d)))
+        fit.start()
         end = time.monotonic() + 30
         while sum(map(len, client.has_what().values())) < 4:  # both workers hold parts
             assert time.monotonic() < end
@@ -196,6 +264,11 @@ def test_a_worker_is_killed_in_the_middle(rng):
         os.kill(next(iter(pids.values())), signal.SIGKILL)
         assert whole.result(timeout=60) == wanted
         y = normalized.result(timeout=60)
-        after = set(client.run(os.getpid).values())
+    finally:
+        fit.join(timeout=60)
+    after = set(client.run(os.getpid).values())
     assert after != set(pids.values())
     np.testing.assert_allclose(y, fastbn.batch_norm(x, training=True), rtol=1e-9, atol=1e-9)
+    assert fitted[0].n_samples_seen_ == 2000
+    np.testing.assert_allclose(fitted[0].mean_, wanted.mean, rtol=1e-15)
+    np.testing.assert_allclose(fitted[0].var_, wanted.variance(), rtol=1e-11)

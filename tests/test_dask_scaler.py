@@ -78,6 +78,36 @@ def test_unknown_chunk_sizes_and_empty_blocks(rng):
     assert BatchNormScaler().fit(d[keep], sample_weight=weights[keep]).n_samples_seen_ > len(kept)
 
 
+def test_read_only_blocks(rng):
+    """What comes over a wire is; blocks are not written even with copy=False."""
+    x = rng.normal(size=(50, 3))
+
+    def freeze(block):
+        block = block.copy()
+        block.flags.writeable = False
+        return block
+
+    d = da.from_array(x, chunks=(9, 3)).map_blocks(freeze, dtype=x.dtype)
+    scaler = BatchNormScaler(copy=False).fit(d, sample_weight=da.from_array(np.ones(50), chunks=9).map_blocks(freeze))
+    assert_alike(scaler, Plain().fit(x))
+    np.testing.assert_allclose(scaler.transform(d).compute(), Plain().fit_transform(x), rtol=1e-12)
+    np.testing.assert_allclose(scaler.inverse_transform(scaler.transform(d)).compute(), x, rtol=1e-12)
+
+
+def test_merging_with_what_others_have_seen(rng):
+    """Scalers of Dask, of one process, and moments add up."""
+    x = rng.normal(size=(60, 3))
+    x[rng.random(x.shape) < 0.2] = np.nan
+    d = da.from_array(x, chunks=(9, 2))
+    scaler = BatchNormScaler().fit(d[:20]).merge(Plain().fit(x[20:40]))
+    scaler.merge(fastbn.dask.moments(d[40:], nan_policy="omit").compute())
+    assert_alike(scaler, Plain().fit(x))
+    assert_alike(Plain().merge(scaler.to_moments()), Plain().fit(x))
+    both = BatchNormScaler().fit(d[:20]) + BatchNormScaler().fit(d[20:])
+    assert type(both) is BatchNormScaler
+    assert_alike(both, Plain().fit(x))
+
+
 def test_data_frames(rng):
     pandas = pytest.importorskip("pandas")
     frames = pytest.importorskip("dask.dataframe")
@@ -98,7 +128,61 @@ def test_data_frames(rng):
         scaler.transform(d[["b", "a"]])
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_set_output_leaves_what_is_lazy_alone(everywhere, rng):
+    """It is for data that are in memory: there it does what it does for every scaler."""
+    pandas = pytest.importorskip("pandas")
+    frames = pytest.importorskip("dask.dataframe")
+    from sklearn import config_context
+
+    x = rng.normal(size=(30, 2))
+    d = da.from_array(x, chunks=(7, 2))
+    frame = frames.from_pandas(pandas.DataFrame(x, columns=["a", "b"]), npartitions=3)
+    wanted = Plain().fit_transform(x)
+    scaler = BatchNormScaler()
+    if not everywhere:
+        scaler.set_output(transform="pandas")
+    with config_context(transform_output="pandas" if everywhere else "default"):
+        for lazy in (scaler.fit(d).transform(d), scaler.fit_transform(d)):
+            assert isinstance(lazy, da.Array)
+            np.testing.assert_allclose(lazy.compute(), wanted, rtol=1e-12)
+        plain = scaler.transform(x), scaler.fit_transform(x)
+        assert all(isinstance(result, pandas.DataFrame) for result in plain)
+        for lazy in (scaler.fit(frame).transform(frame), scaler.fit_transform(frame)):
+            assert dask.is_dask_collection(lazy)
+            np.testing.assert_allclose(lazy.compute().to_numpy(), wanted, rtol=1e-12)
+
+
+def test_names_that_only_one_of_both_has(rng):
+    """A warning, as everywhere in scikit-learn."""
+    pandas = pytest.importorskip("pandas")
+    frames = pytest.importorskip("dask.dataframe")
+    x = rng.normal(size=(30, 2))
+    d = da.from_array(x, chunks=(7, 2))
+    frame = frames.from_pandas(pandas.DataFrame(x, columns=["a", "b"]), npartitions=3)
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        BatchNormScaler().fit(frame).transform(d)
+    with pytest.warns(UserWarning, match="X has feature names, but BatchNormScaler was fitted without feature names"):
+        BatchNormScaler().fit(d).transform(frame)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "lil"])
+def test_sparse_blocks(form, rng):
+    sparse = pytest.importorskip("scipy.sparse")
+    x = np.where(rng.random((60, 4)) < 0.4, rng.normal(2, 1, (60, 4)), 0)
+    d = da.from_array(x, chunks=(13, 4)).map_blocks(lambda b: sparse.csr_array(b).asformat(form), dtype=x.dtype)
+    w = rng.uniform(0.5, 2, 60)
+    scaler, plain = BatchNormScaler(with_mean=False).fit(d, sample_weight=w), Plain(with_mean=False)
+    assert_alike(scaler, plain.fit(x, sample_weight=w))
+    blocks = dask.compute(*scaler.transform(d).to_delayed().ravel())
+    assert all(sparse.issparse(block) for block in blocks)
+    np.testing.assert_allclose(sparse.vstack(blocks).toarray(), plain.transform(x), rtol=1e-12)
+    with pytest.raises(ValueError, match="Cannot center sparse matrices"):
+        BatchNormScaler().fit(d)
+
+
 @pytest.mark.parametrize("call, error, message", [
+    (lambda d: BatchNormScaler().fit(d[:0]), ValueError, "X must have at least one sample, got shape (0, 3)"),
     (lambda d: BatchNormScaler().fit(d[:, 0]), ValueError, "X must have two dimensions, got shape (10,)"),
     (lambda d: BatchNormScaler().fit(d.astype(complex)), TypeError, "X must have a real dtype, got complex128"),
     (lambda d: BatchNormScaler().fit(d).transform(d[:, :1]), ValueError, "X must have 3 features, got 1"),

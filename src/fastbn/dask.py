@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 from . import activation as activations
 from . import checks, functional
 from . import layout as layouts
+from . import weights as weighting
 from .errors import must
 from .moments import Moments
 from .moments import moments as moments_of_block
@@ -35,7 +36,12 @@ PART: Final = np.dtype([(name, np.float64) for name in ("count", "mean", "low", 
 
 
 def moments(
-    x: Any, *, axis: int | tuple[int, ...] = -1, layout: str | None = None, split_every: int | None = None
+    x: Any,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    layout: str | None = None,
+    nan_policy: Literal["propagate", "omit", "raise"] = "propagate",
+    split_every: int | None = None,
 ) -> Any:
     """Return the moments of a Dask array, lazily.
 
@@ -46,6 +52,8 @@ def moments(
         they may cut the channel axis.
     axis, layout
         The channel axis, as in `batch_norm`.
+    nan_policy : {"propagate", "omit", "raise"}, default: "propagate"
+        What NaN does, as in `fastbn.moments`; "raise" does so when the block that has it is computed.
     split_every : int, optional
         How many parts are merged at a time; Dask's own setting by default.
 
@@ -68,7 +76,8 @@ def moments(
     (1000, array([1., 1., 1.]))
     """
     x, axes = _checked(x, axis, layout)
-    return dask.delayed(_to_moments, pure=True)(_parts(x, axes, split_every).ravel())
+    checks.one_of(nan_policy, "nan_policy", weighting.NAN_POLICIES)
+    return dask.delayed(_to_moments, pure=True)(_parts(x, axes, split_every, nan_policy).ravel())
 
 
 def normalize(
@@ -201,14 +210,14 @@ def _checked(x: Any, axis: Any, layout: str | None) -> tuple[Any, tuple[int, ...
     return x, axes
 
 
-def _parts(x: Any, axes: tuple[int, ...], split_every: int | None) -> Any:
+def _parts(x: Any, axes: tuple[int, ...], split_every: int | None, nan_policy: str = "propagate") -> Any:
     """Return a Dask array of PART, one per channel."""
     if x.ndim == len(axes):  # nothing to reduce: one value per channel
         x, axes = x[None], tuple(a + 1 for a in axes)
     others = tuple(a for a in range(x.ndim) if a not in axes)
     return da.reduction(
         x,
-        chunk=partial(_part_of_block, axes=axes),
+        chunk=partial(_part_of_block, axes=axes, nan_policy=nan_policy),
         combine=_merge_blocks,
         aggregate=_merge_blocks,
         axis=others,
@@ -231,9 +240,9 @@ def from_part(part: Array) -> Running:
     return Running(*(np.ascontiguousarray(part[name]).reshape(-1) for name in PART.names or ()))
 
 
-def _part_of_block(block: Array, axis: Any, keepdims: bool, *, axes: tuple[int, ...]) -> Array:
+def _part_of_block(block: Array, axis: Any, keepdims: bool, *, axes: tuple[int, ...], nan_policy: Any) -> Array:
     """Return the statistics of a block, with the axes that are reduced of length 1."""
-    part = to_part(Running.from_moments(moments_of_block(block, axis=axes)))
+    part = to_part(Running.from_moments(moments_of_block(block, axis=axes, nan_policy=nan_policy)))
     return part.reshape([n if i in axes else 1 for i, n in enumerate(block.shape)])
 
 

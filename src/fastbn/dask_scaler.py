@@ -8,8 +8,10 @@ import dask
 import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
+from sklearn import config_context
 from sklearn.base import clone
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from . import sklearn as local
 from .errors import must
@@ -30,7 +32,9 @@ class BatchNormScaler(local.BatchNormScaler):
     Notes
     -----
     Chunk sizes may be unknown and blocks may be empty. Chunks that cut the feature axis are put together first.
-    Infinite values raise when their block is computed.
+    Infinite values raise when their block is computed. With ``with_mean=False`` blocks may be sparse.
+
+    What `transform` makes of a Dask collection is one of the same kind; `set_output` is for other data.
 
     Examples
     --------
@@ -61,15 +65,18 @@ class BatchNormScaler(local.BatchNormScaler):
             return self
         self._validate_params()
         table, names = _table(X)
+        if table.shape[0] == 0:
+            raise ValueError(must("X", "have at least one sample", f"shape {table.shape}"))
         self._range(table.shape[1])
         if hasattr(self, "_running"):
-            self._check_features(table, names)
+            self._check_features(X, table, names)
         blocks = table.to_delayed().reshape(-1)
         weights: list[Any] = [None] * len(blocks)
         if sample_weight is not None:
             weights = list(_weights(sample_weight, table).to_delayed().reshape(-1))
         part = dask.delayed(_part, pure=False)
-        parts = [part(block, weight) for block, weight in zip(blocks, weights, strict=True)]
+        scaler = local.BatchNormScaler(**self.get_params())
+        parts = [part(block, weight, scaler) for block, weight in zip(blocks, weights, strict=True)]
         while len(parts) > 1:
             parts = [dask.delayed(_merge)(parts[i : i + MERGED]) for i in range(0, len(parts), MERGED)]
         (total,) = dask.compute(*parts)
@@ -80,6 +87,12 @@ class BatchNormScaler(local.BatchNormScaler):
             self.feature_names_in_ = names
         self._add(total, weighted=sample_weight is not None)
         return self
+
+    def fit_transform(self, X: Any, y: object = None, **fit_params: Any) -> Any:
+        """Fit to X and standardize it, lazily if it is lazy; see the base class."""
+        if not dask.is_dask_collection(X):
+            return super().fit_transform(X, y, **fit_params)
+        return self.fit(X, y, **fit_params).transform(X)
 
     def transform(self, X: Any, copy: bool | None = None) -> Any:
         """Standardize X, lazily if it is lazy; see the base class. Blocks are never overwritten."""
@@ -96,9 +109,10 @@ class BatchNormScaler(local.BatchNormScaler):
     def _by_block(self, X: Any, method: str) -> Any:
         check_is_fitted(self)
         table, names = _table(X)
-        self._check_features(table, names)
+        self._check_features(X, table, names)
         scaler = local.BatchNormScaler(**(self.get_params() | {"copy": True}))
-        state = {n: v for n, v in vars(self).items() if n not in scaler.get_params() and n != "feature_names_in_"}
+        left_out = {*scaler.get_params(), "feature_names_in_", "_sklearn_output_config"}
+        state = {n: v for n, v in vars(self).items() if n not in left_out}
         scaler.__dict__.update(state)
         if hasattr(X, "map_partitions") and hasattr(X, "columns"):
             meta = _result_frame(X._meta, scaler, method)
@@ -106,12 +120,21 @@ class BatchNormScaler(local.BatchNormScaler):
         dtype = table.dtype if table.dtype in (np.float16, np.float32) else np.dtype(np.float64)
         return table.map_blocks(_result, scaler, method, dtype=dtype, meta=np.empty((0, 0), dtype))
 
-    def _check_features(self, table: Any, names: Array | None) -> None:
+    def _check_features(self, X: Any, table: Any, names: Array | None) -> None:
         if table.shape[1] != self.n_features_in_:
             raise ValueError(must("X", f"have {self.n_features_in_} features", table.shape[1]))
         ours = getattr(self, "feature_names_in_", None)
         if names is not None and ours is not None and list(names) != list(ours):
             raise ValueError(must("X", f"have the feature names {list(ours)}", list(names)))
+        if (names is None) != (ours is None):  # scikit-learn warns
+            like = np.empty((0, table.shape[1])) if names is None else X._meta
+            validate_data(self, like, reset=False, skip_check_array=True)
+
+
+# scikit-learn has wrapped these for `set_output`, which would take a lazy result for data. Data in memory go through
+# those of the base class, which are wrapped.
+for _name in ("fit_transform", "transform"):
+    setattr(BatchNormScaler, _name, vars(BatchNormScaler)[_name].__wrapped__)
 
 
 def _table(X: Any) -> tuple[Any, Array | None]:
@@ -150,21 +173,25 @@ def _weights(sample_weight: Any, table: Any) -> Any:
     return sample_weight
 
 
-def _floating(block: Any) -> Array:
+def _floating(block: Any) -> Any:
+    if sparse.issparse(block):
+        form = block if block.format in ("csr", "csc") else block.tocsr()
+        return form if form.dtype in (np.float32, np.float64) else form.astype(np.float64)
     array = np.asarray(block)
     return array if array.dtype in (np.float16, np.float32, np.float64) else array.astype(np.float64)
 
 
-def _part(block: Any, weight: Any) -> Running:
+def _part(block: Any, weight: Any, scaler: local.BatchNormScaler) -> Running:
     """Return the statistics of one block, as the base class finds them."""
     table = _floating(block)
+    scaler._refuse_centering(table)
     if weight is not None:
         weight = np.asarray(weight, np.float64)
         if weight.shape != table.shape[:1]:
-            raise ValueError(must("sample_weight", f"have {len(table)} values in this chunk", len(weight)))
+            raise ValueError(must("sample_weight", f"have {table.shape[0]} values in this chunk", len(weight)))
         if not (np.isfinite(weight).all() and (weight >= 0).all()):
             raise ValueError(must("sample_weight", "be finite and not negative", "other values"))
-    return local.BatchNormScaler()._statistics(table, weight)
+    return scaler._statistics(table, weight)
 
 
 def _merge(parts: list[Running]) -> Running:
@@ -174,10 +201,12 @@ def _merge(parts: list[Running]) -> Running:
     return total
 
 
-def _result(block: Any, scaler: Any, method: str) -> Array:
+def _result(block: Any, scaler: Any, method: str) -> Any:
     table = _floating(block)
-    result: Array = getattr(scaler, method)(table) if table.size else table
-    return result
+    if not table.shape[0]:
+        return table
+    with config_context(transform_output="default"):
+        return getattr(scaler, method)(table)
 
 
 def _result_frame(frame: Any, scaler: Any, method: str) -> Any:
