@@ -146,6 +146,48 @@ def test_masks_weights_and_missing_values(dtype, kind, size, rng):
         np.testing.assert_allclose(ours[0], value, **tolerance)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("options", [
+    {"renorm_scheme": "tf1"}, {"renorm_scheme": "keras"}, {"renorm_clipping": {"rmin": 0.5, "rmax": 1.5, "dmax": 0.3}},
+    {"scale": False, "momentum": 0.5},
+], ids=str)  # fmt: skip
+def test_renormalization(options, weighted, built, size, rng):
+    """r and d come from the statistics of the whole batch, and from averages that are the same on every rank."""
+    batches = []
+    for i, rows in enumerate((9, 4, 0, 7)):
+        x, dy = (rng.normal(1 + i, 2 + i, (rows, 3)) for _ in range(2))
+        given = {"mask": rng.random(rows) < 0.7} if weighted else {}
+        if weighted:
+            x[:, 1] = np.where(i == 1, np.nan, x[:, 1])  # a batch in which nothing counts in a channel
+        batches.append((x, dy, given))
+    options = {"renorm": True, "renorm_momentum": 0.8, "nan_policy": "omit" if weighted else "propagate", **options}
+
+    def work(comm, rank):
+        bn = fastbn.mpi.BatchNorm(3 if built else None, comm=comm, dtype="float64", **options)
+        results = []
+        for x, dy, given in batches:
+            part = slice(*cuts(len(x), size)[rank : rank + 2])
+            y = bn(x[part], training=True, **{name: value[part] for name, value in given.items()})
+            results.append((y, bn.backward(dy[part]), bn.grads))
+        return results, bn.state_dict()
+
+    ranks = run_comms(work, size)
+    plain = fastbn.BatchNorm(3 if built else None, dtype="float64", **options)
+    for i, (x, dy, given) in enumerate(batches):
+        y = plain(x, training=True, **given)
+        for j, wanted in enumerate((y, plain.backward(dy))):
+            got = np.concatenate([r[0][i][j] for r in ranks])
+            np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+        for name, gradient in plain.grads.items():
+            np.testing.assert_allclose(sum(r[0][i][2][name] for r in ranks), gradient, rtol=1e-9, atol=1e-12)
+    for name, value in plain.state_dict().items():
+        ours = [np.asarray(r[1][name]) for r in ranks]
+        assert len({a.tobytes() for a in ours}) == 1, name
+        np.testing.assert_allclose(ours[0], value, rtol=1e-12, err_msg=name)
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_weights_behind_an_activation_and_a_residual(activation, rng):
     x, residual, dy = (rng.normal(size=(12, 3)) for _ in range(3))
@@ -385,8 +427,8 @@ def test_statistics_recomputed_over_all_ranks(rng):
 
 def test_messages():
     with pytest.raises(ValueError) as refused:
-        fastbn.mpi.BatchNorm(renorm=True)
-    assert str(refused.value) == "renorm must not be given where the batch is that of all ranks, got True"
+        fastbn.mpi.BatchNorm(virtual_batch_size=8)
+    assert str(refused.value) == "virtual_batch_size must not be given where the batch is that of all ranks, got 8"
     with pytest.raises(TypeError) as error:
         fastbn.mpi.BatchNorm(comm=3)
     assert str(error.value) == "comm must have Get_size() and Allgather(sendbuf, recvbuf), got int"

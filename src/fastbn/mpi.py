@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import averages, layer, passes, synchronized
+from . import averages, checks, layer, passes, synchronized
+from . import layout as layouts
 from . import weights as weighting
 from .composite import Batch
 from .errors import must
@@ -33,10 +34,11 @@ class Communicator(Protocol):
 
 
 class _Pooled(NamedTuple):
-    """What the gradient needs: the cache of this rank's part, and the values per channel of all parts."""
+    """What the gradient needs: the cache of this rank's part, the values per channel of all parts, and p and q."""
 
     cache: passes.Cache
     values: weighting.Count
+    correction: tuple[Array, Array] | None
 
 
 class BatchNorm(layer.BatchNorm):
@@ -54,7 +56,7 @@ class BatchNorm(layer.BatchNorm):
     comm : communicator, optional
         By default ``mpi4py.MPI.COMM_WORLD``. Anything with ``Get_size()`` and ``Allgather(sendbuf, recvbuf)`` will do.
     **options
-        Of `fastbn.BatchNorm`, but for renorm, virtual_batch_size and adjustment.
+        Of `fastbn.BatchNorm`, but for virtual_batch_size and adjustment.
 
     Notes
     -----
@@ -91,9 +93,9 @@ class BatchNorm(layer.BatchNorm):
         self, num_features: int | tuple[int, ...] | None = None, *, comm: Communicator | None = None, **options: Any
     ) -> None:
         super().__init__(num_features, **options)
-        for name in ("renorm", "virtual_batch_size", "adjustment"):
+        for name in ("virtual_batch_size", "adjustment"):
             value = getattr(self, name)
-            if value not in (None, False):
+            if value is not None:
                 raise ValueError(must(name, "not be given where the batch is that of all ranks", repr(value)))
         self.comm = comm
 
@@ -152,6 +154,22 @@ class BatchNorm(layer.BatchNorm):
             return super().__call__(x, training, residual=residual, mask=mask, sample_weight=sample_weight, out=out)
         arrays = self._arrays
         learns = mode == "train" and recorder is None
+        corrected: list[tuple[Array, Array]] = []
+        renorm = self._renorm if learns else None
+        if renorm is not None:
+            if arrays is None:
+                arrays = self._created(*_features_of(checks.data(x, "x"), self.axis, self.layout))
+            with self._lock:
+                before = {name: array.copy() for name, array in arrays.extra.items()}
+
+        def correction(pooled: Moments, statistics: passes.Statistics) -> tuple[Array, Array]:
+            assert renorm is not None
+            with np.errstate(all="ignore"):
+                p, q = renorm.correction(before, statistics, self.epsilon)
+            counted = np.greater(pooled.count, 0)
+            corrected.append((np.where(counted, p, 1.0), np.where(counted, q, 0.0)))
+            return corrected[0]
+
         y, cache, pooled = synchronized.forward(
             x,
             self._gather,
@@ -168,10 +186,11 @@ class BatchNorm(layer.BatchNorm):
             mask=mask,
             sample_weight=sample_weight,
             nan_policy=self.nan_policy,
+            correction=None if renorm is None else correction,
         )
         assert cache is not None
         if arrays is None:
-            arrays = self._created(*_features_of(y, cache))
+            arrays = self._created(*_features_of(y, self.axis, self.layout))
         # A channel in which nothing counts has an infinite variance, as everywhere, and keeps its averages.
         variance = np.where(np.greater(pooled.count, 0), pooled.variance(self.ddof), np.inf)
         batch = Batch(cache.statistics, variance, pooled.count)
@@ -186,8 +205,9 @@ class BatchNorm(layer.BatchNorm):
                 passes.store_moving(*self._tracked(), cache.statistics, pooled.count, share, self.ddof)
                 self.batches += 1
             elif counts and learns:
-                self._learn(self._arrays, batch)
-        self._last.cache = _Pooled(cache, pooled.count)
+                with np.errstate(all="ignore"):  # of averages of infinite and NaN
+                    self._learn(self._arrays, batch)
+        self._last.cache = _Pooled(cache, pooled.count, corrected[0] if corrected else None)
         return y
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
@@ -216,6 +236,9 @@ class BatchNorm(layer.BatchNorm):
         if type(last) is not _Pooled:
             return super().backward(dy, out=out)
         dx, dgamma, dbeta, *others = synchronized.backward(dy, last.cache, self._gather, last.values, out=out)
+        if last.correction is not None:
+            p, q = (values.reshape(dgamma.shape) for values in last.correction)
+            dgamma = (p * dgamma + q * dbeta).astype(dgamma.dtype)
         self.grads = {}
         if self.scale:
             self.grads["gamma"] = dgamma
@@ -226,10 +249,10 @@ class BatchNorm(layer.BatchNorm):
         return dx
 
 
-def _features_of(y: Array, cache: passes.Cache) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _features_of(x: Array, axis: Any, layout: str | None) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return what a layer is built with by its first batch: the shape and the type of its parameters."""
-    dtype = np.dtype(np.float64 if y.dtype == np.float64 else np.float32)
-    return tuple(y.shape[a] for a in cache.axes), dtype
+    shape = layouts.channel_shape(x.shape, layouts.channel_axes(axis, layout, x.ndim))
+    return shape, np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
 
 
 def _refuse_nonfinite(pooled: Moments) -> None:

@@ -31,7 +31,7 @@ from . import weights as weighting
 from .errors import must
 from .kernels import _channels
 from .moments import Moments, moments
-from .passes import Cache
+from .passes import Cache, Statistics
 
 Array = NDArray[Any]
 Gather = Callable[[Array], Array]
@@ -98,6 +98,7 @@ def forward(
     mask: Any = None,
     sample_weight: Any = None,
     nan_policy: Any = "propagate",
+    correction: Callable[[Moments, Statistics], tuple[Array, Array]] | None = None,
 ) -> tuple[Array, Cache | None, Moments]:
     """Normalize a part of a batch with the statistics of the whole.
 
@@ -116,6 +117,10 @@ def forward(
         before it raises, so that they raise too, instead of waiting for ever.
     check : callable, optional
         Sees the pooled moments before anything is written, and may raise: then it does on every rank.
+    correction : callable, optional
+        Gets the pooled moments and what normalizes (mean and variance), and returns p and q per channel, float64, the
+        same on every rank: ``x_hat * p + q`` stands for x_hat then. They are constants in the gradient, whose dgamma is
+        that of ``gamma * p``.
 
     Returns
     -------
@@ -170,6 +175,11 @@ def forward(
         variance = pooled.variance() if pooled.count else pooled.m2
     if check is not None:
         check(pooled)
+    if correction is not None:
+        p, q = correction(pooled, Statistics(pooled.mean, variance))
+        weight, bias = checks.parameter(gamma, "gamma", shape), checks.parameter(beta, "beta", shape)
+        beta = ((q if weight is None else q * weight) + (0.0 if bias is None else bias)).reshape(shape)
+        gamma = (p if weight is None else p * weight).reshape(shape)
     y, cache = passes.forward(
         data,
         gamma=gamma,
