@@ -210,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="A,B",
         help="instead of the table, how speed depends on these of sizes, threads, shapes (default: all)",
     )
+    parser.add_argument("--smallest", type=float, default=0.0, metavar="GB", help="array of the sweep")
     parser.add_argument(
         "--largest", type=float, default=2.0, metavar="GB", help="array of the sweep, if memory permits"
     )
@@ -228,7 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
         from . import sweep
 
         parts = names(args.sweep or "", dict.fromkeys(sweep.PARTS), "part of the sweep")
-        results = sweep.run(parts, args.seconds, args.threads, args.largest, peers)
+        some = [name for name in sweep.OPERATIONS if name in operations]
+        results = sweep.run(parts, some, args.seconds, args.threads, (args.smallest, args.largest), peers)
         if args.plots:
             sweep.draw(results, args.plots)
     else:

@@ -1,8 +1,8 @@
-"""The pictures of the start page, from what two runs wrote: speed, and accuracy.
+"""The pictures of the start page, from what runs wrote: speed, and accuracy.
 
 python -m benchmarks.compare --sweep sizes --threads 1 --json sizes.json
 python -m benchmarks.accuracy --json accuracy.json
-python -m benchmarks.picture sizes.json accuracy.json docs/images
+python -m benchmarks.picture docs/images accuracy.json sizes.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .sweep import figure, rate, series
+from .sweep import figure, rate, series, together
 
 
 def draw(sizes: list[dict[str, Any]], accuracy: dict[str, Any], folder: Path) -> list[Path]:
@@ -51,11 +51,11 @@ def draw(sizes: list[dict[str, Any]], accuracy: dict[str, Any], folder: Path) ->
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", type=Path, help="of benchmarks.compare --sweep sizes --json")
-    parser.add_argument("accuracy", type=Path, help="of benchmarks.accuracy --json")
     parser.add_argument("folder", type=Path, help="of the PNG files to write")
+    parser.add_argument("accuracy", type=Path, help="of benchmarks.accuracy --json")
+    parser.add_argument("sizes", type=Path, nargs="+", help="of benchmarks.compare --sweep sizes --json")
     args = parser.parse_args(arguments)
-    draw(json.loads(args.sizes.read_text())["sizes"], json.loads(args.accuracy.read_text()), args.folder)
+    draw(together(args.sizes)["sizes"], json.loads(args.accuracy.read_text()), args.folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,16 @@
-"""How speed depends on the size of an array, on threads and on the shape: `python -m benchmarks.compare --sweep`."""
+"""How speed depends on the size of an array, on threads and on the shape: `python -m benchmarks.compare --sweep`.
+
+A sweep can be measured in parts, each with --json, and drawn from what they wrote:
+
+    python -m benchmarks.compare --sweep sizes --threads 1 --largest 0.1 --json small.json
+    python -m benchmarks.compare --sweep sizes --threads 1 --smallest 0.1 --json large.json
+    python -m benchmarks.sweep docs/images small.json large.json
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -24,12 +33,13 @@ INNER = (1, 7, 49, 196, 784, 3136, 12544)
 MAP_VALUES = 1 << 20  # of an array of the map
 
 
-def sizes(largest: float) -> Iterator[int]:
-    """Yield bytes of float32 arrays from 1 KB up to `largest` GB and what memory permits, by factors of 4."""
+def sizes(smallest: float, largest: float) -> Iterator[int]:
+    """Yield bytes of float32 arrays of 1 KB and more, by factors of 4: within these GB, and what memory permits."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     nbytes = 1024
     while nbytes <= min(largest * 2**30, 0.8 * free / ARRAYS):
-        yield nbytes
+        if nbytes >= smallest * 2**30:
+            yield nbytes
         nbytes *= 4 if nbytes < 2**28 else 2
 
 
@@ -49,11 +59,13 @@ def measured(name: str, shape: tuple[int, ...], layout: str, seconds: float, thr
     return {"limit": limit.least(times), **times}, case.x.nbytes * (entry.reads + entry.writes)
 
 
-def by_size(seconds: float, threads: int, largest: float, peers: list[str]) -> list[dict[str, Any]]:
-    """Measure and print each operation on arrays from 1 KB to `largest` GB."""
+def by_size(
+    operations: list[str], seconds: float, threads: int, between: tuple[float, float], peers: list[str]
+) -> list[dict[str, Any]]:
+    """Measure and print operations on arrays of sizes between two, in GB."""
     rows = []
-    for nbytes in sizes(largest):
-        for name in OPERATIONS:
+    for nbytes in sizes(*between):
+        for name in operations:
             # NumPy takes half a minute for the largest: it stands where that is seconds.
             some = [peer for peer in peers if peer != "numpy" or nbytes < 2**26]
             times, moved = measured(name, shape_of(nbytes), "planar", seconds, threads, some)
@@ -63,12 +75,12 @@ def by_size(seconds: float, threads: int, largest: float, peers: list[str]) -> l
     return rows
 
 
-def by_threads(seconds: float, threads: int) -> list[dict[str, Any]]:
-    """Measure and print each operation with 1 to so many threads."""
+def by_threads(operations: list[str], seconds: float, threads: int) -> list[dict[str, Any]]:
+    """Measure and print operations with 1 to so many threads."""
     rows = []
     for count in range(1, threads + 1):
         set_threads(count)
-        for name in OPERATIONS:
+        for name in operations:
             for layout in ("planar", "interleaved"):
                 times, moved = measured(name, (32, 64, 56, 56), layout, seconds, count, [])
                 rows.append({"operation": name, "layout": layout, "threads": count, "moved": moved, "times": times})
@@ -106,19 +118,28 @@ def peak(seconds: float, n: int = 1024) -> float:
     return float(2e-3 * n**3 / times["product"])
 
 
-def run(parts: list[str], seconds: float, threads: int, largest: float, peers: list[str]) -> dict[str, Any]:
+def run(
+    parts: list[str],
+    operations: list[str],
+    seconds: float,
+    threads: int,
+    between: tuple[float, float],
+    peers: list[str],
+) -> dict[str, Any]:
     """Measure and print.
 
     Parameters
     ----------
     parts : list of str
         Of PARTS.
+    operations : list of str
+        Of OPERATIONS, for sizes and threads.
     seconds : float
         For each contender of each measurement; a third of it for shapes, of which there are many.
     threads : int
         As many as there are at most.
-    largest : float
-        Array, in GB.
+    between : pair of float
+        The least and the largest array of the sizes, in GB.
     peers : list of str
         PyTorch and NumPy are taken of them.
 
@@ -130,12 +151,22 @@ def run(parts: list[str], seconds: float, threads: int, largest: float, peers: l
     peers = [peer for peer in ("torch", "numpy") if peer in peers and find_spec(peer)]
     results: dict[str, Any] = {}
     if "sizes" in parts:
-        results["sizes"] = by_size(seconds, threads, largest, peers)
+        results["sizes"] = by_size(operations, seconds, threads, between, peers)
     if "threads" in parts:
-        results["threads"] = by_threads(seconds, threads)
+        results["threads"] = by_threads(operations, seconds, threads)
         results["peak"] = peak(seconds)
     if "shapes" in parts and peers:
         results["shapes"] = by_shape(seconds / 3, threads, peers[0])
+    return results
+
+
+def together(files: list[Path]) -> dict[str, Any]:
+    """Return what `run` would have returned, had it measured all that stands in these files."""
+    results: dict[str, Any] = {}
+    for file in files:
+        for part, found in json.loads(file.read_text()).items():
+            results[part] = [*results.get(part, []), *found] if isinstance(found, list) else found
+    results.get("sizes", []).sort(key=lambda row: row["nbytes"])
     return results
 
 
@@ -282,3 +313,15 @@ def _shapes(rows: list[dict[str, Any]], path: Path) -> Path:
     image.suptitle(f"Training on about {millions:.0f} million values, threads: {threads}; blue where fastbn is faster")
     image.savefig(path, dpi=110)
     return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the PNG files to write")
+    parser.add_argument("files", type=Path, nargs="+", help="of benchmarks.compare --sweep --json")
+    args = parser.parse_args(arguments)
+    draw(together(args.files), args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -272,7 +272,7 @@ def test_sweep_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "set_threads", lambda threads: None)
     monkeypatch.setattr(sweep, "MAP_VALUES", 1 << 10)
     monkeypatch.setattr(sweep, "measure", once)
-    results = sweep.run(list(sweep.PARTS), 0.001, 2, 1e-5, ["numpy"])
+    results = sweep.run(list(sweep.PARTS), list(sweep.OPERATIONS), 0.001, 2, (0, 1e-5), ["numpy"])
     assert {r["operation"] for r in results["sizes"]} == set(sweep.OPERATIONS)
     assert results["peak"] > 0
     files = sweep.draw(results, tmp_path)
@@ -312,13 +312,29 @@ def test_accuracy_is_measured_and_drawn(tmp_path, capsys):
     times = {"limit": 1.0, "fastbn": 2.0, "torch": 9.0}
     rows = [{"operation": "train", "nbytes": 1024, "moved": 2048, "threads": 1, "times": times}]
     (tmp_path / "sizes.json").write_text(json.dumps({"sizes": rows}))
-    picture.main([str(tmp_path / "sizes.json"), str(tmp_path / "accuracy.json"), str(tmp_path / "start")])
+    picture.main([str(tmp_path / "start"), str(tmp_path / "accuracy.json"), str(tmp_path / "sizes.json")])
     assert sorted(file.name for file in (tmp_path / "start").iterdir()) == ["error.png", "speed.png"]
 
 
+def test_sweep_in_parts_is_put_together(tmp_path):
+    parts = {
+        "large": {"sizes": [{"nbytes": 4096}], "threads": [{"threads": 1}], "peak": 2.0},
+        "small": {"sizes": [{"nbytes": 1024}], "shapes": []},
+    }
+    for name, part in parts.items():
+        (tmp_path / name).write_text(json.dumps(part))
+    assert sweep.together([tmp_path / name for name in parts]) == {
+        "sizes": [{"nbytes": 1024}, {"nbytes": 4096}],
+        "threads": [{"threads": 1}],
+        "peak": 2.0,
+        "shapes": [],
+    }
+
+
 def test_sizes_of_the_sweep():
-    found = list(sweep.sizes(2))
+    found = list(sweep.sizes(0, 2))
     assert found[0] == 1024
+    assert [*sweep.sizes(0, 0.001), *sweep.sizes(0.001, 2)] == found
     assert all(math.prod(sweep.shape_of(n)) * 4 <= n for n in found)
     assert all(math.prod(sweep.shape_of(n)) * 4 > 0.9 * n for n in found)
 
