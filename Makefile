@@ -66,7 +66,7 @@ PARITY_OTHERS := $(filter-out $(PARITY_TF),$(wildcard tests/parity/test_*.py))
 parity: .venv-parity/.parity $(if $(PARITY_TF),.venv-parity-tf/.parity) ## compare with the real frameworks, 500 random configurations per test
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=torch,keras,jax,flax,onnx,onnxruntime,sklearn \
 	    KERAS_BACKEND=torch \
-	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py $(PYTEST_ARGS)
+	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py tests/test_pages.py $(PYTEST_ARGS)
 	.venv-parity/bin/pytest tests/test_sklearn_scaler.py -k "onnx or skorch or tensors" $(PYTEST_ARGS)  # recipes
 ifneq ($(PARITY_TF),)
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=tensorflow,tf_keras,tf_slim TF_USE_LEGACY_KERAS=1 \
@@ -118,7 +118,7 @@ numbers: $(WHEEL)-bench ## the table of the README (NUMBERS_ARGS=--torch with Py
 compare: $(WHEEL)-bench ## beside the bandwidth limit and every peer that is installed (COMPARE_ARGS="--ops train")
 	$(PY) -m benchmarks.compare $(COMPARE_ARGS)
 
-# The wheel that is tested, in an environment of its own.
+# The wheel that is tested, in an environment of its own, with all that the API reference describes.
 docs: $(DOCS_VENV)/.docs ## the documentation, into docs/_build/html; a warning is an error
 	rm -rf docs/_build/html
 	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -158,7 +158,7 @@ $(PY):
 $(DOCS_VENV)/.docs: $(WHEEL)
 	test -x $(DOCS_VENV)/bin/python || $(MAKE) --no-print-directory $(DOCS_VENV)/bin/python VENV=$(DOCS_VENV)
 	wheel=$$(echo $(VENV)/wheels/fastbn-*.whl); pip="$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet"; \
-	$$pip install "$$wheel[docs]"; $$pip install --force-reinstall --no-deps "$$wheel"
+	$$pip install torch==2.13.0; $$pip install "$$wheel[docs]"; $$pip install --force-reinstall --no-deps "$$wheel"
 	@touch $@
 
 # Built once in isolation, which brings Meson, Ninja, Cython and NumPy; the targets install this same wheel.

@@ -58,7 +58,7 @@ html_theme_options: dict[str, Any] = {
     "navbar_end": ["theme-switcher"],
     "navbar_align": "left",
     "header_links_before_dropdown": 6,
-    "secondary_sidebar_items": ["page-toc"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "features": []},  # its table needs the room
     "footer_start": ["copyright"],
     "footer_end": [],
     "show_prev_next": False,
@@ -70,26 +70,28 @@ html_sidebars: dict[str, list[str]] = {"index": [], "performance": []}
 # The order of the pages that have a place; every other Markdown file is listed with those for other libraries.
 GUIDE = ["modes", "layouts", "conventions", "features", "weights", "accuracy", "threads", "state", "plots"]
 OWN = ["index", "guide", "libraries", "gallery", "performance", "development", "design"]
-# page: who needs it, what to install, where to start
+# page: who needs it, what to install, its name, where to start
 LIBRARIES = {
-    "sklearn": ("a scikit-learn pipeline", 'pip install ".[sklearn]"', "fastbn.sklearn.BatchNormScaler"),
-    "pytorch": ("a PyTorch model on CPUs", 'pip install ".[torch]"', "fastbn.torch.convert"),
-    "dask": ("a Dask cluster", 'pip install ".[dask]"', "fastbn.dask"),
-    "mpi": ("MPI ranks", 'pip install ".[mpi]"', "fastbn.mpi"),
-    "cython": ("Cython code", "pip install . cython setuptools", "fastbn.cython_api"),
+    "sklearn": ("a scikit-learn pipeline", "sklearn", "scikit-learn", "fastbn.sklearn.BatchNormScaler"),
+    "pytorch": ("a PyTorch model on CPUs", "torch", "PyTorch", "fastbn.torch.convert"),
+    "dask": ("a Dask cluster", "dask", "Dask", "fastbn.dask"),
+    "mpi": ("MPI ranks", "mpi", "MPI", "fastbn.mpi"),
+    "cython": ("Cython code of your own", "cython", "Cython", "fastbn.cython_api"),
 }
 
-# Public modules beside fastbn itself, and what each needs. One that cannot be imported here is named, not described.
+# Public modules beside fastbn itself, and what each needs.
 MODULES = {
     "fastbn.sklearn": "scikit-learn",
     "fastbn.torch": "PyTorch",
     "fastbn.dask": "Dask",
     "fastbn.mpi": "mpi4py",
+    "fastbn.synchronized": "NumPy",
     "fastbn.plot": "Matplotlib",
-    "fastbn.compat": "nothing else",
-    "fastbn.compat.tf_layers": "nothing else",
-    "fastbn.compat.tf_contrib": "nothing else",
-    "fastbn.compat.keras": "nothing else",
+    "fastbn.compat": "NumPy",
+    "fastbn.compat.keras": "NumPy",
+    "fastbn.compat.tf_layers": "NumPy",
+    "fastbn.compat.tf_contrib": "NumPy",
+    "fastbn.compat.tf_nn": "NumPy",
 }
 GROUPS = {
     "Operations": [
@@ -127,15 +129,15 @@ def public(module: Any) -> list[str]:
 
 def summary(module: str, names: list[str]) -> str:
     return "\n".join(
-        ["```{eval-rst}", f".. currentmodule:: {module}", "", ".. autosummary::", "   :toctree: api/", ""]
+        ["```{eval-rst}", f".. currentmodule:: {module}", "", ".. autosummary::", "   :toctree: ../api/", ""]
         + [f"   {name}" for name in names]
         + ["```", ""]
     )
 
 
-def reference() -> str:
-    """Return the page of the API reference: fastbn, and the optional modules that can be imported here."""
-    parts = ["# API reference", "", "`import fastbn` needs NumPy only, and offers:", ""]
+def reference_of_fastbn() -> str:
+    """Return the page of what `import fastbn` offers."""
+    parts = ["# fastbn", "", "`import fastbn` needs NumPy only, and offers:", ""]
     grouped = {name for names in GROUPS.values() for name in names}
     rest = [name for name in public(fastbn) if name not in grouped]
     warnings = [
@@ -146,18 +148,47 @@ def reference() -> str:
         there = [name for name in names if hasattr(fastbn, name)]
         if there:
             parts += [f"## {title}", "", summary("fastbn", there)]
+    return "\n".join(parts)
+
+
+def reference_of(name: str, needs: str) -> str:
+    """Return the page of a module, which says so where the module cannot be imported."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return f"# {name}\n\nNeeds {needs}, and is not described here: it was not installed where this was made.\n"
+    about = f"```{{eval-rst}}\n.. automodule:: {name}\n```\n"  # no more than its docstring
+    return "\n".join([f"# {name}", "", about, summary(name, public(module))])
+
+
+def write_reference() -> None:
+    """Write the API reference: a page for fastbn, one for each other public module, and a table of them."""
+    folder = AUTO / "reference"
+    folder.mkdir()
+    (folder / "fastbn.md").write_text(reference_of_fastbn())
+    rows = ["| [`fastbn`](reference/fastbn.md) | Operations, the layer, statistics, threads | NumPy |"]
+    names = ["fastbn"]
     for name, needs in MODULES.items():
         path = Path(fastbn.__file__).parent.joinpath(*name.split(".")[1:])
-        if not (path.is_dir() or path.with_suffix(".py").exists()):
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if not source.exists():
             continue  # not in this version
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            parts += [f"## {name}", "", f"Needs {needs}, and is not described where that is not installed.", ""]
-            continue
-        head = (module.__doc__ or "").strip().splitlines()
-        parts += [f"## {name}", "", head[0] if head else "", "", summary(name, public(module))]
-    return "\n".join(parts)
+        about = re.match(r'"""(.+?)[.\n]?(\n|""")', source.read_text())[1].replace("``", "`")
+        rows.append(f"| [`{name}`](reference/{name}.md) | {about} | {needs} |")
+        names.append(name)
+        (folder / f"{name}.md").write_text(reference_of(name, needs))
+    table = ["| module | | needs |", "|---|---|---|", *rows]
+    tree = [
+        "```{toctree}",
+        ":hidden:",
+        ":maxdepth: 2",
+        "",
+        *(f"{name} <reference/{name}>" for name in pages),
+        "```",
+        "",
+    ]
+    about = "`import fastbn` loads the first of these modules and NumPy, nothing else."
+    (AUTO / "api.md").write_text("\n".join(["# API reference", "", about, "", *table, "", *tree, ""]))
 
 
 def from_root(text: str) -> str:
@@ -176,12 +207,8 @@ def from_root(text: str) -> str:
     return re.sub(r"\]\(([^)\s]+)\)", relink, text)
 
 
-# What starts processes of its own, or is not in the extra "docs": examples of it are shown, and run by the tests.
-NOT_HERE = {"dask", "distributed", "mpi4py", "mpi", "multiprocessing", "ray", "torch"}
-
-
 def runs_here(source: str) -> bool:
-    """Whether a script imports nothing that this environment lacks, or that is not to be run here."""
+    """Whether a script imports nothing that this environment lacks; others are shown, and run by the tests."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             wanted = [(alias.name, None) for alias in node.names]
@@ -190,8 +217,6 @@ def runs_here(source: str) -> bool:
         else:
             continue
         for module, name in wanted:
-            if NOT_HERE & {*module.split("."), name}:
-                return False
             try:
                 found = importlib.import_module(module)
                 if name is not None and not hasattr(found, name):
@@ -202,13 +227,13 @@ def runs_here(source: str) -> bool:
 
 
 def write_examples() -> list[str]:
-    """Copy examples with a title each; return the names of those that can be run here."""
+    """Copy examples, each titled by how its docstring begins; return the names of those that can be run here."""
     target = AUTO / "examples"
     target.mkdir(parents=True)
     runnable = []
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text()
-        title = path.stem.replace("_", " ").capitalize()
+        title = re.match(r'"""([^:,.]+)', source)[1]
         head = f'"""\n{title}\n{"=" * len(title)}\n\n'
         body = source.replace('"""', head, 1)
         (target / path.name).write_text(body)
@@ -223,7 +248,7 @@ def generate() -> list[str]:
     """Make docs/auto; return the names of the examples to run."""
     shutil.rmtree(AUTO, ignore_errors=True)
     AUTO.mkdir()
-    (AUTO / "api.md").write_text(reference())
+    write_reference()
     for name in ("README", "CHANGELOG", "CONTRIBUTING"):
         (AUTO / f"{name.lower()}.md").write_text(from_root((ROOT / f"{name}.md").read_text()))
     return write_examples()
@@ -236,6 +261,7 @@ sphinx_gallery_conf = {
     "filename_pattern": "/(" + "|".join(re.escape(name) for name in RUNNABLE) + ")$",
     "abort_on_example_error": True,
     "download_all_examples": False,
+    "within_subsection_order": "FileNameSortKey",
     "show_memory": False,
     "show_signature": False,
     "min_reported_time": 10**6,
@@ -245,19 +271,36 @@ sphinx_gallery_conf = {
 }
 
 
+def draw_thumbnails(app: Any) -> None:
+    """Give each example that draws nothing a picture for the gallery: the beginning of what it prints."""
+    from matplotlib.figure import Figure
+
+    gallery = AUTO / "gallery"
+    for page in sorted(gallery.glob("*.rst")):
+        printed = re.search(r"sphx-glr-script-out\n\n \.\. code-block:: none\n\n((?: {4}.*\n|\n)+)", page.read_text())
+        if printed is None or (gallery / "images" / f"sphx_glr_{page.stem}_001.png").exists():
+            continue
+        lines = [line[4:36] for line in printed[1].splitlines() if line.strip()][:9]
+        image = Figure(figsize=(4, 2.8))
+        text = {"family": "monospace", "size": 13, "va": "top", "linespacing": 1.35, "color": "#3a3f47"}
+        image.text(0.04, 0.95, "\n".join(lines), parse_math=False, **text)
+        image.savefig(gallery / "images" / "thumb" / f"sphx_glr_{page.stem}_thumb.png", dpi=100)
+
+
 def fill_in(app: Any, name: str, source: list[str]) -> None:
     """Put what there is where a page says @guide@, @libraries@ or @rows@."""
     lists = pages()
     rows = [
-        f"| {who} | `{install}` | [`{start}`]({page}.md) |"
-        for page, (who, install, start) in LIBRARIES.items()
+        f'| {who} | `pip install ".[{extra}]"` | [{name}]({page}.md): `{start}` |'
+        for page, (who, extra, name, start) in LIBRARIES.items()
         if page in lists["libraries"]
     ]
     text = source[0].replace("@rows@", "\n".join(rows))
     for group, names in lists.items():
         text = text.replace(f"@{group}@", "\n".join(names))
-    # Files at the root have pages in docs/auto.
-    source[0] = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", text)
+    # Files at the root have pages in docs/auto, examples in the gallery.
+    text = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", text)
+    source[0] = re.sub(r"\]\(\.\./examples/(\w+)\.py", r"](auto/gallery/\1.rst", text)
 
 
 def skip_foreign(app: Any, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
@@ -269,6 +312,7 @@ def skip_foreign(app: Any, what: str, name: str, value: Any, skip: bool, options
 def setup(app: Any) -> None:
     sys.path.insert(0, str(DOCS))
     app.connect("source-read", fill_in)
+    app.connect("builder-inited", draw_thumbnails, priority=900)  # after the gallery's own
     app.connect("autodoc-skip-member", skip_foreign)
     # Their lists depend on what other pages there are.
     app.connect("env-get-outdated", lambda *_: ["index", "guide", "libraries"])

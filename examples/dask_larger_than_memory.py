@@ -1,7 +1,7 @@
 """Scale a table that fits no worker's memory: 1 GB, made lazily, on two workers that may hold 400 MB each.
 
-Statistics come from one pass over the chunks and merge in a tree; scaling is lazy, chunk by chunk. Needs ``pip install
-"fastbn[dask,sklearn]"``.
+Statistics come from one pass over the chunks and merge in a tree; scaling is lazy, chunk by chunk. Needs the extra
+``dask``.
 """
 
 import time

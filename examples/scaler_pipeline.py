@@ -1,6 +1,6 @@
 """A scaler in a scikit-learn pipeline: cross validation on the wine data, beside StandardScaler.
 
-Needs ``pip install "fastbn[sklearn]"``.
+Needs the extra ``sklearn``.
 """
 
 import warnings

@@ -3,9 +3,9 @@
 Three models start from the same weights and see the same batches: PyTorch's own, the same after `convert`, and what
 `fuse` makes of it. Then their steps are timed, in turns, and how much of them batch norm takes, forward and backward.
 `fuse` also takes over additions and activations, so the last column counts these too. Images are made up: one pattern
-per class, and noise.
+per class, and noise::
 
-    pip install "fastbn[torch]"
+    pip install ".[torch]"                     # in a clone of fastbn
     python torch_residual_network.py           # quick: fewer steps
     python torch_residual_network.py --full    # the numbers of docs/pytorch.md
 """

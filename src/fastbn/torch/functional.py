@@ -44,9 +44,9 @@ def batch_norm(
     activation: str | tuple[str, float] | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Normalize a batch per channel: ``torch.nn.functional.batch_norm``, with an activation and a residual::
+    """Normalize a batch per channel: ``torch.nn.functional.batch_norm``, with an activation and a residual.
 
-        y = activation((input - mean) / sqrt(variance + eps) * weight + bias + residual)
+    ``y = activation((input - mean) / sqrt(variance + eps) * weight + bias + residual)``
 
     Parameters
     ----------
