@@ -37,6 +37,8 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "auto/examples", "auto/gallery/*.ipynb", "**/sg_execution_times.rst"]
+smartquotes = False  # which makes dashes of the options of commands
+toc_object_entries_show_parents = "hide"
 default_role = "py:obj"  # what docstrings write in single backticks; what is not found is shown as code
 templates_path = ["_templates"]
 
@@ -183,7 +185,7 @@ def write_reference() -> None:
         ":hidden:",
         ":maxdepth: 2",
         "",
-        *(f"{name} <reference/{name}>" for name in pages),
+        *(f"{name} <reference/{name}>" for name in names),
         "```",
         "",
     ]

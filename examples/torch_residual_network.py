@@ -1,4 +1,4 @@
-"""Train a small residual network with PyTorch's batch norm and with fastbn's: the same losses, in less time.
+"""A small residual network, trained with PyTorch's batch norm and with fastbn's: the same losses, in less time.
 
 Three models start from the same weights and see the same batches: PyTorch's own, the same after `convert`, and what
 `fuse` makes of it. Then their steps are timed, in turns, and how much of them batch norm takes, forward and backward.
@@ -6,7 +6,7 @@ Three models start from the same weights and see the same batches: PyTorch's own
 per class, and noise::
 
     pip install ".[torch]"                     # in a clone of fastbn
-    python torch_residual_network.py           # quick: fewer steps
+    python torch_residual_network.py           # quick: so few steps that times say little
     python torch_residual_network.py --full    # the numbers of docs/pytorch.md
 """
 

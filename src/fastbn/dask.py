@@ -1,6 +1,6 @@
 """Statistics and normalization of Dask arrays: lazy, block by block, merged in a tree.
 
-Needs Dask: ``pip install "fastbn[dask]"``. `BatchNormScaler`, for Dask arrays and data frames, needs scikit-learn too.
+Needs Dask: ``pip install "fastbn[dask]"``. That brings scikit-learn too, for `BatchNormScaler`.
 """
 
 from __future__ import annotations
