@@ -70,15 +70,15 @@ html_theme_options: dict[str, Any] = {
 html_sidebars: dict[str, list[str]] = {"index": [], "performance": []}
 
 # The order of the pages that have a place; every other Markdown file is listed with those for other libraries.
-GUIDE = ["modes", "layouts", "conventions", "features", "weights", "accuracy", "threads", "state", "plots"]
+GUIDE = ["modes", "layer", "layouts", "conventions", "weights", "accuracy", "threads", "state", "plots", "features"]
 OWN = ["index", "guide", "libraries", "gallery", "performance", "development", "design"]
-# page: who needs it, what to install, its name, where to start
+# page: who needs it, the extra to install, where to start
 LIBRARIES = {
-    "sklearn": ("a scikit-learn pipeline", "sklearn", "scikit-learn", "fastbn.sklearn.BatchNormScaler"),
-    "pytorch": ("a PyTorch model on CPUs", "torch", "PyTorch", "fastbn.torch.convert"),
-    "dask": ("a Dask cluster", "dask", "Dask", "fastbn.dask"),
-    "mpi": ("MPI ranks", "mpi", "MPI", "fastbn.mpi"),
-    "cython": ("Cython code of your own", "cython", "Cython", "fastbn.cython_api"),
+    "sklearn": ("a scikit-learn pipeline", "sklearn", "fastbn.sklearn.BatchNormScaler"),
+    "pytorch": ("a PyTorch model on CPUs", "torch", "fastbn.torch.convert"),
+    "dask": ("a Dask cluster", "dask", "fastbn.dask"),
+    "mpi": ("MPI ranks", "mpi", "fastbn.mpi"),
+    "cython": ("Cython code of your own", "cython", "fastbn.cython_api"),
 }
 
 # Public modules beside fastbn itself, and what each needs.
@@ -293,8 +293,8 @@ def fill_in(app: Any, name: str, source: list[str]) -> None:
     """Put what there is where a page says @guide@, @libraries@ or @rows@."""
     lists = pages()
     rows = [
-        f'| {who} | `pip install ".[{extra}]"` | [{name}]({page}.md): `{start}` |'
-        for page, (who, extra, name, start) in LIBRARIES.items()
+        f'| [{who}]({page}.md) | `pip install ".[{extra}]"` | `{start}` |'
+        for page, (who, extra, start) in LIBRARIES.items()
         if page in lists["libraries"]
     ]
     text = source[0].replace("@rows@", "\n".join(rows))

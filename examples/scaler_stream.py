@@ -37,8 +37,9 @@ for batch in range(200):
 figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
 for channel, (ax, title) in enumerate(zip(axes, ("of all so far", "with momentum 0.9"), strict=True)):
     plot.statistics(means, offsets, channels=[channel], ax=ax)
-    ax.set(title=f"thin: the sensor's mean, bold: {title}", xlabel="batch")
+    ax.set(title=title, xlabel="batch")
     ax.get_legend().remove()
+figure.suptitle("The sensor's mean (thin) and the scaler's (bold)")
 
 assert worst["lately"] < 0.5 < worst["all"]
 assert forgetting.n_samples_seen_ == 200 * 64
