@@ -141,6 +141,22 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     return finish(status)
 
 
+cdef int train(Job* job, bint wide, threads, Py_ssize_t serial, int ddof, double share) except -1:
+    """Carry out a training pass, leave mean and variance in first and second, and update the moving statistics, if any."""
+    cdef Parameter first, second
+    cdef double count = <double> job.outer * <double> job.inner
+    cdef Py_ssize_t i
+    carry_out(job, wide, threads, serial)
+    for i in range(job.channels):
+        job.second[i] = job.second[i] / count
+    if job.mean.data != NULL:
+        first.data, second.data = <char*> job.first, <char*> job.second
+        first.stride = second.stride = sizeof(double)
+        first.wide = second.wide = True
+        blend(&job.mean, &job.variance, &first, &second, job.channels, max(count - ddof, 1.0) / count, share)
+    return 0
+
+
 def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
             bint keep, bint in_place, threads, Py_ssize_t serial):
     """Carry out `fastbn.batch_norm`, or return None where the full checks have to decide.
@@ -167,12 +183,11 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     cdef Job job
     cdef cnp.ndarray source, target, mean = None, variance = None
     cdef object result
-    cdef Py_ssize_t i, bytes
-    cdef double share, count, divisor
-    cdef bint trains, writes, wide
+    cdef Py_ssize_t bytes
+    cdef double share
+    cdef bint trains, wide
     cdef double[2 * ON_STACK] on_stack
     cdef double* statistics = on_stack
-    cdef Parameter first, second
     if not (is_plain(x) and is_real(<cnp.ndarray> x) and PyBool_Check(training) and update is True
             and PyLong_CheckExact(ddof) and (ddof == 0 or ddof == 1)):
         return None
@@ -187,8 +202,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         return None
     if (job.mean.data == NULL) != (job.variance.data == NULL) or (not trains and job.mean.data == NULL):
         return None
-    writes = trains and job.mean.data != NULL
-    if writes and not (cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean)
+    if trains and job.mean.data != NULL and not (cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean)
                        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_variance)
                        and apart_from(job.mean.data, job.channels * job.mean.stride, &job.variance, job.channels)):
         return None
@@ -237,16 +251,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     if keep:
         job.first, job.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(variance)
     try:
-        carry_out(&job, wide, threads, serial)
-        count = <double> job.outer * <double> job.inner
-        for i in range(job.channels):
-            job.second[i] = job.second[i] / count
-        if writes:
-            divisor = max(count - <int> ddof, 1.0) / count
-            first.data, second.data = <char*> job.first, <char*> job.second
-            first.stride = second.stride = sizeof(double)
-            first.wide = second.wide = True
-            blend(&job.mean, &job.variance, &first, &second, job.channels, divisor, share)
+        train(&job, wide, threads, serial, ddof, share)
     finally:
         if statistics != on_stack:
             free(statistics)

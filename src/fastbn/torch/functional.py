@@ -14,15 +14,16 @@ There are three:
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.nn import functional as F
 
-from ..activation import named
-from . import bridge, operators
+from .. import passes
+from ..activation import named, resolved
+from . import _eager, bridge, operators
 
 # How PyTorch says what goes on around a call. There is no public way to ask for these.
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -89,8 +90,13 @@ def batch_norm(
     tensor([[-1., -1.],
             [ 1.,  1.]])
     """
-    if activation is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         activation = named(activation)
+        y = _eager.normalize(
+            input, weight, bias, residual, running_mean, running_var, None, training, momentum, eps, activation
+        )
+        if y is not None:
+            return y
     return dispatch(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
 
 
@@ -143,7 +149,7 @@ def dispatch(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return FastBatchNorm.apply(
+        return StridedBatchNorm.apply(
             x, weight, bias, residual, (running_mean, running_var), training, momentum, eps, activation
         )
     return bridge.forward(
@@ -257,8 +263,19 @@ def activated(z: Tensor, activation: bridge.Activation) -> Tensor:
     return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}[name](z)
 
 
-class FastBatchNorm(torch.autograd.Function):
-    """The way at once. A second derivative is taken by the operators, which have one."""
+class Kept(NamedTuple):
+    """What a gradient needs to know besides tensors; `_eager.Call` has the same."""
+
+    statistics: Any  # mean and variance, in float64
+    frozen: bool
+    eps: float
+    activation: bridge.Activation
+    has_residual: bool
+    bias_type: torch.dtype | None
+
+
+class StridedBatchNorm(torch.autograd.Function):
+    """The way at once of tensors that `_eager` does not take."""
 
     @staticmethod
     def forward(
@@ -273,35 +290,69 @@ class FastBatchNorm(torch.autograd.Function):
         eps: float,
         activation: bridge.Activation,
     ) -> Tensor:
-        y, ctx.statistics = bridge.forward(x, weight, bias, residual, *running, training, momentum, eps, activation)
-        ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
+        y, statistics = bridge.forward(x, weight, bias, residual, *running, training, momentum, eps, activation)
+        assert statistics is not None
+        bias_type = None if bias is None else bias.dtype
+        ctx.call = Kept(statistics[:2], statistics.frozen, eps, activation, residual is not None, bias_type)
         kept = bridge.kept(activation, y, bias, residual)
         ctx.save_for_backward(x, weight, kept[1], kept[2], kept[0])
-        ctx.bias_type = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, y = ctx.saved_tensors
-        statistics = ctx.statistics
-        result: tuple[Tensor, Tensor, Tensor, Tensor]
-        if torch.is_grad_enabled() or _modes():
-            name, slope = operators.encoded(ctx.activation)
-            mean, variance = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.variance)
-            result = operators.gradients(
-                dy, x, mean, variance, y, weight, bias, residual, ctx.eps, name, slope, statistics.frozen,
-                ctx.has_residual,
-            )  # fmt: skip
-        else:
-            dx, dweight, dbias, dresidual = bridge.backward(
-                dy, x, weight, bias, residual, y, statistics, ctx.eps, ctx.activation, ctx.has_residual
-            )
-            result = dx, torch.from_numpy(dweight), torch.from_numpy(dbias), dresidual  # type: ignore[assignment]
-        types = (
-            None if weight is None else weight.dtype,
-            ctx.bias_type,
-            x.dtype if ctx.has_residual else None,
+        return (*gradient(ctx, dy, *ctx.saved_tensors)[:4], *5 * [None])
+
+
+def gradient(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias, residual and None; by operators where somebody may differentiate them."""
+    call: Kept = ctx.call
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    if torch.is_grad_enabled() or _modes():
+        name, slope = operators.encoded(call.activation)
+        mean, variance = (torch.from_numpy(values) for values in call.statistics)
+        result = operators.gradients(
+            dy, x, mean, variance, y, weight, bias, residual, call.eps, name, slope, call.frozen, call.has_residual
         )
-        wanted = ctx.needs_input_grad
-        given = (result[0], *operators.as_asked(result, types))
-        return (*(g if w else None for g, w in zip(given, wanted)), None, None, None, None, None)
+    else:
+        statistics = bridge.Statistics(*call.statistics, call.frozen)
+        dx, dweight, dbias, dresidual = bridge.backward(
+            dy, x, weight, bias, residual, y, statistics, call.eps, call.activation, call.has_residual
+        )
+        result = dx, torch.from_numpy(dweight), torch.from_numpy(dbias), dresidual  # type: ignore[assignment]
+    types = None if weight is None else weight.dtype, call.bias_type, x.dtype if call.has_residual else None
+    given = (result[0], *operators.as_asked(result, types))
+    return (*(g if wanted else None for g, wanted in zip(given, ctx.needs_input_grad)), None)
+
+
+class FastBatchNorm(torch.autograd.Function):
+    """The shortest way at once."""
+
+    forward = staticmethod(_eager.forward)
+    backward = staticmethod(_eager.backward)
+
+
+_eager.connect(
+    tensor=torch.Tensor,
+    parameter=torch.nn.Parameter,
+    empty_like=torch.empty_like,
+    is_grad_enabled=torch.is_grad_enabled,
+    transforms=_transforms,
+    modes=_modes,
+    trace=_trace,
+    forward_ad=_forward_ad,
+    # Without `Function.apply`, which only looks for transforms.
+    apply=super(torch.autograd.Function, FastBatchNorm).apply,
+    team=bridge.team,
+    resolved=resolved,
+    gradient=gradient,
+    serial=passes.SERIAL,
+    api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+)

@@ -6,13 +6,13 @@ dictionaries, pickles of state and `convert` by change of class all fit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
 from ..activation import named
-from . import bridge
+from . import _eager, bridge
 from .functional import dispatch
 
 __all__ = [
@@ -32,12 +32,24 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
     """What all of them do. PyTorch's checks of the rank come with the class that this one is mixed into."""
 
     activation: bridge.Activation = None
+    # Numbers of axes that `_check_input_dim` lets pass, as bits.
+    ranks: ClassVar[int] = 0
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Leave the checks to a class that brings its own."""
+        super().__init_subclass__(**keywords)
+        if "_check_input_dim" in vars(cls) and "ranks" not in vars(cls):
+            cls.ranks = 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize a batch."""
         return self._normalize(input, None)
 
     def _normalize(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            y = _eager.call(self, input, residual)
+            if y is not None:
+                return y
         if type(input) is not torch.Tensor and isinstance(input, fx.Proxy):
             return _leaf(self, input, residual)
         self._check_input_dim(input)
@@ -98,13 +110,19 @@ class BatchNorm1d(_Fast, nn.BatchNorm1d):
     tensor([ 0.5000, 10.0000])
     """
 
+    ranks = 1 << 2 | 1 << 3
+
 
 class BatchNorm2d(_Fast, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` (N, C, H, W), contiguous or channels_last, computed by fastbn. See `BatchNorm1d`."""
 
+    ranks = 1 << 4
+
 
 class BatchNorm3d(_Fast, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` (N, C, D, H, W), contiguous or channels_last_3d, computed by fastbn. See `BatchNorm1d`."""
+
+    ranks = 1 << 5
 
 
 class _Activated(_Fast):

@@ -53,6 +53,7 @@ class SyncBatchNorm(_Fast):
     """
 
     process_group: Any
+    ranks = ~0b11
     # What `revert` makes of it: the name of one of PyTorch's classes.
     converted_from: str | None = None
 
