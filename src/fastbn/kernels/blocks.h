@@ -15,7 +15,9 @@
 
 #if defined(__linux__) && defined(__GNUC__) && defined(MADV_FREE)
 #define FASTBN_HAS_BLOCKS 1
+#ifndef FASTBN_KEPT
 #define FASTBN_KEPT 2                       /* blocks: a loop holds the last result while it makes the next */
+#endif
 #define FASTBN_ROUND ((size_t) 1 << 21)     /* a huge page */
 #define FASTBN_PAGE ((size_t) 1 << 16)      /* a page of any size that systems use */
 

@@ -6,10 +6,12 @@ class Call:
     eps: float
     activation: str | tuple[str, float] | None
     statistics: Any
-    bias_type: Any
     frozen: bool
     has_residual: bool
+    @property
+    def bias_type(self) -> Any: ...
 
+def team(size: int) -> int: ...
 def connect(**given: Any) -> None: ...
 def normalize(
     x: Tensor,
@@ -23,6 +25,7 @@ def normalize(
     momentum: float,
     eps: float,
     activation: str | tuple[str, float] | None,
+    ranks: int = ...,
 ) -> Tensor | None: ...
 def call(module: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor | None: ...
 def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call) -> Tensor: ...

@@ -8,6 +8,7 @@ main memory, dense, contiguous or channels_last, with parameters and running sta
 """
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_DECREF
 from libc.float cimport DBL_MAX
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -22,11 +23,6 @@ from ..kernels.lanes cimport STRAIGHT
 
 cnp.import_array()
 
-cdef extern from "Python.h":
-    void PyErr_Clear()
-    object type_of "(PyObject*) Py_TYPE"(object value)
-
-
 # What DLPack fixes, version 1.
 ctypedef struct DLTensor:
     char* data
@@ -40,38 +36,65 @@ ctypedef struct DLTensor:
     int64_t* strides
     uint64_t byte_offset
 
+ctypedef struct Managed:
+    uint32_t major
+    uint32_t minor
+    void* owner
+    void (*deleter)(Managed* self) noexcept nogil
+    uint64_t flags
+    DLTensor tensor
+
 ctypedef struct ExchangeAPI:
     uint32_t major
     uint32_t minor
     void* previous
     void* allocate
     void* to_managed
-    void* from_managed
+    int (*adopt)(Managed* tensor, void** out) except? -1
     int (*view)(void* tensor, DLTensor* out) except? -1
     void* stream
+
+cdef extern from *:
+    """
+    #define FASTBN_KEPT 64  /* results of a training step live until its end */
+    """
+
+cdef extern from "blocks.h" nogil:
+    const bint HAS_BLOCKS "FASTBN_HAS_BLOCKS"
+    void* block_take "fastbn_block_take"(size_t size)
+    void block_give "fastbn_block_give"(void* data)
 
 cdef enum:
     CPU = 1
     INTEGER = 0
     REAL = 2
     ON_STACK = 128  # channels whose sums need no allocation
+    MOST_AXES = 5
+    LINE = 64       # bytes
+    # Bytes from which results live in blocks that are kept: malloc gives memory of this size back to the system at the
+    # end of a training step, and every page of it is faulted in again.
+    LARGE = 1 << 22
+    # Blocks start at a huge page. Data start at one of so many places behind it, so that operands of one call do
+    # not all compete for the same sets of the caches.
+    PLACES = 16
+    PLACE = 65 * LINE
 
 cdef const ExchangeAPI* api = NULL
-cdef object Tensor, TensorParameter, empty_like, is_grad_enabled, transforms, modes, trace, forward_ad, apply_function
-cdef object count_threads, resolve, gradient_any
-cdef Py_ssize_t serial
+cdef object Tensor, TensorParameter, is_grad_enabled, transforms, modes, trace, forward_ad, apply_function
+cdef object get_num_threads, get_torch_threads, resolve, gradient_any, types
+cdef Py_ssize_t serial, values_per_thread
 
 
 def connect(**given):
     """Take what of PyTorch and of fastbn calls need; without `api` every call is left to the full way."""
-    global api, Tensor, TensorParameter, empty_like, is_grad_enabled, transforms, modes, trace, forward_ad
-    global apply_function, count_threads, resolve, gradient_any, serial
-    Tensor, TensorParameter, empty_like = given["tensor"], given["parameter"], given["empty_like"]
-    is_grad_enabled, transforms, modes, trace = (
-        given["is_grad_enabled"], given["transforms"], given["modes"], given["trace"]
-    )
-    forward_ad, apply_function = given["forward_ad"], given["apply"]
-    count_threads, resolve, gradient_any, serial = given["team"], given["resolved"], given["gradient"], given["serial"]
+    global api, Tensor, TensorParameter, is_grad_enabled, transforms, modes, trace, forward_ad, apply_function
+    global get_num_threads, get_torch_threads, resolve, gradient_any, types, serial, values_per_thread
+    Tensor, TensorParameter = given["tensor"], given["parameter"]
+    is_grad_enabled, transforms, modes = given["is_grad_enabled"], given["transforms"], given["modes"]
+    trace, forward_ad, apply_function = given["trace"], given["forward_ad"], given["apply"]
+    get_num_threads, get_torch_threads = given["get_num_threads"], given["get_torch_threads"]
+    resolve, gradient_any, types = given["resolved"], given["gradient"], given["types"]
+    serial, values_per_thread = given["serial"], given["values_per_thread"]
     if given["api"] is not None:
         api = <const ExchangeAPI*> PyCapsule_GetPointer(given["api"], "dlpack_exchange_api")
         if api.major != 1:
@@ -85,13 +108,13 @@ cdef inline bint is_tensor(object value) noexcept:
 
 cdef bint view(object tensor, DLTensor* out) noexcept:
     """Look at a plain tensor in main memory."""
-    if not is_tensor(tensor):
+    if not is_tensor(tensor) or tensor.is_neg():
         return False
     try:
         api.view(<void*> tensor, out)
     except Exception:  # of another device or layout, or of no memory
         return False
-    if out.device != CPU or out.lanes != 1 or out.data == NULL:
+    if out.device != CPU or out.lanes != 1 or out.data == NULL or out.ndim > MOST_AXES:
         return False
     out.data += out.byte_offset
     return True
@@ -109,6 +132,81 @@ cdef bint bind(Parameter* parameter, object tensor, Py_ssize_t channels, uint8_t
     parameter.stride = seen.strides[0] * (bits // 8)
     parameter.wide = bits == 64
     return True
+
+
+ctypedef struct Made:
+    # A tensor of ours: what PyTorch is told, and its memory.
+    Managed managed
+    int64_t[MOST_AXES] shape
+    int64_t[MOST_AXES] strides
+    void* memory
+    bint in_block
+
+
+cdef void unmake(Managed* managed) noexcept nogil:
+    cdef Made* made = <Made*> managed.owner
+    if made.in_block:
+        block_give(made.memory)
+    else:
+        free(made.memory)
+    free(made)
+
+
+cdef size_t next_place = 0
+
+
+cdef object make(const DLTensor* like, DLTensor* out):
+    """A new tensor, uninitialized, of another's shape, type and strides; that must be dense."""
+    global next_place
+    cdef Made* made = <Made*> malloc(sizeof(Made))
+    cdef void* tensor = NULL
+    cdef size_t size = like.bits // 8, shift = LINE
+    cdef int i
+    if made == NULL:
+        raise MemoryError
+    memset(made, 0, sizeof(Made))
+    for i in range(like.ndim):
+        made.shape[i], made.strides[i] = like.shape[i], like.strides[i]
+        size *= like.shape[i]
+    if HAS_BLOCKS and size >= LARGE:
+        next_place = (next_place + 1) % PLACES
+        shift = next_place * PLACE
+        made.in_block = True
+        made.memory = block_take(size + PLACES * PLACE)
+        made.managed.tensor.data = <char*> made.memory + shift
+    else:
+        made.memory = malloc(size + LINE)
+        made.managed.tensor.data = <char*> ((<size_t> made.memory + LINE - 1) // LINE * LINE)
+    if made.memory == NULL:
+        free(made)
+        raise MemoryError
+    made.managed.major = api.major
+    made.managed.owner = made
+    made.managed.deleter = unmake
+    made.managed.tensor.device = CPU
+    made.managed.tensor.ndim = like.ndim
+    made.managed.tensor.code, made.managed.tensor.bits, made.managed.tensor.lanes = like.code, like.bits, 1
+    made.managed.tensor.shape, made.managed.tensor.strides = made.shape, made.strides
+    out[0] = made.managed.tensor
+    api.adopt(&made.managed, &tensor)
+    result = <object> tensor
+    Py_DECREF(result)  # the reference that the call made
+    return result
+
+
+cdef object make_vector(Py_ssize_t channels, uint8_t bits, Parameter* parameter):
+    """A new tensor of a value per channel."""
+    cdef DLTensor like, made
+    cdef int64_t length = channels, stride = 1
+    like.ndim, like.code, like.bits, like.shape, like.strides = 1, REAL, bits, &length, &stride
+    tensor = make(&like, &made)
+    parameter.data, parameter.stride, parameter.wide = made.data, bits // 8, bits == 64
+    return tensor
+
+
+def team(Py_ssize_t size):
+    """Return how many threads a call on so many values uses: no more than PyTorch does."""
+    return min(<Py_ssize_t> get_num_threads(), <Py_ssize_t> get_torch_threads(), size // values_per_thread)
 
 
 cdef inline bint overlap(const char* a, Py_ssize_t a_bytes, const char* b, Py_ssize_t b_bytes) noexcept:
@@ -175,9 +273,15 @@ cdef class Call:
     cdef double share
     cdef object counter
     cdef readonly double eps
-    cdef readonly object activation, statistics, bias_type
+    cdef readonly object activation, statistics
     cdef readonly bint frozen, has_residual
+    cdef bint has_bias
     cdef object bent
+
+    @property
+    def bias_type(self):
+        """The type of the bias, if there is one."""
+        return types[self.wide] if self.has_bias else None
 
 
 cdef bint quiet() except -1:
@@ -185,7 +289,8 @@ cdef bint quiet() except -1:
     return (transforms() is None and modes() == 0 and trace() is None and forward_ad._current_level < 0)
 
 
-def normalize(x, weight, bias, residual, running_mean, running_var, counter, bint training, momentum, eps, activation):
+def normalize(x, weight, bias, residual, running_mean, running_var, counter, bint training, momentum, eps, activation,
+              ranks=~0):
     """Carry out a batch norm, or return None where the full way has to decide.
 
     Parameters
@@ -208,12 +313,12 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     cdef Py_ssize_t bytes
     if api == NULL or not (PyFloat_CheckExact(momentum) and PyFloat_CheckExact(eps)) or not view(x, &seen):
         return None
-    if not quiet() or x.is_neg():
+    if not quiet():
         return None
     call = Call.__new__(Call)
     job = &call.job
     memset(job, 0, sizeof(Job))
-    if not set_shape(job, &seen):
+    if not set_shape(job, &seen) or not (<long> ranks) >> seen.ndim & 1:
         return None
     call.wide = seen.bits == 64
     call.training = training
@@ -240,7 +345,7 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
                 or overlap(job.u.data, bytes, job.variance.data, job.channels * job.variance.stride)):
             return None
     if residual is not None:
-        if not view(residual, &other) or not is_like(&seen, &other) or residual.is_neg():
+        if not view(residual, &other) or not is_like(&seen, &other):
             return None
         set_operand(job, &job.w, &other)
         job.form.third = True
@@ -255,7 +360,7 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
             return None
         (<int64_t*> other.data)[0] += 1
     job.operation = TRAIN if training else NORMALIZE
-    call.bias_type = None if bias is None else bias.dtype
+    call.has_bias = bias is not None
     if is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -264,7 +369,7 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     ):
         call.keep = True
         return apply_function(x, weight, bias, residual, call)
-    return carried_out(call, x)
+    return carried_out(call, &seen)
 
 
 def call(module, x, residual):
@@ -274,8 +379,6 @@ def call(module, x, residual):
     cdef bint training
     if api == NULL or "weight" not in parameters or "bias" not in parameters or "running_mean" not in buffers:
         return None  # somebody has put something else in their place
-    if not is_tensor(x) or not (<object> type(module)).ranks >> x.dim() & 1:
-        return None
     mean, variance, counter = buffers["running_mean"], buffers.get("running_var"), None
     training = own["training"]
     if not training:
@@ -285,7 +388,7 @@ def call(module, x, residual):
     else:
         counter = buffers.get("num_batches_tracked")
     return normalize(x, parameters["weight"], parameters["bias"], residual, mean, variance, counter, training,
-                     own["momentum"], own["eps"], own.get("activation"))
+                     own["momentum"], own["eps"], own.get("activation"), module.ranks)
 
 
 cdef inline int set_bend(Job* job, object bent) except -1:
@@ -295,14 +398,12 @@ cdef inline int set_bend(Job* job, object bent) except -1:
     return 0
 
 
-cdef object carried_out(Call call, object x):
+cdef object carried_out(Call call, const DLTensor* x):
     cdef Job* job = &call.job
     cdef DLTensor made
     cdef cnp.npy_intp[2] extents
     cdef double* statistics
-    y = empty_like(x)
-    if not view(y, &made):
-        raise MemoryError
+    y = make(x, &made)
     set_operand(job, &job.y, &made)
     extents[0], extents[1] = 2, job.channels
     if call.keep or call.training:
@@ -310,18 +411,20 @@ cdef object carried_out(Call call, object x):
         statistics = <double*> cnp.PyArray_DATA(<cnp.ndarray> call.statistics)
         job.first, job.second = statistics, statistics + job.channels
     if call.training:
-        train(job, call.wide, count_threads, serial, 1, call.share)
+        train(job, call.wide, team, serial, 1, call.share)
     else:
         if call.keep:
             load_all(&job.mean, 0, job.channels, 0, job.first)
             load_all(&job.variance, 0, job.channels, 0, job.second)
-        carry_out(job, call.wide, count_threads, serial)
+        carry_out(job, call.wide, team, serial)
     return y
 
 
 def forward(ctx, x, weight, bias, residual, Call call):
     """Carry out a call, and keep what its gradient needs: the forward function of an autograd.Function."""
-    y = carried_out(call, x)
+    cdef DLTensor seen
+    view(x, &seen)
+    y = carried_out(call, &seen)
     if call.bent is None:
         ctx.save_for_backward(x, weight, None, None, None)
     elif call.bent[1] and residual is not None:  # the derivative is found from y
@@ -373,15 +476,11 @@ def backward(ctx, dy):
         job.gate = job.form
         job.form.third = False
         job.form.bend = STRAIGHT
-    dx = empty_like(x)
-    if not view(dx, &made):
-        raise MemoryError
+    dx = make(&seen, &made)
     set_operand(&job, &job.y, &made)
     dresidual = dy if call.has_residual else None
     if gates and call.has_residual:
-        dresidual = empty_like(x)
-        if not view(dresidual, &made):
-            raise MemoryError
+        dresidual = make(&seen, &made)
         set_operand(&job, &job.kept, &made)
     elif gates and call.bent[2]:  # costs more than a store
         job.kept = job.y
@@ -392,17 +491,15 @@ def backward(ctx, dy):
     job.first, job.second = sums, sums + job.channels
     gweight = gbias = None
     try:
-        carry_out(&job, wide, count_threads, serial)
+        carry_out(&job, wide, team, serial)
         # Where one is not wanted its values go to the sums, each over what was read just before.
         dbias.data, dbias.stride, dbias.wide = <char*> sums, sizeof(double), True
         dweight = dbias
         dweight.data += job.channels * sizeof(double)
         if weight is not None:
-            gweight = empty_like(weight)
-            bind(&dweight, gweight, job.channels, seen.bits)
-        if call.bias_type is not None:
-            gbias = x.new_empty(job.channels) if weight is None else empty_like(weight)
-            bind(&dbias, gbias, job.channels, seen.bits)
+            gweight = make_vector(job.channels, seen.bits, &dweight)
+        if call.has_bias:
+            gbias = make_vector(job.channels, seen.bits, &dbias)
         to_parameter_gradients(&job, &dweight, &dbias)
     finally:
         if sums != on_stack:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .. import passes
 from ..activation import named, resolved
+from ..threads import get_num_threads
 from . import _eager, bridge, operators
 
 # How PyTorch says what goes on around a call. There is no public way to ask for these.
@@ -342,7 +343,6 @@ class FastBatchNorm(torch.autograd.Function):
 _eager.connect(
     tensor=torch.Tensor,
     parameter=torch.nn.Parameter,
-    empty_like=torch.empty_like,
     is_grad_enabled=torch.is_grad_enabled,
     transforms=_transforms,
     modes=_modes,
@@ -350,9 +350,12 @@ _eager.connect(
     forward_ad=_forward_ad,
     # Without `Function.apply`, which only looks for transforms.
     apply=super(torch.autograd.Function, FastBatchNorm).apply,
-    team=bridge.team,
+    get_num_threads=get_num_threads,
+    get_torch_threads=torch.get_num_threads,
     resolved=resolved,
     gradient=gradient,
+    types=(torch.float32, torch.float64),
     serial=passes.SERIAL,
+    values_per_thread=passes.VALUES_PER_THREAD,
     api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
 )
