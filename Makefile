@@ -36,7 +36,7 @@ EXTRA = $(PY) -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproj
 # asv keeps its machine file in HOME: give it one inside the clone.
 ASV = HOME=$(CURDIR)/.asv ../$(PY) -m asv
 
-.PHONY: help demo build test test-all test-clang parity test-versions lint types bench asv-check numbers compare install-dev clean ecosystem docs
+.PHONY: help demo build test test-all test-clang parity torch test-versions lint types bench asv-check numbers compare install-dev clean ecosystem docs
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -67,11 +67,18 @@ parity: .venv-parity/.parity $(if $(PARITY_TF),.venv-parity-tf/.parity) ## compa
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=torch,keras,jax,flax,onnx,onnxruntime,sklearn \
 	    KERAS_BACKEND=torch \
 	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py tests/test_pages.py $(PYTEST_ARGS)
-	.venv-parity/bin/pytest tests/test_sklearn_scaler.py -k "onnx or skorch or tensors" $(PYTEST_ARGS)  # recipes
+	.venv-parity/bin/pytest tests/test_sklearn_scaler.py -k "onnx or tensors" $(PYTEST_ARGS)
 ifneq ($(PARITY_TF),)
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=tensorflow,tf_keras,tf_slim TF_USE_LEGACY_KERAS=1 \
 	    .venv-parity-tf/bin/pytest $(PARITY_TF) $(PYTEST_ARGS)
 endif
+
+# In the environment of `parity`, which has PyTorch. torch.compile needs a C++ compiler; without one its tests fail.
+TORCH_TESTS := $(wildcard tests/test_torch*.py) tests/test_sklearn_scaler.py tests/test_examples.py
+
+torch: .venv-parity/.parity ## PyTorch's layers: operators, gradients, torch.compile, processes; skorch
+	.venv-parity/bin/python -c 'import torch, skorch'
+	.venv-parity/bin/pytest $(TORCH_TESTS) -k "torch or skorch" $(PYTEST_ARGS)
 
 test-versions: ## build and test with every Python of $(VERSIONS) that is at hand
 	@tested=(); missing=(); \
