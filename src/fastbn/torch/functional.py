@@ -1,9 +1,10 @@
 """`batch_norm` on tensors: which way a call goes.
 
-There are three:
+There are four:
 
-- *At once*: a plain tensor in eager mode goes through a ``torch.autograd.Function`` to the kernels, or to them alone
-  where nothing asks for a gradient. That is the cheapest.
+- *Straight*: a plain tensor of float32 or float64 in eager mode, contiguous or channels_last (_eager.pyx).
+- *At once*: any other plain tensor in eager mode goes through a ``torch.autograd.Function`` to the kernels, or to them
+  alone where nothing asks for a gradient.
 - *By operators*, ``torch.ops.fastbn``, wherever the call is recorded rather than carried out: torch.compile,
   torch.export, torch.jit.trace, make_fx, fake tensors. An autograd.Function could be baked in as a constant there, or
   differentiated silently wrong; an operator is opaque, and says what it changes and what shape and strides come out.
@@ -334,7 +335,7 @@ def gradient(
 
 
 class FastBatchNorm(torch.autograd.Function):
-    """The shortest way at once."""
+    """The straight way."""
 
     forward = staticmethod(_eager.forward)
     backward = staticmethod(_eager.backward)

@@ -1,8 +1,7 @@
 """Statistics of all processes of a group: synchronized batch norm for CPUs, over gloo.
 
-Forward, every process sends 2C + 1 float64 numbers, its count, means and sums of squared deviations, and merges those
-of all in the order of ranks by Chan's formula. So every process has the same statistics, to the bit, and those of the
-whole batch however unevenly it is divided. Backward, 2C numbers go the same way: sum(dy) and sum(dy * (x - mean)).
+What is sent, how it is put together and the arithmetic are those of `fastbn.synchronized`; here tensors become arrays,
+and vectors travel by `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed, nn
 
-from .. import functional, kernels, moments, passes
+from .. import passes
+from .. import synchronized as core
 from ..errors import must
 from ..moments import Moments
 from . import bridge
@@ -144,23 +144,16 @@ class SyncBatchNorm(_Fast):
             )
 
 
-def _gathered(numbers: Array, group: Any) -> list[Array]:
-    """Return the numbers of all processes, in the order of ranks."""
-    mine = torch.from_numpy(numbers)
-    all_of_them = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
-    distributed.all_gather(all_of_them, mine, group=group)
-    return [t.numpy() for t in all_of_them]
+def _gather(group: Any) -> core.Gather:
+    """Return what sends a vector to all processes of a group, and gives the vectors of all, in the order of ranks."""
 
+    def gather(numbers: Array) -> Array:
+        mine = torch.from_numpy(numbers)
+        rows = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(rows, mine, group=group)
+        return np.stack([row.numpy() for row in rows])
 
-def _pooled(x: Array, group: Any) -> Moments:
-    mine = moments(x, axis=1)
-    channels = len(mine.mean)
-    result = Moments(channels)
-    for numbers in _gathered(np.concatenate(([float(mine.count)], mine.mean, mine.m2)), group):
-        part = Moments(channels)
-        part.count, part.mean, part.m2 = int(numbers[0]), numbers[1 : 1 + channels], numbers[1 + channels :]
-        result.merge(part)
-    return result
+    return gather
 
 
 class _Synchronized(torch.autograd.Function):
@@ -175,29 +168,30 @@ class _Synchronized(torch.autograd.Function):
         eps: float,
         group: Any,
     ) -> torch.Tensor:
-        source = bridge.array(x)
-        pooled = bridge.limited(x.numel(), lambda: _pooled(source, group))
-        if pooled.count == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        variance = pooled.variance() if pooled.count else np.zeros_like(pooled.mean)
+        def check(pooled: Moments) -> None:
+            if pooled.count == 1:
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
         y = bridge.empty_like(x)
-        bridge.limited(
+        _, _, pooled = bridge.limited(
             x.numel(),
-            lambda: functional.normalize(
-                source,
-                pooled.mean,
-                variance,
+            lambda: core.forward(
+                bridge.array(x),
+                _gather(group),
                 gamma=bridge.vector(weight),
                 beta=bridge.vector(bias),
                 epsilon=eps,
                 axis=1,
                 out=bridge.array(y),
+                keep="nothing",
+                check=check,
             ),
         )
+        variance = pooled.variance() if pooled.count else pooled.m2
         if running[0] is not None and running[1] is not None:
             bridge.update(running[0], running[1], pooled.mean, variance, int(pooled.count), momentum)
         ctx.save_for_backward(x, weight)
-        ctx.mean, ctx.variance, ctx.count, ctx.eps, ctx.group = pooled.mean, variance, pooled.count, eps, group
+        ctx.statistics, ctx.count, ctx.eps, ctx.group = (pooled.mean, variance), int(pooled.count), eps, group
         ctx.bias_type = None if bias is None else bias.dtype
         return y
 
@@ -206,54 +200,13 @@ class _Synchronized(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("SyncBatchNorm has no second derivative: take the gradient without create_graph=True")
         x, weight = ctx.saved_tensors
-        result = bridge.limited(x.numel(), lambda: _gradients(ctx, bridge.array(dy), x, weight))
-        wanted = ctx.needs_input_grad
-        types = (x.dtype, None if weight is None else weight.dtype, ctx.bias_type)
-        given = (g.to(dtype) if w else None for g, w, dtype in zip(result, wanted, types))
-        return (*given, None, None, None, None)
-
-
-def _gradients(ctx: Any, dy: Array, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """Return dx, dweight and dbias.
-
-    With M values per channel in all processes and r = 1 / sqrt(variance + eps)::
-
-        dx = weight * r * (dy - sum(dy) / M) - (x - mean) * r * weight * r^2 * sum(dy * (x - mean)) / M
-
-    The second term is a normalization of x, with a weight of its own; the first one of dy, to which it is added.
-    """
-    source, gamma = bridge.array(x), bridge.vector(weight)
-    result = bridge.empty_like(x)
-    target = bridge.array(result)
-    if x.dtype.itemsize == 2:  # one rounding at the end
-        source, dy = x.detach().float().numpy(), bridge.tensor_of(dy).float().numpy()
-        result = bridge.empty_like(x).float()
-        target = result.numpy()
-    sums = np.zeros((2, x.shape[1]))
-    if source.size:
-        passes.run(
-            kernels.FROZEN,
-            (1,),
-            source,
-            dy=dy,
-            out=target,
-            gamma=gamma,
-            mean=ctx.mean,
-            variance=ctx.variance,
-            epsilon=ctx.eps,
-            first=sums[0],
-            second=sums[1],
+        dx = bridge.empty_like(x)
+        cache = passes.Cache(bridge.array(x), (1,), "batch", ctx.statistics, bridge.vector(weight), ctx.eps)
+        _, dweight, dbias = bridge.limited(
+            x.numel(),
+            lambda: core.backward(bridge.array(dy), cache, _gather(ctx.group), ctx.count, out=bridge.array(dx)),
         )
-    everywhere = np.zeros_like(sums)
-    for part in _gathered(sums, ctx.group):
-        everywhere += part
-    # As in the kernels: 0 where variance and eps both are 0.
-    deviation = np.sqrt(ctx.variance + ctx.eps)
-    r = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
-    if source.size:
-        mean_dy, mean_product = everywhere / ctx.count
-        scale = np.ones(x.shape[1]) if gamma is None else gamma.astype(np.float64)
-        options: dict[str, Any] = {"epsilon": ctx.eps, "axis": 1}
-        second = functional.normalize(source, ctx.mean, ctx.variance, gamma=-scale * r * r * mean_product, **options)
-        functional.normalize(dy, mean_dy, ctx.variance, gamma=gamma, residual=second, out=target, **options)
-    return result, torch.from_numpy(sums[1] * r), torch.from_numpy(sums[0])
+        result = dx, torch.from_numpy(dweight), torch.from_numpy(dbias)
+        types = (x.dtype, None if weight is None else weight.dtype, ctx.bias_type)
+        given = (g.to(dtype) if w else None for g, w, dtype in zip(result, ctx.needs_input_grad, types))
+        return (*given, None, None, None, None)
