@@ -202,9 +202,9 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         return None
     if (job.mean.data == NULL) != (job.variance.data == NULL) or (not trains and job.mean.data == NULL):
         return None
-    if trains and job.mean.data != NULL and not (cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean)
-                       and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_variance)
-                       and apart_from(job.mean.data, job.channels * job.mean.stride, &job.variance, job.channels)):
+    if trains and job.mean.data != NULL and not (
+            cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_variance)
+            and apart_from(job.mean.data, job.channels * job.mean.stride, &job.variance, job.channels)):
         return None
     wide = cnp.PyArray_ITEMSIZE(source) == 8
     bytes = cnp.PyArray_NBYTES(source)

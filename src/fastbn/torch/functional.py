@@ -314,7 +314,7 @@ def gradient(
     residual: Tensor | None,
     y: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias, residual and None; by operators where somebody may differentiate them."""
+    """Return the gradients of x, weight, bias, residual and None; by operators where they may be differentiated."""
     call: Kept = ctx.call
     result: tuple[Tensor, Tensor, Tensor, Tensor]
     if torch.is_grad_enabled() or _modes():
@@ -324,7 +324,7 @@ def gradient(
             dy, x, mean, variance, y, weight, bias, residual, call.eps, name, slope, call.frozen, call.has_residual
         )
     else:
-        statistics = bridge.Statistics(*call.statistics, call.frozen)
+        statistics = bridge.Statistics(call.statistics[0], call.statistics[1], call.frozen)
         dx, dweight, dbias, dresidual = bridge.backward(
             dy, x, weight, bias, residual, y, statistics, call.eps, call.activation, call.has_residual
         )
