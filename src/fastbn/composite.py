@@ -252,7 +252,9 @@ def forward(
 
 def _statistics(x: Array, count: int, weights: weighting.Weights | None, axes: tuple[int, ...]) -> Known:
     total = None if weights is None else np.zeros(math.prod(layouts.channel_shape(x.shape, axes)))
-    return passes.batch_statistics(x, axes, count, kernels.MOMENTS, weights=weights, total=total), total
+    found = passes.batch_statistics(x, axes, count, kernels.MOMENTS, weights=weights, total=total)
+    assert found is not None  # the weights were checked
+    return found, total
 
 
 def _together(

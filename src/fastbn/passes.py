@@ -121,10 +121,11 @@ def run(
     kept: Array | None = None,
     weights: weighting.Weights | None = None,
     total: Array | None = None,
-) -> None:
+) -> bool:
     """Carry out an operation on checked arrays that are not empty.
 
-    With weights, total gets their sum per channel where statistics are found, and is read by the gradient.
+    With weights, total gets their sum per channel where statistics are found, and is read by the gradient. False if they
+    were unchecked and turned out not to fit: only first, second and total have been written then.
 
     Where the strides of an array fit neither access pattern it is copied once, and a result copied back.
     """
@@ -151,7 +152,7 @@ def run(
             out2 = layouts.like(x2, out.dtype)
         if kept is not None:  # it may be the result itself
             kept2 = out2 if kept is out else layouts.like(x2, kept.dtype)
-        run(
+        done = run(
             operation,
             axes,
             x2,
@@ -171,19 +172,19 @@ def run(
             weights=weights,
             total=total,
         )
-        if out is not None:
+        if out is not None and done:
             assert out2 is not None
             out[...] = out2
         if kept is not None and kept is not out:
             assert kept2 is not None
             kept[...] = kept2
-        return
+        return done
     u, v = (x, None) if dy is None else (dy, x)
     counting = None
     if weights is not None:
         assert total is not None
         counting = _counting(x, axes, weights, total)
-    kernels.run(
+    return kernels.run(
         plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size), residual, bend,
         by_output, kept, counting,
     )  # fmt: skip
@@ -191,17 +192,17 @@ def run(
 
 def _counting(
     x: Array, axes: tuple[int, ...], weights: weighting.Weights, total: Array
-) -> tuple[Array | None, tuple[int, ...], bool, Array]:
+) -> tuple[Array | None, tuple[int, ...], bool, Array, bool]:
     """Return what drivers want to know of weights."""
     array = weights.array
     if array is None:
-        return None, (), weights.omits, total
+        return None, (), weights.omits, total, False
     form = layouts.weights_form(x.shape, axes, x.strides, array.strides)
     if form is None:
         array = layouts.packed_weights(array, x, axes)
         form = layouts.weights_form(x.shape, axes, x.strides, array.strides)
         assert form is not None
-    return array, form, weights.omits, total
+    return array, form, weights.omits, total, not weights.checked
 
 
 def refuse_nan(x: Array, axes: tuple[int, ...], weights: weighting.Weights | None) -> None:
@@ -279,7 +280,8 @@ def forward(
     bend = activations.resolved(activation)
     added = None if residual is None else checks.like(residual, "residual", x)
     if weights is None:
-        weights = weighting.resolved(mask, sample_weight, nan_policy, x, axes)
+        later = mode != "inference" and known is None and nan_policy != "raise" and x.size > 0
+        weights = weighting.resolved(mask, sample_weight, nan_policy, x, axes, later=later)
     given = weighting.given(mask, sample_weight)
     kept_residual = None if keep == "nothing" or bend is None or bend.from_output else added
     name_mean, name_variance = names
@@ -333,7 +335,15 @@ def forward(
         values = layouts.values_per_channel(x.shape, axes)
         count: weighting.Count = values
         if known is None:
-            statistics = batch_statistics(x, axes, values, kernels.TRAIN, weights=weights, total=total, **arguments)
+            found = batch_statistics(x, axes, values, kernels.TRAIN, weights=weights, total=total, **arguments)
+            if found is None:
+                assert weights is not None
+                weights = weights.settled()
+                found = batch_statistics(x, axes, values, kernels.TRAIN, weights=weights, total=total, **arguments)
+            elif weights is not None:
+                weights = weights._replace(checked=True)
+            assert found is not None
+            statistics = found
         else:
             statistics, total = known
             if x.size:
@@ -377,15 +387,16 @@ def batch_statistics(
     weights: weighting.Weights | None = None,
     total: Array | None = None,
     **arguments: Any,
-) -> Statistics:
+) -> Statistics | None:
     """Carry out an operation that finds the moments of a batch, and return them; zeros for an empty batch.
 
-    With weights, a channel without any has mean 0 and an infinite variance, which make y beta and the gradient 0.
+    With weights, a channel without any has mean 0 and an infinite variance, which make y beta and the gradient 0. None if
+    the weights were unchecked and turned out not to fit: nothing has been written then.
     """
     channels = math.prod(layouts.channel_shape(x.shape, axes))
     mean, m2 = np.zeros(channels), np.zeros(channels)
-    if x.size:
-        run(operation, axes, x, first=mean, second=m2, weights=weights, total=total, **arguments)
+    if x.size and not run(operation, axes, x, first=mean, second=m2, weights=weights, total=total, **arguments):
+        return None
     if total is not None:
         return Statistics(mean, _channels.variance_counted(m2, total, 0, math.inf))
     return Statistics(mean, _channels.variance(m2, max(count, 1)))

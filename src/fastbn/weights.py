@@ -33,16 +33,26 @@ class Weights(NamedTuple):
         The power of two that `array` is to be multiplied by to have the weights that were given.
     whole : bool
         Whether sums of the weights are counts of values.
+    checked : bool
+        Whether all weights are known to be finite, not negative, and of a size that sums can take. Where they are not,
+        the sums will tell (`kernels.run`), and `settled` is what to do then.
     """
 
     array: Array | None
     omits: bool
     scale: float = 1.0
     whole: bool = True
+    checked: bool = True
 
     def counts(self, total: Array) -> Array:
         """Return sums of `array`, per channel, as int64 counts of values or as sums of the weights given."""
         return total.astype(np.int64) if self.whole else total * self.scale
+
+    def settled(self) -> Weights:
+        """Return unchecked weights as checked ones: scaled, if they have to be; or raise."""
+        assert self.array is not None
+        array, scale = _checked(self.array)
+        return Weights(array, self.omits, scale, False)
 
     def keep_apart(self, out: Array) -> None:
         """Refuse to write where the weights are, which are read in another order."""
@@ -58,7 +68,9 @@ def is_plain(mask: Any, sample_weight: Any, nan_policy: Any) -> bool:
     return mask is None and sample_weight is None and type(nan_policy) is str and nan_policy == "propagate"
 
 
-def resolved(mask: Any, sample_weight: Any, nan_policy: Any, x: Array, axes: tuple[int, ...]) -> Weights | None:
+def resolved(
+    mask: Any, sample_weight: Any, nan_policy: Any, x: Array, axes: tuple[int, ...], *, later: bool = False
+) -> Weights | None:
     """Check weights of a batch; None where every value counts alike.
 
     Parameters
@@ -69,6 +81,8 @@ def resolved(mask: Any, sample_weight: Any, nan_policy: Any, x: Array, axes: tup
         Checked data.
     axes : tuple of ints
         Its channel axes.
+    later : bool
+        Whether weights per value, which are as many as x has values, are left unchecked: the sums will do that.
 
     Returns
     -------
@@ -90,8 +104,10 @@ def resolved(mask: Any, sample_weight: Any, nan_policy: Any, x: Array, axes: tup
     if sample_weight is None:
         assert kept is not None
         return Weights(np.broadcast_to(kept, x.shape), omits)
-    weights, scale = _weights(sample_weight)
-    weights = spread(weights, "sample_weight", x.shape, axes)
+    weights = spread(_weights(sample_weight), "sample_weight", x.shape, axes)
+    if later and kept is None and weights.size == x.size and weights.dtype.kind == "f":
+        return Weights(weights, omits, 1.0, False, False)
+    weights, scale = _checked(weights)
     if kept is not None:
         weights = np.where(kept, weights, weights.dtype.type(0))
     return Weights(np.broadcast_to(weights, x.shape), omits, scale, False)
@@ -110,18 +126,22 @@ def _mask(value: Any) -> Array:
     return array
 
 
-def _weights(value: Any) -> tuple[Array, float]:
-    """Return checked weights of a type that kernels know, and the power of two they were divided by."""
+def _weights(value: Any) -> Array:
+    """Return weights in a type that kernels know."""
     array = checks.as_array(value, "sample_weight")
     kind, size = array.dtype.kind, array.dtype.itemsize
     half = array.dtype.name == "bfloat16" or (kind == "f" and size == 2)
     if not half and (kind not in "biuf" or size > 8):
         raise TypeError(must("sample_weight", "have a bool, integer or real dtype of at most 64 bits", array.dtype))
     if kind == "b" or array.dtype == np.uint8:
-        return array, 1.0
+        return array
     exact = half or (kind in "iu" and size <= 2) or (kind == "f" and size == 4)  # in float32
-    array = np.require(array, np.float32 if exact else np.float64, "A")
-    if not array.size:
+    return np.require(array, np.float32 if exact else np.float64, "A")
+
+
+def _checked(array: Array) -> tuple[Array, float]:
+    """Return weights that are finite and not negative, scaled, and the power of two they were divided by; or raise."""
+    if not array.size or array.dtype.kind != "f":
         return array, 1.0
     low, high = _range(array)
     if not (low >= 0 and high < math.inf):

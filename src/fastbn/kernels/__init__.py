@@ -41,8 +41,8 @@ def run(
     bend: tuple[int, tuple[float, float, float]] | None = None,
     by_output: bool = False,
     kept: Array | None = None,
-    counting: tuple[Array | None, tuple[int, ...], bool, Array] | None = None,
-) -> None:
+    counting: tuple[Array | None, tuple[int, ...], bool, Array, bool] | None = None,
+) -> bool:
     """Carry out a plan with the driver of its pattern.
 
     Parameters
@@ -71,11 +71,18 @@ def run(
     kept : ndarray or None
         Where a gradient also writes dy times that derivative.
     counting : tuple or None
-        Where values do not all count alike: weights (float64, float32, bool or None) of x's shape, their extents and
-        strides, whether NaN is missing, and the sum of weights per channel, a contiguous ndarray of float64 that sums
-        of x are a result for and gradients read; see `bind_weights` in _plan.pyx.
+        Where values do not all count alike: weights (float64, float32, uint8, bool or None) of x's shape, their extents
+        and strides, whether NaN is missing, the sum of weights per channel, a contiguous ndarray of float64 that sums
+        of x are a result for and gradients read, and whether the weights are unchecked; see `bind_weights` in
+        _plan.pyx.
+
+    Returns
+    -------
+    bool
+        True; False where unchecked weights turned out not to fit, being negative, not finite, or too large or small.
+        Nothing but first, second and total has been written then.
     """
-    _run[plan.pattern](
+    return _run[plan.pattern](
         plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w, bend, by_output,
         kept, counting,
-    )  # fmt: skip
+    )  # type: ignore[no-any-return]  # fmt: skip

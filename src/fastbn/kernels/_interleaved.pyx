@@ -16,20 +16,21 @@ Parallel     over (block of rows, chunk of columns), once to sum and once to app
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
+from libc.stdint cimport int32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan, bind_weights
 from .convert cimport aligned, give, is_native, take
 from .job cimport (
-    DONE, DRIVER, INTERRUPTED, NO_MEMORY, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
+    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
 from .lanes cimport LANES, PRESENT, WEIGHTED, Form, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .weights cimport (
-    EACH_WEIGHT, NO_WEIGHTS, ONE_WEIGHT, are_finite, from_weighted_sums, merge_weighted, take_weights, weigh_rows,
-    weight_at, weights_at,
+    are_finite, choose, fits, from_weighted_sums, hide, keep_row, larger, largest, mark, merge_weighted, take_weights,
+    weigh_rows, weight, weight_at, weights_at,
 )
 
 cdef enum:
@@ -225,16 +226,16 @@ cdef inline bint dense_weights(const Job* job, const Cut* k) noexcept nogil:
 
 
 cdef inline View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct, Py_ssize_t row, Py_ssize_t rows,
-                              Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
-    """The weights of some columns of some rows: in place, or as wide as arithmetic and padded with zeros."""
+                              Py_ssize_t column, Py_ssize_t columns, weight* buffer) noexcept nogil:
+    """The weights of some columns of some rows: in place, or in the type of the buffer and padded with zeros."""
     cdef View w
     cdef Py_ssize_t m = whole(columns), width = job.channels * job.inner
     cdef Py_ssize_t r, j, c, n, position
     cdef const char* x
-    cdef floating* y
+    cdef weight* y
     if direct:
         w.data = <char*> weights_at(&job.weights, row * k.positions, 0, 0) + column * job.weights.size
-        w.stride = k.positions * job.weights.minor // <Py_ssize_t> sizeof(floating)
+        w.stride = k.positions * job.weights.minor // <Py_ssize_t> sizeof(weight)
         return w
     w.data = <char*> buffer
     w.stride = m
@@ -254,7 +255,7 @@ cdef inline View view_weights(const Job* job, const Cut* k, bint is_dense, bint 
                     take_weights(&job.weights, weights_at(&job.weights, position, j, 0), job.weights.channel, n, y)
                 else:
                     for c in range(n):
-                        y[c] = <floating> weight_at(&job.weights, weights_at(&job.weights, position, (j + c) // job.inner,
+                        y[c] = <weight> weight_at(&job.weights, weights_at(&job.weights, position, (j + c) // job.inner,
                                                                              (j + c) % job.inner))
                 y += n
                 j = 0
@@ -264,64 +265,234 @@ cdef inline View view_weights(const Job* job, const Cut* k, bint is_dense, bint 
     return w
 
 
-cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint selects, double* total,
-                     double* first, double* second, const floating* typed) noexcept nogil:
-    """`sum_rows` of values that do not all count alike."""
+cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
+                   const double* q, bint pair, bint shifted, double* first, double* second,
+                   const floating* typed) noexcept nogil:
+    """*reduce* of views. Float64 data are always relative to a shift."""
+    if shifted or floating is double:
+        if pair:
+            reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, True,
+                        first, second)
+        else:
+            reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, True,
+                        first, second)
+    elif pair:
+        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, False,
+                    first, second)
+    else:
+        reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, False,
+                    first, second)
+
+
+cdef inline bint one_weight_per_row(const Job* job, const Cut* k) noexcept nogil:
+    return (job.weights.data != NULL and k.positions == 1 and job.weights.channel == 0
+            and (job.inner == 1 or job.weights.inner == 0))
+
+
+cdef inline Py_ssize_t choose_rows(const Job* job, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t* chosen,
+                                   double* ws) noexcept nogil:
+    """The rows that have a weight, and it; how many there are."""
+    cdef Py_ssize_t r, n = 0
+    for r in range(rows):
+        ws[n] = weight_at(&job.weights, weights_at(&job.weights, row + r, 0, 0))
+        chosen[n] = r
+        n += ws[n] != 0
+    return n
+
+
+cdef void keep_rows(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, double* total, double* first,
+                    double* second, const floating* typed) noexcept nogil:
+    """`sum_rows` of values that count or do not, in moments."""
     cdef floating room[2 * STAGED + LANES]
-    cdef double weights_room[STAGED + LANES]
+    cdef floating pad[CHUNK]
+    cdef int32_t counts[CHUNK]
+    cdef double ws[STEP]
+    cdef Py_ssize_t chosen[STEP]
+    cdef mark marks_room[STAGED]
     cdef floating* ub = aligned(room)
-    cdef floating* vb = ub + STAGED
-    cdef double* wb = aligned(<double*> weights_room)
-    cdef bint wide = job.weights.size == sizeof(double)
-    cdef bint dense_u = dense(job, k, &job.u), dense_v = job.reads_pair and dense(job, k, &job.v)
-    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
-    cdef bint dense_w = dense_weights(job, k)
-    cdef bint direct_w = dense_w and job.weights.size >= 4 and job.weights.repeat >= job.outer
-    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_w else 0
-    cdef Py_ssize_t most = CHUNK if dense_u and (dense_v or not job.reads_pair) else PIECE
-    cdef int spread = EACH_WEIGHT
-    cdef Py_ssize_t j, r, i, rows, n, m, step
+    cdef floating* kept = ub + STAGED
+    cdef bint per_row = one_weight_per_row(job, k), marked = job.weights.data != NULL and not per_row
+    cdef bint dense_u = dense(job, k, &job.u), direct_u = dense_u and is_native(&job.u)
+    cdef bint dense_m = dense_weights(job, k), direct_m = dense_m and job.weights.repeat >= job.outer
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_m else 0
+    cdef Py_ssize_t most = CHUNK if dense_u else PIECE
+    cdef Py_ssize_t j, r, i, row, rows, n, m, step, picked
+    cdef Py_ssize_t one = 0
     cdef bint inside
-    cdef View u, v, w
-    cdef double one = 0
+    cdef View u, y
+    cdef View marks
+    marks.data = NULL
     memset(total, 0, CHUNK * sizeof(double))
     memset(first, 0, CHUNK * sizeof(double))
     memset(second, 0, CHUNK * sizeof(double))
-    if job.weights.data == NULL:
-        spread = NO_WEIGHTS
-    elif not job.reads_pair and k.positions == 1 and job.weights.channel == 0 and (job.inner == 1 or job.weights.inner == 0):
-        spread = ONE_WEIGHT
-    w.data, w.stride = <char*> wb, 0
+    memset(counts, 0, sizeof(counts))
+    for j in range(CHUNK):
+        pad[j] = <floating> p[j]
+    for r in range(STEP):
+        chosen[r] = r
     for step in range((t.rows + k.step - 1) // k.step):
         r = step * k.step
-        rows = min(k.step, t.rows - r)
-        if spread == ONE_WEIGHT:
-            for i in range(rows):
-                wb[i] = weight_at(&job.weights, weights_at(&job.weights, t.row + r + i, 0, 0))
-                one += wb[i]
+        picked = rows = min(k.step, t.rows - r)
+        if per_row:
+            picked = choose_rows(job, t.row + r, rows, chosen, ws)
+            one += picked
         j = 0
         while j < t.columns:
             inside = j < width
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)
             u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
-            v = u
-            if job.reads_pair:
-                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
-            if spread == EACH_WEIGHT:
-                if wide:
-                    w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-                else:
-                    w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, <float*> wb)
-            weigh_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, w.data, w.stride, wide, rows, k.ahead, m,
-                       p + j, job.reads_pair, spread, selects, job.omits, total + j, first + j, second + j)
+            if per_row and not job.omits:
+                weigh_rows(<floating*> u.data, u.stride, <char*> ws, 0, chosen, picked, k.ahead, m, p + j, False, True,
+                           shifted, total + j, first + j, second + j)
+            else:
+                if marked:
+                    marks = view_weights(job, k, dense_m, direct_m and inside, t.row + r, rows, t.column + j, n, marks_room)
+                y.data, y.stride = <char*> kept, m
+                for i in range(picked):
+                    row = chosen[i]
+                    keep_row(<floating*> u.data + row * u.stride,
+                             <mark*> marks.data + row * marks.stride if marked else NULL, m, pad + j, job.omits,
+                             kept + i * m, counts + j)
+                add_rows(&y, &y, picked, 0, m, p + j, p + j, False, shifted, first + j, second + j, typed)
             j += n
-    if spread == ONE_WEIGHT and not job.omits:
+    for j in range(t.columns):
+        total[j] = one if per_row and not job.omits else counts[j]
+
+
+cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, bint selects, double* total,
+                     double* first, double* second, double* largest_weight, const floating* typed) noexcept nogil:
+    """`sum_rows` of values that have weights, in moments."""
+    cdef floating room[2 * STAGED + LANES]
+    cdef floating pad[CHUNK]
+    cdef double weights_room[STAGED + LANES]
+    cdef double ws[STEP]
+    cdef Py_ssize_t chosen[STEP]
+    cdef floating* ub = aligned(room)
+    cdef floating* kept = ub + STAGED
+    cdef double* wb = aligned(<double*> weights_room)
+    cdef float* wb32 = <float*> wb
+    cdef bint wide = job.weights.size == sizeof(double), stages = job.omits or selects
+    cdef bint each = job.omits or not one_weight_per_row(job, k)
+    cdef bint dense_u = dense(job, k, &job.u), direct_u = dense_u and is_native(&job.u)
+    cdef bint dense_w = dense_weights(job, k)
+    cdef bint direct_w = dense_w and job.weights.size >= 4 and job.weights.repeat >= job.outer and not stages
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_w else 0
+    cdef Py_ssize_t most = CHUNK if dense_u else PIECE
+    cdef Py_ssize_t j, r, i, rows, n, m, step, picked
+    cdef bint inside, direct
+    cdef View u, w
+    cdef double one = 0
+    memset(total, 0, CHUNK * sizeof(double))
+    memset(first, 0, CHUNK * sizeof(double))
+    memset(second, 0, CHUNK * sizeof(double))
+    for j in range(CHUNK):
+        pad[j] = <floating> p[j]
+    w.data, w.stride = <char*> ws, 0
+    for step in range((t.rows + k.step - 1) // k.step):
+        r = step * k.step
+        picked = rows = min(k.step, t.rows - r)
+        if not each:
+            picked = choose_rows(job, t.row + r, rows, chosen, ws)
+            for i in range(picked):
+                one += ws[i]
+        j = 0
+        while j < t.columns:
+            inside = j < width
+            n = min((width if inside else t.columns) - j, most)
+            m = whole(n)
+            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            direct = direct_w and inside
+            if each and wide:
+                w = view_weights(job, k, dense_w, direct, t.row + r, rows, t.column + j, n, wb)
+            elif each:
+                w = view_weights(job, k, dense_w, direct, t.row + r, rows, t.column + j, n, wb32)
+            if job.weights.unchecked:
+                for i in range(rows):
+                    if wide:
+                        largest_weight[0] = larger(largest_weight[0], largest(<double*> w.data + i * w.stride, m))
+                    else:
+                        largest_weight[0] = larger(largest_weight[0], largest(<float*> w.data + i * w.stride, m))
+            if each and stages:
+                for i in range(rows):
+                    if wide:
+                        choose(<floating*> u.data + i * u.stride, wb + i * m, m, pad + j, 1, job.omits, kept + i * m)
+                    else:
+                        choose(<floating*> u.data + i * u.stride, wb32 + i * m, m, pad + j, 1, job.omits, kept + i * m)
+                u.data, u.stride = <char*> kept, m
+            weigh_rows(<floating*> u.data, u.stride, w.data, w.stride, chosen, picked, k.ahead, m, p + j, each, wide, shifted,
+                       total + j, first + j, second + j)
+            j += n
+    if not each:
         for j in range(t.columns):
             total[j] = one
 
 
-cdef void weigh_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* typed) noexcept nogil:
+cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, double* first,
+                    double* second, const floating* typed) noexcept nogil:
+    """`sum_rows` of a gradient without what is missing."""
+    cdef floating room[4 * STAGED + LANES]
+    cdef double weights_room[STAGED + LANES]
+    cdef floating* ub = aligned(room)
+    cdef floating* vb = ub + STAGED
+    cdef floating* hidden_u = vb + STAGED
+    cdef floating* hidden_v = hidden_u + STAGED
+    cdef double* wb = aligned(<double*> weights_room)
+    cdef float* wb32 = <float*> wb
+    cdef bint wide = job.weights.size == sizeof(double), weighted = job.weights.data != NULL
+    cdef bint dense_u = dense(job, k, &job.u), dense_v = dense(job, k, &job.v)
+    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
+    cdef bint dense_w = dense_weights(job, k)
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v else 0
+    cdef Py_ssize_t most = CHUNK if dense_u and dense_v else PIECE
+    cdef Py_ssize_t j, r, i, rows, n, m, step
+    cdef bint inside
+    cdef View u, v, w, x, y
+    memset(first, 0, CHUNK * sizeof(double))
+    memset(second, 0, CHUNK * sizeof(double))
+    w.data, w.stride = NULL, 0
+    for step in range((t.rows + k.step - 1) // k.step):
+        r = step * k.step
+        rows = min(k.step, t.rows - r)
+        j = 0
+        while j < t.columns:
+            inside = j < width
+            n = min((width if inside else t.columns) - j, most)
+            m = whole(n)
+            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+            if weighted and wide:
+                w = view_weights(job, k, dense_w, False, t.row + r, rows, t.column + j, n, wb)
+            elif weighted:
+                w = view_weights(job, k, dense_w, False, t.row + r, rows, t.column + j, n, wb32)
+            for i in range(rows):
+                if wide:
+                    hide(<floating*> u.data + i * u.stride, <floating*> v.data + i * v.stride,
+                         wb + i * m if weighted else NULL, m, job.omits, hidden_u + i * m, hidden_v + i * m)
+                else:
+                    hide(<floating*> u.data + i * u.stride, <floating*> v.data + i * v.stride,
+                         wb32 + i * m if weighted else NULL, m, job.omits, hidden_u + i * m, hidden_v + i * m)
+            x.data, x.stride = <char*> hidden_u, m
+            y.data, y.stride = <char*> hidden_v, m
+            add_rows(&x, &y, rows, 0, m, p + j, q + j, True, True, first + j, second + j, typed)
+            j += n
+
+
+cdef inline double* largest_of(const Cut* k, Py_ssize_t task, double* parts) noexcept nogil:
+    """Where the largest weight of a task is."""
+    return parts + 3 * k.blocks * k.columns + task
+
+
+cdef void count_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, bint selects, double* total,
+                     double* first, double* second, double* largest_weight, const floating* typed) noexcept nogil:
+    """`sum_rows` of moments of values that do not all count alike."""
+    if job.weights.data == NULL or job.weights.marks:
+        keep_rows(job, k, t, p, shifted, total, first, second, typed)
+    else:
+        weigh_tile(job, k, t, p, shifted, selects, total, first, second, largest_weight, typed)
+
+
+cdef void count_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* typed) noexcept nogil:
     """`reduce_block` of moments of values that do not all count alike; the weights of parts lie behind their sums."""
     cdef Tile t = tile_of(k, task)
     cdef double p[CHUNK]
@@ -329,28 +500,30 @@ cdef void weigh_block(const Job* job, const Cut* k, Py_ssize_t task, double* par
     cdef double first[CHUNK]
     cdef double second[CHUNK]
     cdef bint far[CHUNK]
-    cdef bint again = False
+    cdef bint again = False, selects = False
     cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
     cdef double* totals = parts + (2 * k.blocks + task // k.chunks) * k.columns + t.column
+    cdef double most = 0
     cdef Py_ssize_t j
     memset(p, 0, sizeof(p))
-    weigh_tile(job, k, &t, p, False, total, first, second, typed)
-    if not job.omits:
+    count_tile(job, k, &t, p, False, False, total, first, second, &most, typed)
+    if job.weights.unchecked:
+        largest_of(k, task, parts)[0] = most
+    if job.weights.data != NULL and not job.weights.marks:
         for j in range(t.columns):
-            again |= not are_finite(first[j], second[j])
-        if again:  # where all is finite that changes nothing
-            weigh_tile(job, k, &t, p, True, total, first, second, typed)
-    again = False
+            selects |= not are_finite(first[j], second[j])
+        if selects:  # where all is finite that changes nothing
+            count_tile(job, k, &t, p, False, True, total, first, second, &most, typed)
     for j in range(t.columns):
         totals[j] = total[j]
         part[j] = first[j]
         squares[j] = second[j]
         far[j] = from_weighted_sums(0, total[j], part + j, squares + j)
         again |= far[j]
-        p[j] = part[j]
+        p[j] = <floating> part[j]
     if again:
-        weigh_tile(job, k, &t, p, True, total, first, second, typed)
+        count_tile(job, k, &t, p, True, selects, total, first, second, &most, typed)
         for j in range(t.columns):
             if far[j]:
                 part[j] = first[j]
@@ -358,20 +531,28 @@ cdef void weigh_block(const Job* job, const Cut* k, Py_ssize_t task, double* par
                 from_weighted_sums(p[j], total[j], part + j, squares + j)
 
 
-cdef void weigh_gradient(const Job* job, const Cut* k, const Tile* t, const double* q, double* part, double* squares,
-                         const floating* typed) noexcept nogil:
-    """Sum the columns again whose plain sums are not finite, now without what is missing."""
-    cdef double total[CHUNK]
+cdef bint are_fit(const Cut* k, double* parts) noexcept nogil:
+    """Whether all weights are such that their sums mean something."""
+    cdef double most = 0
+    cdef Py_ssize_t task
+    for task in range(k.blocks * k.chunks):
+        most = larger(most, largest_of(k, task, parts)[0])
+    return fits(most)
+
+
+cdef void hide_block(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, double* part,
+                     double* squares, const floating* typed) noexcept nogil:
+    """Sum the columns again whose plain sums are not finite, now without what is missing; where NaN is, all of them."""
     cdef double first[CHUNK]
     cdef double second[CHUNK]
-    cdef bint again = False
+    cdef bint again = job.omits
     cdef Py_ssize_t j
     for j in range(t.columns):
         again |= not are_finite(part[j], squares[j])
     if again:
-        weigh_tile(job, k, t, q, True, total, first, second, typed)
+        hide_rows(job, k, t, p, q, first, second, typed)
         for j in range(t.columns):
-            if not are_finite(part[j], squares[j]):
+            if job.omits or not are_finite(part[j], squares[j]):
                 part[j] = first[j]
                 squares[j] = second[j]
 
@@ -442,7 +623,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
     cdef Py_ssize_t j, c, s
     if job.weighs and not job.reads_pair:
-        weigh_block(job, k, task, parts, gates)
+        count_block(job, k, task, parts, gates)
         return
     memset(p, 0, sizeof(p))
     memset(q, 0, sizeof(q))
@@ -461,6 +642,9 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
             if s == job.inner:
                 s = 0
                 c = c + 1 if c + 1 < job.channels else 0
+    if job.omits:  # there is NaN: without looking for it all sums would be found again
+        hide_block(job, k, &t, p, q, part, squares, gates)
+        return
     sum_rows(job, k, &t, p, q, floating is double, first, second, gates)
     if not job.reads_pair:
         for j in range(t.columns):
@@ -488,7 +672,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
                 if not job.reads_pair:
                     from_sums(p[j], t.rows, part + j, squares + j)
     if job.weighs:
-        weigh_gradient(job, k, &t, q, part, squares, gates)
+        hide_block(job, k, &t, p, q, part, squares, gates)
 
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
@@ -670,6 +854,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, 
         status = do_blocks(job, k, parts, table, gates)
         if status != DONE:
             return status
+        if job.weights.unchecked and not are_fit(k, parts):
+            return UNFIT
     if threads == 1 or shares == 1:
         finish_channels(job, k, 0, job.channels, parts, table)
     else:
@@ -683,8 +869,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef int status = NO_MEMORY
-    cdef Py_ssize_t sums = 3 if job.weighs else 2
-    cdef double* parts = <double*> malloc(k.blocks * k.columns * sums * sizeof(double)) if job.reduces else NULL
+    cdef Py_ssize_t sums = k.blocks * k.columns * (3 if job.weighs else 2) + k.blocks * k.chunks * job.weights.unchecked
+    cdef double* parts = <double*> malloc(sums * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t size = 5 * (k.padded + job.channels)  # of a table; a second one is of the gate
     cdef floating* table = NULL
     cdef bint tabulates = job.applies or job.gated
@@ -705,7 +891,10 @@ cdef int do_any(const Job* job, bint wide) noexcept nogil:
 
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
         w=None, bend=None, bint by_output=False, kept=None, counting=None):
-    """Carry out a plan. Every array was checked; those an operation does not use are None."""
+    """Carry out a plan, unless unchecked weights turn out not to fit; whether it was carried out.
+
+    Every array was checked; those an operation does not use are None.
+    """
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
               bend, by_output, kept)
@@ -714,7 +903,7 @@ def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double e
     cdef bint wide = plan.wide
     with nogil:
         status = do_any(&job, wide)
-    finish(status)
+    return not finish(status)
 
 
 ENTRY = PyCapsule_New(<void*> do_any, DRIVER, NULL)

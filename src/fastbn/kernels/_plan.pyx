@@ -92,6 +92,8 @@ cdef class Plan:
         job.interruptible = True
         job.weighs = job.omits = False
         job.weights.data = NULL
+        job.weights.size = 0
+        job.weights.marks = job.weights.unchecked = False
         return 0
 
 
@@ -107,12 +109,12 @@ cdef int bind_weights(Job* job, counting) except -1:
     """Let values count by weights, after `Plan.bind`; None leaves the job as it is.
 
     counting is (weights or None, (repeat, and the distances major, minor, channel, inner), whether NaN is missing,
-    total); the weights are float64, float32 or bool. See `Weights` in job.pxd.
+    total, whether the weights are unchecked); the weights are float64, float32, uint8 or bool. See `Weights` in job.pxd.
     """
     cdef cnp.ndarray array
     if counting is None:
         return 0
-    weights, form, omits, total = counting
+    weights, form, omits, total, unchecked = counting
     job.weighs = True
     job.omits = omits
     job.total = <double*> cnp.PyArray_DATA(<cnp.ndarray?> total)
@@ -121,6 +123,8 @@ cdef int bind_weights(Job* job, counting) except -1:
         job.weights.data = <char*> cnp.PyArray_DATA(array)
         job.weights.size = cnp.PyArray_ITEMSIZE(array)
         job.weights.kind = DOUBLE if job.weights.size == 8 else FLOAT if job.weights.size == 4 else UINT8
+        job.weights.marks = cnp.PyArray_TYPE(array) == cnp.NPY_BOOL
+        job.weights.unchecked = unchecked
         job.weights.repeat, job.weights.major, job.weights.minor, job.weights.channel, job.weights.inner = form
     if job.reads_pair:
         job.writes_pair = job.form.pair = True

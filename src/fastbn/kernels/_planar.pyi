@@ -22,7 +22,7 @@ def run(
     bend: tuple[int, tuple[float, float, float]] | None = None,
     by_output: bool = False,
     kept: NDArray[Any] | None = None,
-    counting: tuple[NDArray[Any] | None, tuple[int, ...], bool, NDArray[Any]] | None = None,
-) -> None: ...
+    counting: tuple[NDArray[Any] | None, tuple[int, ...], bool, NDArray[Any], bool] | None = None,
+) -> bool: ...
 
 ENTRY: Any

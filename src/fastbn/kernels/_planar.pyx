@@ -13,21 +13,20 @@ Parallel     over groups of neighbouring channels; where channels are few or lar
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport NAN
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan, bind_weights
 from .convert cimport DOUBLE, FLOAT, aligned, give, is_native, take
 from .job cimport (
-    DONE, DRIVER, INTERRUPTED, NO_MEMORY, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
+    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
 from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .weights cimport (
-    EACH_WEIGHT, NO_WEIGHTS, ONE_WEIGHT, are_finite, from_weighted_sums, merge_weighted, take_weights, weigh_run,
-    weight_at, weights_at,
+    are_finite, choose, fits, from_weighted_sums, hide, keep, larger, largest, mark, merge_weighted, take_weights, weigh_run,
+    weight, weight_at, weights_at,
 )
 
 cdef enum:
@@ -72,6 +71,8 @@ cdef Cut cut(const Job* job) noexcept nogil:
         k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)
     k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, FUSED_RUN // (operands * job.inner)))
     k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= CACHED
+    if job.weights.unchecked:  # nothing is written before all of them have been seen
+        k.fused = False
     k.fetches = k.fused and job.inner < FETCHED_RUN
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
         # A channel is many runs of middling length: walking memory in its order twice was faster (big NCHW training 1.92
@@ -288,12 +289,98 @@ cdef inline double* total_of(const Job* job, const Cut* k, Py_ssize_t tile, Py_s
     return parts + (2 * job.channels + c) * k.tiles + tile
 
 
+cdef inline double* largest_of(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c, double* parts) noexcept nogil:
+    """Where the largest weight of a part is."""
+    return parts + (3 * job.channels + c) * k.tiles + tile
+
+
+cdef inline Py_ssize_t padded(floating* run, Py_ssize_t n, floating pad) noexcept nogil:
+    """Make a run of n values at least LANES long; how long it is then."""
+    cdef Py_ssize_t i
+    for i in range(n, LANES):
+        run[i] = pad
+    return max(n, <Py_ssize_t> LANES)
+
+
+cdef inline Py_ssize_t to_next(const Job* job, const Cut* k, Py_ssize_t c, Py_ssize_t channels, const char* x,
+                               const floating* u) noexcept nogil:
+    """Bytes from u to the run that comes after x, of so many channels that are taken together, if that is to be fetched."""
+    if not k.fetches:
+        return 0
+    return x + (job.u.channel if c < channels - 1 else job.u.outer - c * job.u.channel) - <const char*> u
+
+
+cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
+                    bint shifted, double* parts, floating* buffer) noexcept nogil:
+    """`sum_tile` of values that count or do not, in moments."""
+    cdef double first[GROUP * LANES]
+    cdef double second[GROUP * LANES]
+    cdef Py_ssize_t counts[GROUP]
+    cdef mark room[TILE]
+    cdef double* part
+    cdef Py_ssize_t n0 = tile // k.segments * k.images
+    cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
+    cdef Py_ssize_t s0 = tile % k.segments * k.length
+    cdef Py_ssize_t length = min(k.length, job.inner - s0)
+    cdef const mark* marks = NULL
+    cdef const char* at_w
+    cdef const char* x
+    cdef const floating* u
+    cdef bint counted = True
+    cdef Py_ssize_t c, n, m
+    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
+    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
+    memset(counts, 0, sizeof(counts))
+    for n in range(n0, n1):
+        for c in range(c1 - c0):
+            if job.weights.data != NULL and (c == 0 or job.weights.channel != 0):
+                at_w = weights_at(&job.weights, n, c0 + c, s0)
+                if job.weights.inner == 0:
+                    counted = weight_at(&job.weights, at_w) != 0
+                elif job.weights.inner == 1:
+                    marks = <const mark*> at_w
+                else:
+                    take_weights(&job.weights, at_w, job.weights.inner, length, room)
+                    marks = room
+            if not counted:
+                continue
+            x = at(&job.u, n, c0 + c, s0)
+            u = stage(&job.u, x, length, <floating> p[c], buffer)
+            m = max(length, <Py_ssize_t> LANES)
+            if marks == NULL and not job.omits:
+                counts[c] += length
+            else:
+                counts[c] += keep(u, marks, length, <floating> p[c], job.omits, buffer + TILE)
+                m = padded(buffer + TILE, length, <floating> p[c])
+                u = buffer + TILE
+            reduce_any(job, True, <const char*> u, <const char*> u, m, p[c], p[c], shifted or floating is double,
+                       to_next(job, k, c, c1 - c0, x, u), 0, first + c * LANES, second + c * LANES, buffer)
+    for c in range(c1 - c0):
+        part = parts + ((c0 + c) * k.tiles + tile) * 2
+        part[0] = fold(first + c * LANES)
+        part[1] = fold(second + c * LANES)
+        total_of(job, k, tile, c0 + c, parts)[0] = counts[c]
+
+
+cdef inline const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, bint copied,
+                                       weight* room) noexcept nogil:
+    """n weights side by side, where they are or copied; then, or where there are few, LANES at least, 0 behind them."""
+    cdef bint direct = job.weights.size == sizeof(weight) and job.weights.inner == sizeof(weight) and n >= LANES
+    cdef Py_ssize_t i
+    if direct and not copied:
+        return at_w
+    take_weights(&job.weights, at_w, job.weights.inner, n, room)
+    for i in range(n, LANES):
+        room[i] = 0
+    return <const char*> room
+
+
 cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
-                     bint selects, double* parts, floating* buffer) noexcept nogil:
-    """`sum_tile` of values that do not all count alike."""
+                     bint shifted, bint selects, double* parts, floating* buffer) noexcept nogil:
+    """`sum_tile` of values that have weights, in moments."""
     cdef double sums[3 * GROUP * LANES]
     cdef double room[TILE + LANES]
-    cdef char* weights = <char*> aligned(<double*> room)
+    cdef double* weights = aligned(<double*> room)
     cdef double* first = sums + GROUP * LANES
     cdef double* second = first + GROUP * LANES
     cdef double* part
@@ -301,78 +388,145 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
     cdef Py_ssize_t s0 = tile % k.segments * k.length
     cdef Py_ssize_t length = min(k.length, job.inner - s0)
-    cdef Py_ssize_t padded = max(length, <Py_ssize_t> LANES)
-    cdef bint direct = ready(&job.u, length, buffer)
     cdef bint wide = job.weights.size == sizeof(double)
-    cdef bint each = job.weights.channel != 0  # channels have weights of their own
-    cdef int spread = EACH_WEIGHT
-    cdef const char* w = weights
+    cdef bint stages = job.omits or selects
+    cdef bint own = job.weights.channel != 0 or job.omits  # channels have sums of weights of their own
+    cdef bint each = job.weights.inner != 0 or length < LANES or job.omits
+    cdef const char* w = NULL
     cdef const char* at_w
+    cdef const char* x
     cdef const floating* u
-    cdef const floating* v
     cdef double one = 1
-    # Padding has no weight, or is missing, and its gradient is 0.
-    cdef floating pad = NAN if job.weights.data == NULL and not job.reads_pair else 0
-    cdef Py_ssize_t c, n, i, next_u = 0
-    if job.weights.data == NULL:
-        spread = NO_WEIGHTS
-    elif job.weights.inner == 0 and length >= LANES and not job.reads_pair:
-        spread = ONE_WEIGHT
+    cdef double most = 0
+    cdef floating pad
+    cdef Py_ssize_t c, n, m, next_u, next_w = 0
     memset(sums, 0, (c1 - c0) * LANES * sizeof(double))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     for n in range(n0, n1):
         for c in range(c1 - c0):
-            if spread != NO_WEIGHTS and (c == 0 or each):
+            if c == 0 or job.weights.channel != 0 or stages:
                 at_w = weights_at(&job.weights, n, c0 + c, s0)
-                if spread == ONE_WEIGHT:
+                if not each:
                     one = weight_at(&job.weights, at_w)
-                elif job.weights.size >= 4 and job.weights.inner == job.weights.size and length >= LANES:
-                    w = at_w
                 elif wide:
-                    take_weights(&job.weights, at_w, job.weights.inner, length, <double*> weights)
-                    for i in range(length, LANES):
-                        (<double*> weights)[i] = 0
+                    w = run_of_weights(job, at_w, length, stages, weights)
+                    if job.weights.unchecked:
+                        most = larger(most, largest(<const double*> w, length))
                 else:
-                    take_weights(&job.weights, at_w, job.weights.inner, length, <float*> weights)
-                    for i in range(length, LANES):
-                        (<float*> weights)[i] = 0
-            if spread == ONE_WEIGHT and one == 0:
+                    w = run_of_weights(job, at_w, length, stages, <float*> weights)
+                    if job.weights.unchecked:
+                        most = larger(most, largest(<const float*> w, length))
+            if not each and one == 0:
                 continue
-            u = stage(&job.u, at(&job.u, n, c0 + c, s0), length, pad, buffer)
-            v = u
-            if job.reads_pair:
-                v = stage(&job.v, at(&job.v, n, c0 + c, s0), length, 0, buffer + TILE)
-            if direct and k.fetches:
-                next_u = job.u.channel if c < c1 - c0 - 1 else job.u.outer - c * job.u.channel
-                next_u //= <Py_ssize_t> sizeof(floating)
-            weigh_run(u, v, w, one, wide, padded, p[c], job.reads_pair, spread, selects, job.omits, c == 0 or each,
-                      next_u, sums + c * LANES, first + c * LANES, second + c * LANES)
+            x = at(&job.u, n, c0 + c, s0)
+            u = stage(&job.u, x, length, <floating> p[c], buffer)
+            m = max(length, <Py_ssize_t> LANES)
+            if each and stages:
+                pad = <floating> p[c]
+                if wide:
+                    choose(u, weights, length, &pad, 0, job.omits, buffer + TILE)
+                else:
+                    choose(u, <float*> weights, length, &pad, 0, job.omits, buffer + TILE)
+                m = padded(buffer + TILE, length, <floating> p[c])
+                u = buffer + TILE
+            next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
+            weigh_run(u, w, one, m, p[c], each, wide, shifted, c == 0 or own, next_u, next_w, sums + c * LANES,
+                      first + c * LANES, second + c * LANES)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         part[0] = fold(first + c * LANES)
         part[1] = fold(second + c * LANES)
-        total_of(job, k, tile, c0 + c, parts)[0] = fold(sums + (c * LANES if each or job.omits else 0))
+        total_of(job, k, tile, c0 + c, parts)[0] = fold(sums + (c * LANES if own else 0))
+        if job.weights.unchecked:
+            largest_of(job, k, tile, c0 + c, parts)[0] = most
 
 
-cdef void weigh_parts(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
+cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* q,
+                    double* parts, floating* buffer) noexcept nogil:
+    """`sum_tile` of a gradient without what is missing."""
+    cdef double first[GROUP * LANES]
+    cdef double second[GROUP * LANES]
+    cdef double room[TILE + LANES]
+    cdef double* weights = aligned(<double*> room)
+    cdef double* part
+    cdef Py_ssize_t n0 = tile // k.segments * k.images
+    cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
+    cdef Py_ssize_t s0 = tile % k.segments * k.length
+    cdef Py_ssize_t length = min(k.length, job.inner - s0)
+    cdef bint wide = job.weights.size == sizeof(double)
+    cdef const char* w = NULL
+    cdef const char* at_w
+    cdef const floating* u
+    cdef const floating* v
+    cdef floating* hidden_u = buffer + 2 * TILE
+    cdef floating* hidden_v = hidden_u + TILE
+    cdef Py_ssize_t c, n, m
+    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
+    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
+    for n in range(n0, n1):
+        for c in range(c1 - c0):
+            if job.weights.data != NULL and (c == 0 or job.weights.channel != 0):
+                at_w = weights_at(&job.weights, n, c0 + c, s0)
+                if wide:
+                    w = run_of_weights(job, at_w, length, False, weights)
+                else:
+                    w = run_of_weights(job, at_w, length, False, <float*> weights)
+            u = stage(&job.u, at(&job.u, n, c0 + c, s0), length, 0, buffer)
+            v = stage(&job.v, at(&job.v, n, c0 + c, s0), length, 0, buffer + TILE)
+            if wide:
+                hide(u, v, <const double*> w, length, job.omits, hidden_u, hidden_v)
+            else:
+                hide(u, v, <const float*> w, length, job.omits, hidden_u, hidden_v)
+            padded(hidden_u, length, 0)
+            m = padded(hidden_v, length, 0)
+            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, m, 0, q[c], True, 0, 0,
+                       first + c * LANES, second + c * LANES, buffer)
+    for c in range(c1 - c0):
+        part = parts + ((c0 + c) * k.tiles + tile) * 2
+        part[0] = fold(first + c * LANES)
+        part[1] = fold(second + c * LANES)
+
+
+cdef void count_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
+                     bint shifted, bint selects, double* parts, floating* buffer) noexcept nogil:
+    """`sum_tile` of moments of values that do not all count alike."""
+    if job.weights.data == NULL or job.weights.marks:
+        keep_tile(job, k, tile, c0, c1, p, shifted, parts, buffer)
+    else:
+        weigh_tile(job, k, tile, c0, c1, p, shifted, selects, parts, buffer)
+
+
+cdef void count_parts(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
                       floating* buffer) noexcept nogil:
     """`reduce_tile` of moments of values that do not all count alike."""
     cdef double p[GROUP]
     cdef double* part
     cdef double* total
+    cdef bint selects
     cdef Py_ssize_t c
     memset(p, 0, sizeof(p))
-    weigh_tile(job, k, tile, c0, c1, p, False, parts, buffer)
+    count_tile(job, k, tile, c0, c1, p, False, False, parts, buffer)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         total = total_of(job, k, tile, c0 + c, parts)
-        if not job.omits and not are_finite(part[0], part[1]):
-            weigh_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, True, parts, buffer)
+        selects = job.weights.data != NULL and not job.weights.marks and not are_finite(part[0], part[1])
+        if selects:
+            count_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, False, True, parts, buffer)
         if from_weighted_sums(0, total[0], part, part + 1):
-            p[c] = part[0]
-            weigh_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, True, parts, buffer)
+            p[c] = <floating> part[0]
+            count_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, True, selects, parts, buffer)
             from_weighted_sums(p[c], total[0], part, part + 1)
+
+
+cdef bint are_fit(const Job* job, const Cut* k, double* parts) noexcept nogil:
+    """Whether all weights are such that their sums mean something."""
+    cdef double most = 0
+    cdef Py_ssize_t c, tile
+    for c in range(job.channels):
+        for tile in range(k.tiles):
+            most = larger(most, largest_of(job, k, tile, c, parts)[0])
+    return fits(most)
 
 
 cdef void merge_weighted_channel(const Job* job, const Cut* k, Py_ssize_t c, double* parts) noexcept nogil:
@@ -398,13 +552,16 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
     cdef double count = (min(n0 + k.images, job.outer) - n0) * (min(s0 + k.length, job.inner) - s0)
     cdef Py_ssize_t c
     if job.weighs and not job.reads_pair:
-        weigh_parts(job, k, tile, c0, c1, parts, buffer)
+        count_parts(job, k, tile, c0, c1, parts, buffer)
         return
     for c in range(c1 - c0):
         p[c] = 0
         q[c] = load(&job.mean, c0 + c, 0) if job.reads_pair else 0
         if floating is double and not job.reads_pair:
             p[c] = (<floating*> at(&job.u, n0, c0 + c, s0))[0]
+    if job.omits:  # there is NaN: without looking for it all sums would be found again
+        hide_tile(job, k, tile, c0, c1, q, parts, buffer)
+        return
     sum_tile(job, k, tile, c0, c1, p, q, floating is double, parts, gates, buffer)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
@@ -422,7 +579,7 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
             else:
                 part[1] -= q[c] * part[0]
         if job.weighs and not are_finite(part[0], part[1]):
-            weigh_tile(job, k, tile, c0 + c, c0 + c + 1, q + c, True, parts, buffer)
+            hide_tile(job, k, tile, c0 + c, c0 + c + 1, q + c, parts, buffer)
 
 
 cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, double* parts) noexcept nogil:
@@ -640,6 +797,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
         status = do_step(job, k, REDUCE, parts, table)
         if status != DONE:
             return status
+        if job.weights.unchecked and not are_fit(job, k, parts):
+            return UNFIT
         if threads == 1:
             for c in range(job.channels):
                 merge_channel(job, k, c, parts)
@@ -655,7 +814,7 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef int status = NO_MEMORY
-    cdef Py_ssize_t sums = 3 if job.weighs else 2
+    cdef Py_ssize_t sums = 2 + job.weighs + job.weights.unchecked
     cdef double* parts = <double*> malloc(job.channels * k.tiles * sums * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t tables = 10 if job.gated else 5  # the second is of the gate
     cdef bint tabulates = job.applies or job.gated
@@ -675,7 +834,10 @@ cdef int do_any(const Job* job, bint wide) noexcept nogil:
 
 def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double epsilon, first, second, int threads,
         w=None, bend=None, bint by_output=False, kept=None, counting=None):
-    """Carry out a plan. Every array was checked; those an operation does not use are None."""
+    """Carry out a plan, unless unchecked weights turn out not to fit; whether it was carried out.
+
+    Every array was checked; those an operation does not use are None.
+    """
     cdef Job job
     plan.bind(&job, <Operation> operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w,
               bend, by_output, kept)
@@ -684,7 +846,7 @@ def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double e
     cdef bint wide = plan.wide
     with nogil:
         status = do_any(&job, wide)
-    finish(status)
+    return not finish(status)
 
 
 ENTRY = PyCapsule_New(<void*> do_any, DRIVER, NULL)

@@ -34,6 +34,8 @@ cdef struct Weights:
     char* data         # NULL: all alike
     int kind           # FLOAT, DOUBLE or UINT8: see convert.pxd
     Py_ssize_t size    # bytes of a weight
+    bint marks         # each is 0 or 1
+    bint unchecked     # nobody knows yet whether they are finite and not negative
     # Distances in bytes. An outer index i goes i // repeat times the first and i % repeat times the second, so that
     # weights of images need not be repeated for their positions.
     Py_ssize_t repeat, major, minor
@@ -69,6 +71,7 @@ cdef enum Status:
     DONE
     NO_MEMORY
     INTERRUPTED  # a signal handler raised: the exception is set
+    UNFIT        # unchecked weights cannot be summed as they are: nothing but statistics was written
 
 
 # What a driver module exports, in a capsule of this name, to calls that need no Python on the way. It returns a Status,
@@ -82,11 +85,11 @@ cdef extern from *:
     static int fastbn_finish(int status) {
         if (status == 1)
             PyErr_NoMemory();
-        return status ? -1 : 0;
+        return status == 3 ? 1 : status ? -1 : 0;
     }
     """
     const char* DRIVER "FASTBN_DRIVER"
-    int finish "fastbn_finish"(int status) except -1  # raises what a Status stands for
+    int finish "fastbn_finish"(int status) except -1  # raises what a Status stands for; 1 for UNFIT
     int check_signals "PyErr_CheckSignals"() noexcept
 
 

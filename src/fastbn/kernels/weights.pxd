@@ -1,28 +1,30 @@
-"""Values that do not all count alike: sums of weighted or missing values.
+"""Values that do not all count alike: sums of weighted, masked or missing values.
 
     total += w,   first += w * (x - p),   second += w * (x - p) * (x - p)
     first += u,   second += u * (v - q)         the gradient, over all values that are not missing
 
-w is a weight, 0 or more, given for each value (EACH_WEIGHT), for a whole run or row (ONE_WEIGHT), or 1 (NO_WEIGHTS); with
-``omit`` it is 0 where x is NaN. In the gradient what has no weight and is not finite is missing; what has none and is finite
-got a y, so its dy counts.
+w is a weight, 0 or more, given for each value (EACH_WEIGHT) or for a whole run or row (ONE_WEIGHT). Of a mask, and where NaN
+is missing, w is 0 or 1: then values are staged with p where they do not count (`keep`), which adds nothing to the plain
+sums, and what is left is to count them. In the gradient what has no weight and is not finite is missing; what has none and
+is finite got a y, so its dy counts.
 
-Values of weight 0 do no harm, NaN and inf neither: they are selected out. While everything is finite a product with 0 comes
-to the same, to the bit; so a part is first summed without selecting, an operation less per value, and again if its sums
-are not finite. The gradient's first sums are the plain ones.
+Values of weight 0 do no harm, NaN and inf neither: they are left out. While everything is finite a product with 0 comes to
+the same, to the bit; so a part with weights is first summed as it is, and again if its sums are not finite, staged
+(`choose`). The gradient's first sums are the plain ones, unless NaN is missing.
 
-Accuracy     weighted terms are not exact in float64, and never fused. A part is summed as it is (p = 0); where its mean is
-             large beside its deviation it is summed again relative to its mean. No value decides about the shift: neither
-             an outlier of weight 0 nor a missing first value can spoil it.
+Accuracy     a part is summed as it is (p = 0); where its mean is large beside its deviation it is summed again relative to
+             its mean. Products of two float32 values are exact in float64, others are rounded and never fused. No value
+             decides about the shift: neither an outlier of weight 0 nor a missing first value can spoil it.
 Merge        by Chan's formula with sums of weights for counts; parts without weight are passed over.
+Check        weights that nobody looked at before come with their largest (`largest`), while they are in a first level cache.
 """
 from cython cimport floating
-from libc.math cimport isfinite
-from libc.stdint cimport int64_t
+from libc.math cimport INFINITY, NAN, isfinite
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from .convert cimport DOUBLE, FLOAT
 from .job cimport Weights
-from .lanes cimport LANES, ND, VD, last_masks, masked, prefetch, select_d, splat_d, vd, widen
+from .lanes cimport LANES, ND, VD, add_exact_product, last_masks, masked, later, pitch, prefetch, splat_d, vd, widen
 from .moments cimport CANCELLED
 
 
@@ -30,6 +32,15 @@ cdef enum Spread:
     NO_WEIGHTS
     ONE_WEIGHT
     EACH_WEIGHT
+
+
+ctypedef unsigned char mark  # of a mask: 1 where a value counts
+
+
+ctypedef fused weight:
+    mark
+    float
+    double
 
 
 cdef inline const char* weights_at(const Weights* w, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
@@ -42,37 +53,188 @@ cdef inline double weight_at(const Weights* w, const char* x) noexcept nogil:
         return (<const double*> x)[0]
     if w.kind == FLOAT:
         return (<const float*> x)[0]
-    return (<const unsigned char*> x)[0]
+    return (<const mark*> x)[0]
 
 
-cdef inline void take_weights(const Weights* w, const char* x, Py_ssize_t sx, Py_ssize_t n, floating* y) noexcept nogil:
+cdef inline void take_weights(const Weights* w, const char* x, Py_ssize_t sx, Py_ssize_t n, weight* y) noexcept nogil:
     """n weights, sx bytes apart, side by side to y."""
     cdef Py_ssize_t i
-    cdef floating one
+    cdef weight one
     if sx == 0:
-        one = <floating> weight_at(w, x)
+        one = <weight> weight_at(w, x)
         for i in range(n):
             y[i] = one
     elif w.kind == DOUBLE:
         if sx == sizeof(double):
             for i in range(n):
-                y[i] = <floating> (<const double*> x)[i]
+                y[i] = <weight> (<const double*> x)[i]
         else:
             for i in range(n):
-                y[i] = <floating> (<const double*> (x + i * sx))[0]
+                y[i] = <weight> (<const double*> (x + i * sx))[0]
     elif w.kind == FLOAT:
         if sx == sizeof(float):
             for i in range(n):
-                y[i] = <floating> (<const float*> x)[i]
+                y[i] = <weight> (<const float*> x)[i]
         else:
             for i in range(n):
-                y[i] = <floating> (<const float*> (x + i * sx))[0]
+                y[i] = <weight> (<const float*> (x + i * sx))[0]
     elif sx == 1:
         for i in range(n):
-            y[i] = (<const unsigned char*> x)[i]
+            y[i] = (<const mark*> x)[i]
     else:
         for i in range(n):
-            y[i] = (<const unsigned char*> x)[i * sx]
+            y[i] = (<const mark*> x)[i * sx]
+
+
+# -- what is staged: plain loops, which compilers vectorize; nothing in them is rounded -------------------------------
+
+
+cdef inline Py_ssize_t keep_as(const floating* x, const mark* m, Py_ssize_t n, floating pad, bint marked, bint omits,
+                               floating* y) noexcept nogil:
+    """n values of a run to y, pad where they do not count; how many do."""
+    cdef Py_ssize_t i
+    cdef int32_t kept, count = 0  # of a run, which is short
+    cdef floating v
+    for i in range(n):
+        v = x[i]
+        kept = 1
+        if marked:
+            kept = m[i] != 0
+        if omits:
+            kept &= v == v
+        y[i] = v if kept else pad
+        count += kept
+    return count
+
+
+cdef inline Py_ssize_t keep(const floating* x, const mark* m, Py_ssize_t n, floating pad, bint omits,
+                            floating* y) noexcept nogil:
+    """The same; m is NULL where there is no mask."""
+    if m == NULL:
+        return keep_as(x, m, n, pad, False, True, y)
+    if omits:
+        return keep_as(x, m, n, pad, True, True, y)
+    return keep_as(x, m, n, pad, True, False, y)
+
+
+cdef inline void keep_row_as(const floating* x, const mark* m, Py_ssize_t n, const floating* pad, bint marked, bint omits,
+                             floating* y, int32_t* count) noexcept nogil:
+    """n values of a row to y, pad where they do not count; how often those of a column do is added to its count."""
+    cdef Py_ssize_t i
+    cdef int32_t kept
+    cdef floating v
+    for i in range(n):
+        v = x[i]
+        kept = 1
+        if marked:
+            kept = m[i] != 0
+        if omits:
+            kept &= v == v
+        y[i] = v if kept else pad[i]
+        count[i] += kept
+
+
+cdef inline void keep_row(const floating* x, const mark* m, Py_ssize_t n, const floating* pad, bint omits, floating* y,
+                          int32_t* count) noexcept nogil:
+    """The same; m is NULL where there is no mask."""
+    if m == NULL:
+        keep_row_as(x, m, n, pad, False, True, y, count)
+    elif omits:
+        keep_row_as(x, m, n, pad, True, True, y, count)
+    else:
+        keep_row_as(x, m, n, pad, True, False, y, count)
+
+
+cdef inline void choose(const floating* x, weight* w, Py_ssize_t n, const floating* pad, Py_ssize_t next_pad, bint omits,
+                        floating* y) noexcept nogil:
+    """n values to y, pad (of which the next is that far on) where they do not count; missing NaN loses its weight."""
+    cdef Py_ssize_t i
+    cdef floating v
+    for i in range(n):
+        v = x[i]
+        if omits:
+            w[i] = w[i] if v == v else 0
+        y[i] = v if w[i] > 0 else pad[i * next_pad]
+
+
+cdef inline void hide_as(const floating* u, const floating* v, const weight* w, Py_ssize_t n, bint weighted, bint omits,
+                         floating* hidden_u, floating* hidden_v) noexcept nogil:
+    """n pairs of the gradient, 0 where v is missing."""
+    cdef Py_ssize_t i
+    cdef int32_t missing
+    cdef floating x, y
+    for i in range(n):
+        x = u[i]
+        y = v[i]
+        missing = 0
+        if weighted:
+            missing = (w[i] == 0) & (not y - y == 0)
+        if omits:
+            missing |= y != y
+        hidden_u[i] = 0 if missing else x
+        hidden_v[i] = 0 if missing else y
+
+
+cdef inline void hide(const floating* u, const floating* v, const weight* w, Py_ssize_t n, bint omits, floating* hidden_u,
+                      floating* hidden_v) noexcept nogil:
+    """The same; w is NULL where there are no weights."""
+    if w == NULL:
+        hide_as(u, v, w, n, False, True, hidden_u, hidden_v)
+    elif omits:
+        hide_as(u, v, w, n, True, True, hidden_u, hidden_v)
+    else:
+        hide_as(u, v, w, n, True, False, hidden_u, hidden_v)
+
+
+cdef inline double largest(const weight* w, Py_ssize_t n) noexcept nogil:
+    """The largest of n weights; NaN where one of them is negative, -0.0, infinite or NaN.
+
+    The bits of numbers that are not negative are in order, and those of all others are beyond infinity.
+    """
+    cdef Py_ssize_t i
+    cdef uint32_t most = 0
+    cdef uint64_t most_wide = 0
+    cdef double found
+    if weight is float:
+        for i in range(n):
+            most = max(most, (<const uint32_t*> w)[i])
+        found = (<float*> &most)[0]
+        return found if most < <uint32_t> 0x7f800000 else NAN
+    elif weight is double:
+        for i in range(n):
+            most_wide = max(most_wide, (<const uint64_t*> w)[i])
+        found = (<double*> &most_wide)[0]
+        return found if found < INFINITY and not most_wide >> 63 else NAN
+    else:
+        return 1
+
+
+cdef inline double larger(double a, double b) noexcept nogil:
+    """The larger one; NaN where one is."""
+    return a if a != a or b <= a else b
+
+
+cdef inline bint fits(double most) noexcept nogil:
+    """Whether weights up to that one can be summed as they are: sums of others could leave the range of the data's type."""
+    return most == 0 or (most >= 2.0**-40 and most <= 2.0**40)
+
+
+# -- sums with weights -------------------------------------------------------------------------------------------------
+
+
+cdef inline void add_weighted(vd* r, vd* s, vd* t, vd w, vd x, bint exact, bint counts) noexcept nogil:
+    """The formula, the only place where it stands; x is relative to the shift already.
+
+    What is exact is fused: on some processors that is another unit than the one that adds.
+    """
+    cdef vd weighted = w * x
+    if counts:
+        r[0] = add_exact_product(r[0], w, splat_d(1))
+    if exact:
+        s[0] = add_exact_product(s[0], w, x)
+    else:
+        s[0] = s[0] + weighted
+    t[0] = t[0] + weighted * x
 
 
 cdef inline vd weight_pack(const char* w, Py_ssize_t i, bint wide) noexcept nogil:
@@ -81,51 +243,17 @@ cdef inline vd weight_pack(const char* w, Py_ssize_t i, bint wide) noexcept nogi
     return widen(<const float*> w + i)
 
 
-cdef inline void add_weighted(vd* r, vd* s, vd* t, vd w, vd x, vd p, int spread, bint selects, bint omit,
-                              bint counts) noexcept nogil:
-    """The formula, the only place where it stands. Unless it selects, there is no shift, and no weight but of finite x."""
-    cdef vd zero = splat_d(0)
-    cdef vd first
-    if omit:
-        w = select_d(x, x, w, zero)
-    if selects:
-        x = select_d(w, zero, zero, x - p)
-    first = x if spread == NO_WEIGHTS else w * x
-    if counts:
-        r[0] = r[0] + w
-    s[0] = s[0] + first
-    t[0] = t[0] + first * x
-
-
-cdef inline void add_present(vd* s, vd* t, vd w, vd u, vd v, vd q, bint omit) noexcept nogil:
-    """The formula of the gradient."""
-    cdef vd zero = splat_d(0)
-    if omit:
-        w = select_d(v, v, w, zero)
-    u = select_d(w, zero, select_d(v - v, zero, u, zero), u)
-    s[0] = s[0] + u
-    t[0] = t[0] + u * select_d(w, zero, select_d(v - v, zero, v - q, zero), v - q)
-
-
-cdef inline void add_pack(vd* r, vd* s, vd* t, vd w, vd u, vd v, vd p, bint pair, int spread, bint selects, bint omit,
-                          bint counts) noexcept nogil:
-    if pair:
-        add_present(s, t, w, u, v, p, omit)
-    else:
-        add_weighted(r, s, t, w, u, p, spread, selects, omit, counts)
-
-
-cdef inline void weigh_run_as(const floating* u, const floating* v, const char* w, double one, Py_ssize_t n, double p,
-                              bint pair, int spread, bint wide, bint selects, bint omit, bint counts, Py_ssize_t next_u,
-                              double* total, double* first, double* second) noexcept nogil:
+cdef inline void weigh_run_as(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
+                              bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
+                              double* second) noexcept nogil:
     """Add a run of n >= LANES values of one channel to LANES sets of sums; see `reduce_run`."""
     cdef vd r[ND]
     cdef vd s[ND]
     cdef vd t[ND]
-    cdef vd du
-    cdef vd dw
+    cdef vd du, dw
     cdef vd ps = splat_d(p)
     cdef vd ws = splat_d(one)
+    cdef bint exact = floating is float and not wide and not shifted
     cdef Py_ssize_t i, j, k, rest = n % LANES
     cdef const int64_t* mask = last_masks + rest
     for j in range(ND):
@@ -135,207 +263,131 @@ cdef inline void weigh_run_as(const floating* u, const floating* v, const char* 
     for k in range(n // LANES):
         i = k * LANES
         prefetch(u + next_u + i)
+        if each:
+            prefetch(w + next_w + i * (8 if wide else 4))
         for j in range(ND):
-            dw = weight_pack(w, i + j * VD, wide) if spread == EACH_WEIGHT else ws
+            dw = weight_pack(w, i + j * VD, wide) if each else ws
             du = widen(u + i + j * VD)
-            add_pack(r + j, s + j, t + j, dw, du, widen(v + i + j * VD) if pair else du, ps, pair, spread, selects, omit,
-                     counts)
-    if rest:  # what was added already has no weight, or a gradient of 0
+            add_weighted(r + j, s + j, t + j, dw, du - ps if shifted else du, exact, counts)
+    if rest:  # what was added already has no weight, and is 0
         i = n - LANES
         for j in range(ND):
             if (j + 1) * VD > LANES - rest:
-                dw = weight_pack(w, i + j * VD, wide) if spread == EACH_WEIGHT else ws
-                if pair:
-                    du = masked(widen(u + i + j * VD), mask + j * VD)
-                    add_present(s + j, t + j, dw, du, widen(v + i + j * VD), ps, omit)
-                else:
-                    dw = masked(dw, mask + j * VD)
-                    du = widen(u + i + j * VD)
-                    if not selects:
-                        du = masked(du, mask + j * VD)
-                    add_weighted(r + j, s + j, t + j, dw, du, ps, spread, selects, omit, counts)
+                dw = masked(weight_pack(w, i + j * VD, wide) if each else ws, mask + j * VD)
+                du = widen(u + i + j * VD)
+                du = masked(du - ps if shifted else du, mask + j * VD)
+                add_weighted(r + j, s + j, t + j, dw, du, exact, counts)
     for j in range(ND):
         (<vd*> total)[j] = r[j]
         (<vd*> first)[j] = s[j]
         (<vd*> second)[j] = t[j]
 
 
-cdef inline void weigh_rows_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const char* w,
-                               Py_ssize_t sw, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
-                               bint pair, int spread, bint wide, bint selects, bint omit, double* total, double* first,
-                               double* second) noexcept nogil:
-    """Add rows to one set of sums per column; see `reduce_rows`. sw is the distance between rows of weights.
+cdef inline void weigh_rows_as(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
+                               Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint each, bint wide,
+                               bint shifted, double* total, double* first, double* second) noexcept nogil:
+    """Add rows to one set of sums per column; see `reduce_rows`.
 
-    The width is a multiple of LANES. Where each row has one weight, and none is missing, the total is left alone.
+    The width is a multiple of LANES. Each value has a weight, and sw is the distance between rows of them; or each row has
+    one, a double: then those rows are added that are chosen, and the total is left alone.
     """
     cdef vd r[ND]
     cdef vd s[ND]
     cdef vd t[ND]
     cdef vd ps[ND]
-    cdef vd du
-    cdef vd dw = splat_d(1)
-    cdef Py_ssize_t i, j, k, row
+    cdef vd du, dw
+    cdef bint exact = floating is float and not wide and not shifted
+    cdef Py_ssize_t i, j, k, n, row, pu = pitch(su, width), pw = pitch(sw, width) * (8 if wide else 4)
+    cdef const floating* next_u
+    cdef const char* next_w = w
     for k in range(width // LANES):
         i = k * LANES
+        next_u = later(u, su, rows, ahead, width, k)
+        if each and wide:
+            next_w = <const char*> later(<const double*> w, sw, rows, ahead, width, k)
+        elif each:
+            next_w = <const char*> later(<const float*> w, sw, rows, ahead, width, k)
         for j in range(ND):
-            r[j] = (<vd*> (total + i))[j]
+            if each:
+                r[j] = (<vd*> (total + i))[j]
             s[j] = (<vd*> (first + i))[j]
             t[j] = (<vd*> (second + i))[j]
             ps[j] = (<vd*> (p + i))[j]
-        for row in range(rows):
-            prefetch(u + (row + ahead) * su + i)
-            if spread == ONE_WEIGHT:
-                if (<const double*> w)[row] == 0 and not pair:
-                    continue
-                dw = splat_d((<const double*> w)[row])
+        for n in range(rows):
+            prefetch(next_u + n * pu)
+            row = n
+            if each:
+                prefetch(next_w + n * pw)
+            else:
+                row = chosen[n]
+                dw = splat_d((<const double*> w)[n])
             for j in range(ND):
-                if spread == EACH_WEIGHT:
+                if each:
                     dw = weight_pack(w, row * sw + i + j * VD, wide)
                 du = widen(u + row * su + i + j * VD)
-                add_pack(r + j, s + j, t + j, dw, du, widen(v + row * sv + i + j * VD) if pair else du, ps[j], pair,
-                         spread, selects, omit, omit or spread == EACH_WEIGHT)
+                add_weighted(r + j, s + j, t + j, dw, du - ps[j] if shifted else du, exact, each)
         for j in range(ND):
-            (<vd*> (total + i))[j] = r[j]
+            if each:
+                (<vd*> (total + i))[j] = r[j]
             (<vd*> (first + i))[j] = s[j]
             (<vd*> (second + i))[j] = t[j]
 
 
-cdef inline void weigh_run(const floating* u, const floating* v, const char* w, double one, bint wide, Py_ssize_t n,
-                           double p,
-                           bint pair, int spread, bint selects, bint omit, bint counts, Py_ssize_t next_u, double* total,
-                           double* first, double* second) noexcept nogil:
-    """The same with everything that is constant there. Weights are double where they are wide, else float."""
-    if pair:
-        if spread == NO_WEIGHTS:
-            weigh_run_as(u, v, w, 1, n, p, True, NO_WEIGHTS, True, True, True, False, next_u, total, first, second)
-        elif omit:
-            if wide:
-                weigh_run_as(u, v, w, one, n, p, True, EACH_WEIGHT, True, True, True, False, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, v, w, one, n, p, True, EACH_WEIGHT, False, True, True, False, next_u, total, first,
-                             second)
-        else:
-            if wide:
-                weigh_run_as(u, v, w, one, n, p, True, EACH_WEIGHT, True, True, False, False, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, v, w, one, n, p, True, EACH_WEIGHT, False, True, False, False, next_u, total, first,
-                             second)
-    elif spread == NO_WEIGHTS:
-        weigh_run_as(u, u, w, 1, n, p, False, NO_WEIGHTS, True, True, True, True, next_u, total, first, second)
-    elif spread == ONE_WEIGHT:
-        if omit:
-            weigh_run_as(u, u, w, one, n, p, False, ONE_WEIGHT, True, True, True, True, next_u, total, first, second)
-        elif selects:
-            if counts:
-                weigh_run_as(u, u, w, one, n, p, False, ONE_WEIGHT, True, True, False, True, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, u, w, one, n, p, False, ONE_WEIGHT, True, True, False, False, next_u, total, first,
-                             second)
-        else:
-            if counts:
-                weigh_run_as(u, u, w, one, n, p, False, ONE_WEIGHT, True, False, False, True, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, u, w, one, n, p, False, ONE_WEIGHT, True, False, False, False, next_u, total, first,
-                             second)
-    elif omit:
-        if wide:
-            weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, True, True, True, True, next_u, total, first, second)
-        else:
-            weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, False, True, True, True, next_u, total, first, second)
-    elif selects:
-        if wide:
-            if counts:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, True, True, False, True, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, True, True, False, False, next_u, total, first,
-                             second)
-        else:
-            if counts:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, False, True, False, True, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, False, True, False, False, next_u, total, first,
-                             second)
-    else:
-        if wide:
-            if counts:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, True, False, False, True, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, True, False, False, False, next_u, total, first,
-                             second)
-        else:
-            if counts:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, False, False, False, True, next_u, total, first,
-                             second)
-            else:
-                weigh_run_as(u, u, w, one, n, p, False, EACH_WEIGHT, False, False, False, False, next_u, total, first,
-                             second)
+# What is constant there is decided one after the other.
 
 
-cdef inline void weigh_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const char* w,
-                            Py_ssize_t sw,
-                            bint wide, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint pair,
-                            int spread, bint selects, bint omit, double* total, double* first,
-                            double* second) noexcept nogil:
-    """The same with everything that is constant there. Each weight is a double where they are wide, one of a row always."""
-    if pair:
-        if spread == NO_WEIGHTS:
-            weigh_rows_as(u, su, v, sv, w, sw, rows, ahead, width, p, True, NO_WEIGHTS, True, True, True, total,
-                          first, second)
-        elif omit:
-            if wide:
-                weigh_rows_as(u, su, v, sv, w, sw, rows, ahead, width, p, True, EACH_WEIGHT, True, True, True, total,
-                              first, second)
-            else:
-                weigh_rows_as(u, su, v, sv, w, sw, rows, ahead, width, p, True, EACH_WEIGHT, False, True, True, total,
-                              first, second)
-        else:
-            if wide:
-                weigh_rows_as(u, su, v, sv, w, sw, rows, ahead, width, p, True, EACH_WEIGHT, True, True, False, total,
-                              first, second)
-            else:
-                weigh_rows_as(u, su, v, sv, w, sw, rows, ahead, width, p, True, EACH_WEIGHT, False, True, False,
-                              total, first, second)
-    elif spread == NO_WEIGHTS:
-        weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, NO_WEIGHTS, True, True, True, total, first,
-                      second)
-    elif spread == ONE_WEIGHT:
-        if omit:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, ONE_WEIGHT, True, True, True, total,
-                          first, second)
-        elif selects:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, ONE_WEIGHT, True, True, False, total,
-                          first, second)
-        else:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, ONE_WEIGHT, True, False, False, total,
-                          first, second)
-    elif omit:
-        if wide:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, EACH_WEIGHT, True, True, True, total,
-                          first, second)
-        else:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, EACH_WEIGHT, False, True, True, total,
-                          first, second)
-    elif selects:
-        if wide:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, EACH_WEIGHT, True, True, False, total,
-                          first, second)
-        else:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, EACH_WEIGHT, False, True, False, total,
-                          first, second)
+cdef inline void weigh_run_to(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
+                              bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
+                              double* second) noexcept nogil:
+    if counts:
+        weigh_run_as(u, w, one, n, p, each, wide, shifted, True, next_u, next_w, total, first, second)
     else:
-        if wide:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, EACH_WEIGHT, True, False, False, total,
-                          first, second)
-        else:
-            weigh_rows_as(u, su, u, su, w, sw, rows, ahead, width, p, False, EACH_WEIGHT, False, False, False, total,
-                          first, second)
+        weigh_run_as(u, w, one, n, p, each, wide, shifted, False, next_u, next_w, total, first, second)
+
+
+cdef inline void weigh_run_by(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
+                              bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
+                              double* second) noexcept nogil:
+    if shifted:
+        weigh_run_to(u, w, one, n, p, each, wide, True, counts, next_u, next_w, total, first, second)
+    else:
+        weigh_run_to(u, w, one, n, p, each, wide, False, counts, next_u, next_w, total, first, second)
+
+
+cdef inline void weigh_run(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
+                           bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
+                           double* second) noexcept nogil:
+    """A run whose values have a weight each, double where they are wide, else float; or all the same one."""
+    if not each:  # it may be a double
+        weigh_run_by(u, w, one, n, p, False, True, shifted, counts, next_u, next_w, total, first, second)
+    elif wide:
+        weigh_run_by(u, w, one, n, p, True, True, shifted, counts, next_u, next_w, total, first, second)
+    else:
+        weigh_run_by(u, w, one, n, p, True, False, shifted, counts, next_u, next_w, total, first, second)
+
+
+cdef inline void weigh_rows_by(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
+                               Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint each, bint wide,
+                               bint shifted, double* total, double* first, double* second) noexcept nogil:
+    if shifted:
+        weigh_rows_as(u, su, w, sw, chosen, rows, ahead, width, p, each, wide, True, total, first, second)
+    else:
+        weigh_rows_as(u, su, w, sw, chosen, rows, ahead, width, p, each, wide, False, total, first, second)
+
+
+cdef inline void weigh_rows(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
+                            Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint each, bint wide,
+                            bint shifted, double* total, double* first, double* second) noexcept nogil:
+    """Rows whose values have a weight each, double where they are wide, else float; or one per row, always a double."""
+    if not each:
+        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, True, shifted, total, first, second)
+    elif wide:
+        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, True, True, shifted, total, first, second)
+    else:
+        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, True, False, shifted, total, first, second)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------
 
 
 cdef inline bint are_finite(double first, double second) noexcept nogil:
