@@ -29,7 +29,7 @@ from .job cimport (
 from .lanes cimport LANES, PRESENT, WEIGHTED, Form, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, keep_row, larger, largest, mark, merge_weighted, take_weights,
+    are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest, mark, merge_weighted, take_weights,
     weigh_rows, weight, weight_at, weights_at,
 )
 
@@ -225,8 +225,8 @@ cdef inline bint dense_weights(const Job* job, const Cut* k) noexcept nogil:
             and (k.positions == 1 or (job.weights.repeat >= job.outer and job.weights.minor == job.channels * job.inner * size)))
 
 
-cdef inline View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct, Py_ssize_t row, Py_ssize_t rows,
-                              Py_ssize_t column, Py_ssize_t columns, weight* buffer) noexcept nogil:
+cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct, Py_ssize_t row, Py_ssize_t rows,
+                       Py_ssize_t column, Py_ssize_t columns, weight* buffer) noexcept nogil:
     """The weights of some columns of some rows: in place, or in the type of the buffer and padded with zeros."""
     cdef View w
     cdef Py_ssize_t m = whole(columns), width = job.channels * job.inner
@@ -300,34 +300,30 @@ cdef inline Py_ssize_t choose_rows(const Job* job, Py_ssize_t row, Py_ssize_t ro
     return n
 
 
-cdef void keep_rows(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, double* total, double* first,
+cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, double* total, double* first,
                     double* second, const floating* typed) noexcept nogil:
     """`sum_rows` of values that count or do not, in moments."""
-    cdef floating room[2 * STAGED + LANES]
-    cdef floating pad[CHUNK]
+    cdef floating room[STAGED + LANES]
     cdef int32_t counts[CHUNK]
     cdef double ws[STEP]
     cdef Py_ssize_t chosen[STEP]
     cdef mark marks_room[STAGED]
     cdef floating* ub = aligned(room)
-    cdef floating* kept = ub + STAGED
     cdef bint per_row = one_weight_per_row(job, k), marked = job.weights.data != NULL and not per_row
     cdef bint dense_u = dense(job, k, &job.u), direct_u = dense_u and is_native(&job.u)
     cdef bint dense_m = dense_weights(job, k), direct_m = dense_m and job.weights.repeat >= job.outer
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_m else 0
     cdef Py_ssize_t most = CHUNK if dense_u else PIECE
-    cdef Py_ssize_t j, r, i, row, rows, n, m, step, picked
+    cdef Py_ssize_t j, r, rows, n, m, step, picked
     cdef Py_ssize_t one = 0
     cdef bint inside
-    cdef View u, y
+    cdef View u
     cdef View marks
-    marks.data = NULL
+    marks.data, marks.stride = NULL, 0
     memset(total, 0, CHUNK * sizeof(double))
     memset(first, 0, CHUNK * sizeof(double))
     memset(second, 0, CHUNK * sizeof(double))
     memset(counts, 0, sizeof(counts))
-    for j in range(CHUNK):
-        pad[j] = <floating> p[j]
     for r in range(STEP):
         chosen[r] = r
     for step in range((t.rows + k.step - 1) // k.step):
@@ -342,19 +338,14 @@ cdef void keep_rows(const Job* job, const Cut* k, const Tile* t, const double* p
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)
             u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            if marked:
+                marks = view_weights(job, k, dense_m, direct_m and inside, t.row + r, rows, t.column + j, n, marks_room)
             if per_row and not job.omits:
                 weigh_rows(<floating*> u.data, u.stride, <char*> ws, 0, chosen, picked, k.ahead, m, p + j, False, True,
                            shifted, total + j, first + j, second + j)
             else:
-                if marked:
-                    marks = view_weights(job, k, dense_m, direct_m and inside, t.row + r, rows, t.column + j, n, marks_room)
-                y.data, y.stride = <char*> kept, m
-                for i in range(picked):
-                    row = chosen[i]
-                    keep_row(<floating*> u.data + row * u.stride,
-                             <mark*> marks.data + row * marks.stride if marked else NULL, m, pad + j, job.omits,
-                             kept + i * m, counts + j)
-                add_rows(&y, &y, picked, 0, m, p + j, p + j, False, shifted, first + j, second + j, typed)
+                keep_rows(<floating*> u.data, u.stride, <mark*> marks.data, marks.stride, chosen, picked, k.ahead, m, p + j,
+                          job.omits, shifted, counts + j, first + j, second + j)
             j += n
     for j in range(t.columns):
         total[j] = one if per_row and not job.omits else counts[j]
@@ -487,7 +478,7 @@ cdef void count_tile(const Job* job, const Cut* k, const Tile* t, const double* 
                      double* first, double* second, double* largest_weight, const floating* typed) noexcept nogil:
     """`sum_rows` of moments of values that do not all count alike."""
     if job.weights.data == NULL or job.weights.marks:
-        keep_rows(job, k, t, p, shifted, total, first, second, typed)
+        keep_tile(job, k, t, p, shifted or floating is double, total, first, second, typed)
     else:
         weigh_tile(job, k, t, p, shifted, selects, total, first, second, largest_weight, typed)
 

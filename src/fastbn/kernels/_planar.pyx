@@ -13,6 +13,7 @@ Parallel     over groups of neighbouring channels; where channels are few or lar
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport NAN
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -25,7 +26,7 @@ from .job cimport (
 from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, keep, larger, largest, mark, merge_weighted, take_weights, weigh_run,
+    are_finite, choose, fits, from_weighted_sums, hide, keep_run, larger, largest, mark, merge_weighted, take_weights, weigh_run,
     weight, weight_at, weights_at,
 )
 
@@ -316,7 +317,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
     cdef double first[GROUP * LANES]
     cdef double second[GROUP * LANES]
     cdef Py_ssize_t counts[GROUP]
-    cdef mark room[TILE]
+    cdef mark room[TILE + LANES]
     cdef double* part
     cdef Py_ssize_t n0 = tile // k.segments * k.images
     cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
@@ -327,7 +328,9 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
     cdef const char* x
     cdef const floating* u
     cdef bint counted = True
-    cdef Py_ssize_t c, n, m
+    cdef Py_ssize_t c, n, i, m, next_u
+    # Padding is not marked, or missing.
+    cdef floating pad = NAN if job.weights.data == NULL or job.weights.inner == 0 else 0
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     memset(counts, 0, sizeof(counts))
@@ -337,24 +340,26 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 at_w = weights_at(&job.weights, n, c0 + c, s0)
                 if job.weights.inner == 0:
                     counted = weight_at(&job.weights, at_w) != 0
-                elif job.weights.inner == 1:
+                elif job.weights.inner == 1 and length >= LANES:
                     marks = <const mark*> at_w
                 else:
                     take_weights(&job.weights, at_w, job.weights.inner, length, room)
+                    for i in range(length, LANES):
+                        room[i] = 0
                     marks = room
             if not counted:
                 continue
             x = at(&job.u, n, c0 + c, s0)
-            u = stage(&job.u, x, length, <floating> p[c], buffer)
             m = max(length, <Py_ssize_t> LANES)
             if marks == NULL and not job.omits:
+                u = stage(&job.u, x, length, <floating> p[c], buffer)
                 counts[c] += length
+                reduce_any(job, True, <const char*> u, <const char*> u, m, p[c], p[c], shifted,
+                           to_next(job, k, c, c1 - c0, x, u), 0, first + c * LANES, second + c * LANES, buffer)
             else:
-                counts[c] += keep(u, marks, length, <floating> p[c], job.omits, buffer + TILE)
-                m = padded(buffer + TILE, length, <floating> p[c])
-                u = buffer + TILE
-            reduce_any(job, True, <const char*> u, <const char*> u, m, p[c], p[c], shifted or floating is double,
-                       to_next(job, k, c, c1 - c0, x, u), 0, first + c * LANES, second + c * LANES, buffer)
+                u = stage(&job.u, x, length, pad, buffer)
+                next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
+                counts[c] += keep_run(u, marks, m, p[c], job.omits, shifted, next_u, first + c * LANES, second + c * LANES)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         part[0] = fold(first + c * LANES)
@@ -362,7 +367,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
         total_of(job, k, tile, c0 + c, parts)[0] = counts[c]
 
 
-cdef inline const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, bint copied,
+cdef const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, bint copied,
                                        weight* room) noexcept nogil:
     """n weights side by side, where they are or copied; then, or where there are few, LANES at least, 0 behind them."""
     cdef bint direct = job.weights.size == sizeof(weight) and job.weights.inner == sizeof(weight) and n >= LANES
@@ -492,7 +497,7 @@ cdef void count_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
                      bint shifted, bint selects, double* parts, floating* buffer) noexcept nogil:
     """`sum_tile` of moments of values that do not all count alike."""
     if job.weights.data == NULL or job.weights.marks:
-        keep_tile(job, k, tile, c0, c1, p, shifted, parts, buffer)
+        keep_tile(job, k, tile, c0, c1, p, shifted or floating is double, parts, buffer)
     else:
         weigh_tile(job, k, tile, c0, c1, p, shifted, selects, parts, buffer)
 

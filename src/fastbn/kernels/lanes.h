@@ -109,6 +109,112 @@ static inline fastbn_vf fastbn_power_f(fastbn_vf n) {
 }
 static inline fastbn_vd fastbn_add_exact_product(fastbn_vd t, fastbn_vd x, fastbn_vd y) { return t + x * y; }
 #endif
+/* Which values of all lanes count. Marks are bytes, 0 or not. */
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+typedef __mmask16 fastbn_vk;
+static inline fastbn_vk fastbn_marked(const uint8_t *m) {
+    __m128i x = _mm_loadu_si128((const __m128i *) m);
+    return _mm_test_epi8_mask(x, x);
+}
+static inline fastbn_vk fastbn_numbers_f(const float *x) {
+    __m512 y = _mm512_loadu_ps(x);
+    return _mm512_cmp_ps_mask(y, y, _CMP_ORD_Q);
+}
+static inline fastbn_vk fastbn_numbers_d(const double *x) {
+    __m512d low = _mm512_loadu_pd(x), high = _mm512_loadu_pd(x + 8);
+    return (fastbn_vk) (_mm512_cmp_pd_mask(low, low, _CMP_ORD_Q) | _mm512_cmp_pd_mask(high, high, _CMP_ORD_Q) << 8);
+}
+static inline fastbn_vk fastbn_both(fastbn_vk a, fastbn_vk b) { return a & b; }
+static inline int fastbn_how_many(fastbn_vk k) { return __builtin_popcount(k); }
+/* Pack j of all lanes, 0 where a value does not count. */
+static inline fastbn_vd fastbn_kept(fastbn_vd x, fastbn_vk k, int j) {
+    return (fastbn_vd) _mm256_maskz_mov_pd((__mmask8) (k >> j * FASTBN_VD), (__m256d) x);
+}
+typedef __m128i fastbn_vc; /* up to 255 of each lane */
+static inline fastbn_vc fastbn_count(fastbn_vc c, fastbn_vk k) { return _mm_mask_add_epi8(c, k, c, _mm_set1_epi8(1)); }
+#elif defined(__GNUC__) && defined(__SSE2__)
+typedef __m128i fastbn_vk; /* a byte each, of all bits or none */
+static inline fastbn_vk fastbn_marked(const uint8_t *m) {
+    __m128i none = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *) m), _mm_setzero_si128());
+    return _mm_xor_si128(none, _mm_set1_epi8(-1));
+}
+static inline __m128i fastbn_ordered(const float *x) {
+    __m128 y = _mm_loadu_ps(x);
+    return _mm_castps_si128(_mm_cmpord_ps(y, y));
+}
+static inline fastbn_vk fastbn_numbers_f(const float *x) {
+    return _mm_packs_epi16(_mm_packs_epi32(fastbn_ordered(x), fastbn_ordered(x + 4)),
+                           _mm_packs_epi32(fastbn_ordered(x + 8), fastbn_ordered(x + 12)));
+}
+static inline __m128i fastbn_ordered_4(const double *x) {
+    __m128d low = _mm_loadu_pd(x), high = _mm_loadu_pd(x + 2);
+    return _mm_castps_si128(_mm_shuffle_ps(_mm_castpd_ps(_mm_cmpord_pd(low, low)),
+                                           _mm_castpd_ps(_mm_cmpord_pd(high, high)), _MM_SHUFFLE(2, 0, 2, 0)));
+}
+static inline fastbn_vk fastbn_numbers_d(const double *x) {
+    return _mm_packs_epi16(_mm_packs_epi32(fastbn_ordered_4(x), fastbn_ordered_4(x + 4)),
+                           _mm_packs_epi32(fastbn_ordered_4(x + 8), fastbn_ordered_4(x + 12)));
+}
+static inline fastbn_vk fastbn_both(fastbn_vk a, fastbn_vk b) { return _mm_and_si128(a, b); }
+static inline int fastbn_how_many(fastbn_vk k) {
+    __m128i halves = _mm_sad_epu8(_mm_sub_epi8(_mm_setzero_si128(), k), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(halves) + _mm_extract_epi16(halves, 4);
+}
+static inline fastbn_vd fastbn_kept(fastbn_vd x, fastbn_vk k, int j) {
+    const char *bytes = (const char *) &k + j * FASTBN_VD;
+#if defined(__AVX2__)
+    int32_t four;
+    memcpy(&four, bytes, sizeof(four));
+    return (fastbn_vd) _mm256_and_pd((__m256d) x, _mm256_castsi256_pd(_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(four))));
+#else
+    int16_t two;
+    __m128i mask;
+    memcpy(&two, bytes, sizeof(two));
+    mask = _mm_cvtsi32_si128(two);
+    mask = _mm_unpacklo_epi8(mask, mask);
+    mask = _mm_unpacklo_epi16(mask, mask);
+    mask = _mm_unpacklo_epi32(mask, mask);
+    return (fastbn_vd) _mm_and_pd((__m128d) x, _mm_castsi128_pd(mask));
+#endif
+}
+typedef __m128i fastbn_vc;
+static inline fastbn_vc fastbn_count(fastbn_vc c, fastbn_vk k) { return _mm_sub_epi8(c, k); }
+#else
+typedef struct { int8_t at[FASTBN_LANES]; } fastbn_vk;
+#define FASTBN_EACH(expression) \
+    fastbn_vk k; \
+    for (int i = 0; i < FASTBN_LANES; i++) k.at[i] = (expression) ? -1 : 0; \
+    return k
+static inline fastbn_vk fastbn_marked(const uint8_t *m) { FASTBN_EACH(m[i]); }
+static inline fastbn_vk fastbn_numbers_f(const float *x) { FASTBN_EACH(x[i] == x[i]); }
+static inline fastbn_vk fastbn_numbers_d(const double *x) { FASTBN_EACH(x[i] == x[i]); }
+static inline fastbn_vk fastbn_both(fastbn_vk a, fastbn_vk b) { FASTBN_EACH(a.at[i] & b.at[i]); }
+static inline int fastbn_how_many(fastbn_vk k) {
+    int n = 0;
+    for (int i = 0; i < FASTBN_LANES; i++) n -= k.at[i];
+    return n;
+}
+static inline fastbn_vd fastbn_kept(fastbn_vd x, fastbn_vk k, int j) {
+    int64_t mask[FASTBN_VD];
+    for (int i = 0; i < FASTBN_VD; i++) mask[i] = k.at[j * FASTBN_VD + i];
+    return fastbn_masked(x, mask);
+}
+typedef struct { uint8_t at[FASTBN_LANES]; } fastbn_vc;
+static inline fastbn_vc fastbn_count(fastbn_vc c, fastbn_vk k) {
+    for (int i = 0; i < FASTBN_LANES; i++) c.at[i] = (uint8_t) (c.at[i] - k.at[i]);
+    return c;
+}
+#endif
+static inline fastbn_vc fastbn_no_count(void) {
+    fastbn_vc c;
+    memset(&c, 0, sizeof(c));
+    return c;
+}
+static inline void fastbn_add_counts(int32_t *total, fastbn_vc c) {
+    const uint8_t *at = (const uint8_t *) &c;
+    for (int i = 0; i < FASTBN_LANES; i++) total[i] += at[i];
+}
+
 /* Stores past the caches, to addresses that are multiples of a pack's size. */
 #if defined(__GNUC__) && defined(__AVX512F__)
 static inline void fastbn_stream_d(double *y, fastbn_vd z) { _mm256_stream_pd(y, (__m256d) z); }
@@ -144,6 +250,10 @@ static inline fastbn_vd fastbn_widen_d(const double *x) { return *(const fastbn_
 /* Masks of the last, overlapping chunk of a run: from entry n on, LANES - n zeros and n times all bits. */
 static const int64_t fastbn_last[2 * FASTBN_LANES] = {
     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
+/* The same as marks. */
+static const uint8_t fastbn_last_marks[2 * FASTBN_LANES] = {
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 /* 1 / 13! to 1 / 2!, of the series of exp; float needs the last six. */
 static const double fastbn_series[12] = {

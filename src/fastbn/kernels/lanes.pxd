@@ -21,7 +21,7 @@ Activations are adds, multiplies, comparisons and bits, never a function of the 
 bits at every level.
 """
 from cython cimport floating
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 
 
 cdef extern from "lanes.h" nogil:
@@ -49,6 +49,20 @@ cdef extern from "lanes.h" nogil:
     const double[12] series "fastbn_series"
     vd masked "fastbn_masked"(vd x, const int64_t* mask)
     const int64_t[32] last_masks "fastbn_last"
+    const uint8_t[32] last_marks "fastbn_last_marks"
+    ctypedef struct vk "fastbn_vk":  # which values of all lanes count
+        pass
+    ctypedef struct vc "fastbn_vc":  # how often those of each lane did, up to 255 times
+        pass
+    vk marked "fastbn_marked"(const uint8_t* m)
+    vk numbers_f "fastbn_numbers_f"(const float* x)
+    vk numbers_d "fastbn_numbers_d"(const double* x)
+    vk both "fastbn_both"(vk a, vk b)
+    int how_many "fastbn_how_many"(vk k)
+    vd kept "fastbn_kept"(vd x, vk k, int j)  # pack j
+    vc no_count "fastbn_no_count"()
+    vc count "fastbn_count"(vc c, vk k)
+    void add_counts "fastbn_add_counts"(int32_t* total, vc c)
 
 
 ctypedef fused pack:
