@@ -29,7 +29,7 @@ from .job cimport (
 from .lanes cimport LANES, PRESENT, WEIGHTED, Form, apply_rows, fence, reduce_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest, mark, merge_weighted, take_weights,
+    are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest_of, mark, merge_weighted, take_weights,
     weigh_rows, weight, weight_at, weights_at,
 )
 
@@ -289,12 +289,20 @@ cdef inline bint one_weight_per_row(const Job* job, const Cut* k) noexcept nogil
             and (job.inner == 1 or job.weights.inner == 0))
 
 
-cdef inline Py_ssize_t choose_rows(const Job* job, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t* chosen,
-                                   double* ws) noexcept nogil:
-    """The rows that have a weight, and it; how many there are."""
+cdef void check_rows(const View* w, Py_ssize_t rows, Py_ssize_t width, bint wide, double* most) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(rows):
+        most[0] = larger(most[0], largest_of(w.data + i * w.stride * (8 if wide else 4), width, wide))
+
+
+cdef inline Py_ssize_t choose_rows(const Job* job, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t* chosen, double* ws,
+                                   double* most) noexcept nogil:
+    """The rows that have a weight, and it; how many there are. Also the largest weight, of unchecked ones."""
     cdef Py_ssize_t r, n = 0
     for r in range(rows):
         ws[n] = weight_at(&job.weights, weights_at(&job.weights, row + r, 0, 0))
+        if job.weights.unchecked:
+            most[0] = larger(most[0], largest_of(<const char*> (ws + n), 1, True))
         chosen[n] = r
         n += ws[n] != 0
     return n
@@ -330,7 +338,7 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
         r = step * k.step
         picked = rows = min(k.step, t.rows - r)
         if per_row:
-            picked = choose_rows(job, t.row + r, rows, chosen, ws)
+            picked = choose_rows(job, t.row + r, rows, chosen, ws, NULL)
             one += picked
         j = 0
         while j < t.columns:
@@ -341,7 +349,7 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
             if marked:
                 marks = view_weights(job, k, dense_m, direct_m and inside, t.row + r, rows, t.column + j, n, marks_room)
             if per_row and not job.omits:
-                weigh_rows(<floating*> u.data, u.stride, <char*> ws, 0, chosen, picked, k.ahead, m, p + j, False, True,
+                weigh_rows(<floating*> u.data, u.stride, <char*> ws, 0, chosen, picked, k.ahead, m, p + j, False, False,
                            shifted, total + j, first + j, second + j)
             else:
                 keep_rows(<floating*> u.data, u.stride, <mark*> marks.data, marks.stride, chosen, picked, k.ahead, m, p + j,
@@ -384,7 +392,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
         r = step * k.step
         picked = rows = min(k.step, t.rows - r)
         if not each:
-            picked = choose_rows(job, t.row + r, rows, chosen, ws)
+            picked = choose_rows(job, t.row + r, rows, chosen, ws, largest_weight)
             for i in range(picked):
                 one += ws[i]
         j = 0
@@ -398,12 +406,8 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
                 w = view_weights(job, k, dense_w, direct, t.row + r, rows, t.column + j, n, wb)
             elif each:
                 w = view_weights(job, k, dense_w, direct, t.row + r, rows, t.column + j, n, wb32)
-            if job.weights.unchecked:
-                for i in range(rows):
-                    if wide:
-                        largest_weight[0] = larger(largest_weight[0], largest(<double*> w.data + i * w.stride, m))
-                    else:
-                        largest_weight[0] = larger(largest_weight[0], largest(<float*> w.data + i * w.stride, m))
+            if each and job.weights.unchecked:  # which also fetches them in the order of memory
+                check_rows(&w, rows, m, wide, largest_weight)
             if each and stages:
                 for i in range(rows):
                     if wide:
@@ -469,7 +473,7 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
             j += n
 
 
-cdef inline double* largest_of(const Cut* k, Py_ssize_t task, double* parts) noexcept nogil:
+cdef inline double* place_of_largest(const Cut* k, Py_ssize_t task, double* parts) noexcept nogil:
     """Where the largest weight of a task is."""
     return parts + 3 * k.blocks * k.columns + task
 
@@ -500,7 +504,7 @@ cdef void count_block(const Job* job, const Cut* k, Py_ssize_t task, double* par
     memset(p, 0, sizeof(p))
     count_tile(job, k, &t, p, False, False, total, first, second, &most, typed)
     if job.weights.unchecked:
-        largest_of(k, task, parts)[0] = most
+        place_of_largest(k, task, parts)[0] = most
     if job.weights.data != NULL and not job.weights.marks:
         for j in range(t.columns):
             selects |= not are_finite(first[j], second[j])
@@ -527,7 +531,7 @@ cdef bint are_fit(const Cut* k, double* parts) noexcept nogil:
     cdef double most = 0
     cdef Py_ssize_t task
     for task in range(k.blocks * k.chunks):
-        most = larger(most, largest_of(k, task, parts)[0])
+        most = larger(most, place_of_largest(k, task, parts)[0])
     return fits(most)
 
 

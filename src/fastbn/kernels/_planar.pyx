@@ -26,7 +26,7 @@ from .job cimport (
 from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, fence, reduce_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, keep_run, larger, largest, mark, merge_weighted, take_weights, weigh_run,
+    are_finite, choose, fits, from_weighted_sums, hide, keep_run, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
     weight, weight_at, weights_at,
 )
 
@@ -290,7 +290,7 @@ cdef inline double* total_of(const Job* job, const Cut* k, Py_ssize_t tile, Py_s
     return parts + (2 * job.channels + c) * k.tiles + tile
 
 
-cdef inline double* largest_of(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c, double* parts) noexcept nogil:
+cdef inline double* place_of_largest(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c, double* parts) noexcept nogil:
     """Where the largest weight of a part is."""
     return parts + (3 * job.channels + c) * k.tiles + tile
 
@@ -397,6 +397,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef bint stages = job.omits or selects
     cdef bint own = job.weights.channel != 0 or job.omits  # channels have sums of weights of their own
     cdef bint each = job.weights.inner != 0 or length < LANES or job.omits
+    cdef bint checks = job.weights.unchecked
     cdef const char* w = NULL
     cdef const char* at_w
     cdef const char* x
@@ -404,7 +405,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef double one = 1
     cdef double most = 0
     cdef floating pad
-    cdef Py_ssize_t c, n, m, next_u, next_w = 0
+    cdef Py_ssize_t c, n, m, next_u, next_w = 1024  # bytes, in the order of memory
     memset(sums, 0, (c1 - c0) * LANES * sizeof(double))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
@@ -414,20 +415,20 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
                 at_w = weights_at(&job.weights, n, c0 + c, s0)
                 if not each:
                     one = weight_at(&job.weights, at_w)
+                    if checks:
+                        most = larger(most, largest_of(<const char*> &one, 1, True))
                 elif wide:
                     w = run_of_weights(job, at_w, length, stages, weights)
-                    if job.weights.unchecked:
-                        most = larger(most, largest(<const double*> w, length))
                 else:
                     w = run_of_weights(job, at_w, length, stages, <float*> weights)
-                    if job.weights.unchecked:
-                        most = larger(most, largest(<const float*> w, length))
             if not each and one == 0:
                 continue
             x = at(&job.u, n, c0 + c, s0)
             u = stage(&job.u, x, length, <floating> p[c], buffer)
             m = max(length, <Py_ssize_t> LANES)
             if each and stages:
+                if checks:  # before they change
+                    most = larger(most, largest_of(w, length, wide))
                 pad = <floating> p[c]
                 if wide:
                     choose(u, weights, length, &pad, 0, job.omits, buffer + TILE)
@@ -438,13 +439,15 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
             next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
             weigh_run(u, w, one, m, p[c], each, wide, shifted, c == 0 or own, next_u, next_w, sums + c * LANES,
                       first + c * LANES, second + c * LANES)
+            if each and checks and not stages:  # now they are in a first level cache
+                most = larger(most, largest_of(w, length, wide))
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         part[0] = fold(first + c * LANES)
         part[1] = fold(second + c * LANES)
         total_of(job, k, tile, c0 + c, parts)[0] = fold(sums + (c * LANES if own else 0))
         if job.weights.unchecked:
-            largest_of(job, k, tile, c0 + c, parts)[0] = most
+            place_of_largest(job, k, tile, c0 + c, parts)[0] = most
 
 
 cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* q,
@@ -530,7 +533,7 @@ cdef bint are_fit(const Job* job, const Cut* k, double* parts) noexcept nogil:
     cdef Py_ssize_t c, tile
     for c in range(job.channels):
         for tile in range(k.tiles):
-            most = larger(most, largest_of(job, k, tile, c, parts)[0])
+            most = larger(most, place_of_largest(job, k, tile, c, parts)[0])
     return fits(most)
 
 

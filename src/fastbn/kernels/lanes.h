@@ -4,6 +4,8 @@
 #ifndef FASTBN_LANES_H
 #define FASTBN_LANES_H
 
+#include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -205,6 +207,28 @@ static inline fastbn_vc fastbn_count(fastbn_vc c, fastbn_vk k) {
     return c;
 }
 #endif
+/* The largest of n numbers; NaN where one of them is negative, -0.0, infinite or NaN. The bits of numbers that are not
+ * negative are in order, and those of all others are beyond infinity. */
+static inline double fastbn_largest_f(const float *x, ptrdiff_t n) {
+    uint32_t most = 0, bits;
+    float found;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        memcpy(&bits, x + i, sizeof(bits));
+        most = bits > most ? bits : most;
+    }
+    memcpy(&found, &most, sizeof(found));
+    return most < 0x7f800000 ? found : NAN;
+}
+static inline double fastbn_largest_d(const double *x, ptrdiff_t n) {
+    uint64_t most = 0, bits;
+    double found;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        memcpy(&bits, x + i, sizeof(bits));
+        most = bits > most ? bits : most;
+    }
+    memcpy(&found, &most, sizeof(found));
+    return most >> 52 < 0x7ff ? found : NAN;
+}
 static inline fastbn_vc fastbn_no_count(void) {
     fastbn_vc c;
     memset(&c, 0, sizeof(c));
@@ -238,8 +262,10 @@ static inline void fastbn_fence(void) {
 
 #if defined(__GNUC__)
 #define fastbn_prefetch(x) __builtin_prefetch(x)
+#define fastbn_prefetch_once(x) __builtin_prefetch(x, 0, 0) /* what is read once, and need not push others out */
 #else
 #define fastbn_prefetch(x) ((void) 0)
+#define fastbn_prefetch_once(x) ((void) 0)
 #endif
 
 static inline fastbn_vd fastbn_widen_d(const double *x) { return *(const fastbn_vd *) x; }

@@ -42,6 +42,7 @@ cdef extern from "lanes.h" nogil:
     void stream_f "fastbn_stream_f"(float* y, vf z)
     void fence "fastbn_fence"()
     void prefetch "fastbn_prefetch"(const void* x)
+    void prefetch_once "fastbn_prefetch_once"(const void* x)
     vd select_d "fastbn_select_d"(vd x, vd y, vd yes, vd no)
     vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
     vd power_d "fastbn_power_d"(vd n)
@@ -60,6 +61,8 @@ cdef extern from "lanes.h" nogil:
     vk both "fastbn_both"(vk a, vk b)
     int how_many "fastbn_how_many"(vk k)
     vd kept "fastbn_kept"(vd x, vk k, int j)  # pack j
+    double largest_f "fastbn_largest_f"(const float* x, Py_ssize_t n)
+    double largest_d "fastbn_largest_d"(const double* x, Py_ssize_t n)
     vc no_count "fastbn_no_count"()
     vc count "fastbn_count"(vc c, vk k)
     void add_counts "fastbn_add_counts"(int32_t* total, vc c)

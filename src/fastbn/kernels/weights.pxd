@@ -16,17 +16,17 @@ Accuracy     a part is summed as it is (p = 0); where its mean is large beside i
              its mean. Products of two float32 values are exact in float64, others are rounded and never fused. No value
              decides about the shift: neither an outlier of weight 0 nor a missing first value can spoil it.
 Merge        by Chan's formula with sums of weights for counts; parts without weight are passed over.
-Check        weights that nobody looked at before come with their largest (`largest`), while they are in a first level cache.
+Check        weights that nobody looked at before come with their largest (`largest_of`), while they are in a first level cache.
 """
 from cython cimport floating
-from libc.math cimport INFINITY, NAN, isfinite
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.math cimport isfinite
+from libc.stdint cimport int32_t, int64_t
 
 from .convert cimport DOUBLE, FLOAT
 from .job cimport Weights
 from .lanes cimport (
-    LANES, ND, VD, add_counts, add_exact_product, add_pack, both, count, how_many, kept, last_marks, last_masks, later, marked,
-    masked, no_count, numbers_d, numbers_f, pitch, prefetch, relative, splat_d, vc, vd, vk, widen,
+    LANES, ND, VD, add_counts, add_exact_product, add_pack, both, count, how_many, kept, largest_d, largest_f, last_marks, last_masks,
+    later, marked, masked, no_count, numbers_d, numbers_f, pitch, prefetch, prefetch_once, relative, splat_d, vc, vd, vk, widen,
 )
 from .moments cimport CANCELLED
 
@@ -133,27 +133,9 @@ cdef inline void hide(const floating* u, const floating* v, const weight* w, Py_
         hide_as(u, v, w, n, True, False, hidden_u, hidden_v)
 
 
-cdef inline double largest(const weight* w, Py_ssize_t n) noexcept nogil:
-    """The largest of n weights; NaN where one of them is negative, -0.0, infinite or NaN.
-
-    The bits of numbers that are not negative are in order, and those of all others are beyond infinity.
-    """
-    cdef Py_ssize_t i
-    cdef uint32_t most = 0
-    cdef uint64_t most_wide = 0
-    cdef double found
-    if weight is float:
-        for i in range(n):
-            most = max(most, (<const uint32_t*> w)[i])
-        found = (<float*> &most)[0]
-        return found if most < <uint32_t> 0x7f800000 else NAN
-    elif weight is double:
-        for i in range(n):
-            most_wide = max(most_wide, (<const uint64_t*> w)[i])
-        found = (<double*> &most_wide)[0]
-        return found if found < INFINITY and not most_wide >> 63 else NAN
-    else:
-        return 1
+cdef inline double largest_of(const char* w, Py_ssize_t n, bint wide) noexcept nogil:
+    """The largest of n doubles or floats; NaN where one of them is negative, -0.0, infinite or NaN."""
+    return largest_d(<const double*> w, n) if wide else largest_f(<const float*> w, n)
 
 
 cdef inline double larger(double a, double b) noexcept nogil:
@@ -334,7 +316,7 @@ cdef inline void weigh_run_as(const floating* u, const char* w, double one, Py_s
         i = k * LANES
         prefetch(u + next_u + i)
         if each:
-            prefetch(w + next_w + i * (8 if wide else 4))
+            prefetch_once(w + next_w + i * (8 if wide else 4))
         for j in range(ND):
             dw = weight_pack(w, i + j * VD, wide) if each else ws
             du = widen(u + i + j * VD)
@@ -448,9 +430,12 @@ cdef inline void weigh_rows_by(const floating* u, Py_ssize_t su, const char* w, 
 cdef inline void weigh_rows(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
                             Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint each, bint wide,
                             bint shifted, double* total, double* first, double* second) noexcept nogil:
-    """Rows whose values have a weight each, double where they are wide, else float; or one per row, always a double."""
+    """Rows whose values have a weight each, double where they are wide, else float; or one per row, in a double."""
     if not each:
-        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, True, shifted, total, first, second)
+        if wide:
+            weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, True, shifted, total, first, second)
+        else:
+            weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, False, shifted, total, first, second)
     elif wide:
         weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, True, True, shifted, total, first, second)
     else:
