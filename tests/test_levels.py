@@ -121,6 +121,17 @@ class TestInstructions:
         path, doubles = module(build, driver, level), REGISTERS[level][0]
         assert loops(path, doubles, "subpd", "addpd", "mulpd", without="cvtps2pd|movntpd")
 
+    def test_weighted_and_masked_sums_are_packed(self, level, driver, build):
+        """Values and weights are widened and multiplied a pack at a time; what does not count is cleared by its bits."""
+        path, doubles = module(build, driver, level), REGISTERS[level][0]
+        packs = 16 // {"xmm": 2, "ymm": 4}[doubles]
+        packed = loops(path, doubles, "cvtps2pd", "mulpd", "addpd")
+        assert [loop for loop in packed if has(loop, "(cvtps2|mul)pd", doubles, 4 * packs)]
+        clears = {"base": "andp[sd]|pand", "v3": "andp[sd]|pand", "v4": "movapd"}[level]
+        exact = FMA if level != "base" else "mulpd"
+        found = loops(path, doubles, "cvtps2pd", "addpd", exact, clears, without="subpd")
+        assert [loop for loop in found if has(loop, "cvtps2pd", doubles, packs) and has(loop, clears, doubles, packs)]
+
     def test_scaling_is_packed(self, level, driver, build):
         """On all registers that the level has for floats, with stores through the caches and past them."""
         path, (doubles, floats) = module(build, driver, level), REGISTERS[level]
