@@ -122,7 +122,7 @@ class TestInstructions:
         assert loops(path, doubles, "subpd", "addpd", "mulpd", without="cvtps2pd|movntpd")
 
     def test_weighted_and_masked_sums_are_packed(self, level, driver, build):
-        """Values and weights are widened and multiplied a pack at a time; what does not count is cleared by its bits."""
+        """Values and weights are widened and multiplied a pack at a time; what does not count is cleared."""
         path, doubles = module(build, driver, level), REGISTERS[level][0]
         packs = 16 // {"xmm": 2, "ymm": 4}[doubles]
         packed = loops(path, doubles, "cvtps2pd", "mulpd", "addpd")

@@ -178,6 +178,7 @@ def test_bad_weights_of_values_are_found_before_anything_is_written(case, kind, 
     shape, axis = case
     x = cases.normal(shape)
     rng = np.random.default_rng(4)
+    message = r"sample_weight must be finite and not negative, got -?(inf|nan|7\.88\d+e-31)"
     options = {"training": True, "axis": axis, "nan_policy": "omit" if omit else "propagate"}
     for bad in (-(2.0**-100), np.nan, np.inf, -np.inf):
         for place in (0, x.size - 1, int(rng.integers(x.size))):
@@ -189,7 +190,7 @@ def test_bad_weights_of_values_are_found_before_anything_is_written(case, kind, 
             before = z.copy()
             mean, variance = cases.moving(shape[axis])
             moving = {"moving_mean": mean.copy(), "moving_variance": variance.copy()}
-            with pytest.raises(ValueError, match=r"sample_weight must be finite and not negative, got -?(inf|nan|7.88\d+e-31)"):
+            with pytest.raises(ValueError, match=message):
                 batch_norm(z, out=z, sample_weight=w, **moving, **options)
             ref.assert_same_bits(z, before)
             np.testing.assert_array_equal(moving["moving_mean"], mean)
@@ -205,7 +206,7 @@ def test_bad_weights_where_arrays_are_copied():
     assert (batch_norm(x, training=True, axis=1, sample_weight=w, out=out) != 7).all()
     out[...] = 7
     w[3, 2, 1, 5] = -1
-    with pytest.raises(ValueError, match="sample_weight must be finite and not negative, got -1.0"):
+    with pytest.raises(ValueError, match=r"sample_weight must be finite and not negative, got -1\.0"):
         batch_norm(x, training=True, axis=1, sample_weight=w, out=out)
     assert (out == 7).all()
 

@@ -262,11 +262,12 @@ def moments(
     array = checks.data(x, "x")
     axes = layouts.channel_axes(axis, layout, array.ndim)
     result = Moments(int(np.prod(layouts.channel_shape(array.shape, axes))))
-    weights = weighting.resolved(mask, sample_weight, nan_policy, array, axes, later=nan_policy != "raise" and array.size > 0)
+    later = nan_policy != "raise" and array.size > 0
+    weights = weighting.resolved(mask, sample_weight, nan_policy, array, axes, later=later)
     if nan_policy == "raise":
         refuse_nan(array, axes, weights)
     total = None if weights is None else np.zeros(len(result.mean))
-    arguments = {"first": result.mean, "second": result.m2, "total": total}
+    arguments: dict[str, Any] = {"first": result.mean, "second": result.m2, "total": total}
     if array.size and not run(kernels.MOMENTS, axes, array, weights=weights, **arguments):
         assert weights is not None
         weights = weights.settled()

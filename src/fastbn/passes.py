@@ -124,8 +124,8 @@ def run(
 ) -> bool:
     """Carry out an operation on checked arrays that are not empty.
 
-    With weights, total gets their sum per channel where statistics are found, and is read by the gradient. False if they
-    were unchecked and turned out not to fit: only first, second and total have been written then.
+    With weights, total gets their sum per channel where statistics are found, and is read by the gradient. False if
+    they were unchecked and turned out not to fit: only first, second and total have been written then.
 
     Where the strides of an array fit neither access pattern it is copied once, and a result copied back.
     """
@@ -390,8 +390,8 @@ def batch_statistics(
 ) -> Statistics | None:
     """Carry out an operation that finds the moments of a batch, and return them; zeros for an empty batch.
 
-    With weights, a channel without any has mean 0 and an infinite variance, which make y beta and the gradient 0. None if
-    the weights were unchecked and turned out not to fit: nothing has been written then.
+    With weights, a channel without any has mean 0 and an infinite variance, which make y beta and the gradient 0. None
+    if the weights were unchecked and turned out not to fit: nothing has been written then.
     """
     channels = math.prod(layouts.channel_shape(x.shape, axes))
     mean, m2 = np.zeros(channels), np.zeros(channels)

@@ -82,7 +82,8 @@ def run(
         True; False where unchecked weights turned out not to fit, being negative, not finite, or too large or small.
         Nothing but first, second and total has been written then.
     """
-    return _run[plan.pattern](
+    done: bool = _run[plan.pattern](
         plan, operation, u, v, y, gamma, beta, mean, variance, epsilon, first, second, threads, w, bend, by_output,
         kept, counting,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )  # fmt: skip
+    return done
