@@ -23,7 +23,7 @@ from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
-from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, fence, reduce_run
+from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, fence, reduce_run, stream_lines
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, keep_run, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
@@ -38,6 +38,8 @@ cdef enum:
     FUSED_RUN = 4096       # values of operands that channels taken together for the fused pass have side by side, if they can
     CACHED = 1 << 20       # bytes of operands that are still in the second level cache when they are read again
     STRETCH = 1 << 18      # bytes of one task where channels are cut
+    GATHERED = 2048        # values that are put together to store lines whole
+    LINE = 64              # bytes of a line of a cache
     WAVE = 1 << 28         # bytes between two looks for signals
 
 
@@ -52,6 +54,9 @@ cdef struct Cut:
     Py_ssize_t stretch     # tiles per task
     Py_ssize_t stretches
     Py_ssize_t wave        # tasks between two looks for signals
+    Py_ssize_t pieces      # segments of all planes
+    Py_ssize_t portion     # pieces per task of a pass that sums nothing, which may depend on the threads
+    Py_ssize_t portions
     bint fused             # one task does all of its channels
     bint fetches           # sums fetch the run after the one they add
 
@@ -92,6 +97,10 @@ cdef Cut cut(const Job* job) noexcept nogil:
     k.spans = (job.channels + k.span - 1) // k.span
     k.stretches = (k.tiles + k.stretch - 1) // k.stretch
     k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.span * k.stretch))
+    k.pieces = job.outer * job.channels * k.segments
+    k.portions = job.threads * max(<Py_ssize_t> 1, k.pieces * k.length * itemsize // (job.threads * STRETCH))
+    k.portion = (k.pieces + k.portions - 1) // k.portions
+    k.portions = (k.pieces + k.portion - 1) // k.portion
     return k
 
 
@@ -613,84 +622,111 @@ cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, double* part
             done += count
 
 
-cdef void apply_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1,
+cdef struct Runs:
+    # How runs of one length are scaled; worked out once for many of them.
+    Py_ssize_t length
+    Py_ssize_t together    # neighbouring channels at most that are staged at once
+    bint converts          # operands, to the type of arithmetic, or gathers
+    bint gathers           # results in a tile, to store lines whole
+    bint reads_v
+    bint direct
+    bint gate_direct
+    Py_ssize_t step_u      # from the operand of a channel to that of the next
+    Job near               # the job as *apply* sees it, with staged operands in tiles
+    Job gate
+
+
+cdef inline bint shares_lines(const Operand* operand, Py_ssize_t length) noexcept nogil:
+    """Whether runs start or end within a line of a cache."""
+    return (<Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel | length * operand.size) % LINE != 0
+
+
+cdef void prepare(const Job* job, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
+    cdef bint whole = job.y.inner == job.y.size and length >= LANES
+    r.length = length
+    r.near = job[0]
+    r.reads_v = job.writes_pair or job.gated
+    r.gathers = job.streams and whole and shares_lines(&job.y, length)
+    r.converts = r.gathers or not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not r.reads_v)
+                                   and (is_native(&job.w) or not job.form.third))
+    r.together = job.channels
+    if r.converts:
+        r.together = min(side_by_side(&job.u, length), side_by_side(&job.y, length))
+        if r.reads_v:
+            r.together = min(r.together, side_by_side(&job.v, length))
+        if job.form.third:
+            r.together = min(r.together, side_by_side(&job.w, length))
+        r.converts = r.together > 0
+        r.gathers = r.gathers and r.converts
+        r.together = max(r.together, <Py_ssize_t> 1)
+        if r.gathers:
+            r.together = min(r.together, max(<Py_ssize_t> 1, GATHERED // length) if job.y.channel == length * job.y.size else 1)
+    if r.converts:
+        r.near.u = staged(&job.u, length, typed)
+        r.near.v = staged(&job.v, length, typed)
+        r.near.w = staged(&job.w, length, typed)
+        r.near.y = in_tile(length, typed) if r.gathers else staged(&job.y, length, typed)
+        r.near.streams = job.streams and is_native(&job.y) and not r.gathers
+    elif job.streams and shares_lines(&job.y, length):
+        r.near.streams = False
+    r.step_u = r.near.u.channel
+    r.gate_direct = False
+    if job.gated:
+        r.gate = gate_of(&r.near)
+        r.gate.y = r.near.u = in_tile(length, typed)
+        r.gate_direct = all_ready(&r.gate, length, typed)
+    r.direct = all_ready(&r.near, length, typed)
+
+
+cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
                      const floating* table, floating* buffer) noexcept nogil:
-    cdef Py_ssize_t n0 = tile // k.segments * k.images
-    cdef Py_ssize_t s0 = tile % k.segments * k.length
-    cdef Py_ssize_t length = min(k.length, job.inner - s0)
+    """One run of each of the channels c0..c1 of an image."""
     cdef const floating* gates = table + 5 * job.channels
-    cdef Job near = job[0]
-    cdef Job gate
-    cdef Py_ssize_t together = c1 - c0
-    cdef bint reads_v = job.writes_pair or job.gated
-    cdef bint converts = not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not reads_v)
-                              and (is_native(&job.w) or not job.form.third))
-    cdef bint direct, gate_direct = False
+    cdef Py_ssize_t length = r.length, c = c0, i, m
     cdef const char* u
     cdef const char* v
     cdef const char* w
     cdef const char* g
     cdef char* y
     cdef char* z
-    cdef Py_ssize_t c, n, i, m, step_u
-    if converts:
-        together = min(side_by_side(&job.u, length), side_by_side(&job.y, length))
-        if reads_v:
-            together = min(together, side_by_side(&job.v, length))
-        if job.form.third:
-            together = min(together, side_by_side(&job.w, length))
-        converts = together > 0
-        together = max(together, <Py_ssize_t> 1)
-    if converts:
-        near.u = staged(&job.u, length, table)
-        near.v = staged(&job.v, length, table)
-        near.w = staged(&job.w, length, table)
-        near.y = staged(&job.y, length, table)
-        near.streams = job.streams and is_native(&job.y)
-    step_u = near.u.channel
-    if job.gated:
-        gate = gate_of(&near)
-        gate.y = near.u = in_tile(length, table)
-        gate_direct = all_ready(&gate, length, table)
-    direct = all_ready(&near, length, table)
-    for n in range(n0, min(n0 + k.images, job.outer)):
-        c = c0
-        while c < c1:
-            m = min(c1 - c, together)
-            u = at(&job.u, n, c, s0)
-            v = at(&job.v, n, c, s0)
-            w = at(&job.w, n, c, s0)
-            y = z = at(&job.y, n, c, s0)
-            if converts:
-                u = convert(&job.u, u, m * length, buffer)
-                if reads_v:
-                    v = convert(&job.v, v, m * length, buffer + TILE)
-                if job.form.third:
-                    w = convert(&job.w, w, m * length, buffer + 2 * TILE)
-                if not is_native(&job.y):
-                    y = <char*> buffer  # over u, which is of the same type
-            for i in range(c, c + m):
-                g = u
-                if job.gated:
-                    g = <const char*> (buffer + 3 * TILE)
-                    gate_run(&gate, gate_direct, u, v, w, <char*> g, length, gates + i, buffer + 4 * TILE)
-                apply_any(&near, direct, g, v, w, y, length, table[i], table[job.channels + i],
-                          table[2 * job.channels + i], table[3 * job.channels + i], table[4 * job.channels + i], buffer)
-                u += step_u
-                v += near.v.channel
-                w += near.w.channel
-                y += near.y.channel
-            if converts and not is_native(&job.y):
-                give(&job.y, buffer, 1, m * length, z, job.y.size)
-            c += m
+    while c < c1:
+        m = min(c1 - c, r.together)
+        u = at(&job.u, n, c, s0)
+        v = at(&job.v, n, c, s0)
+        w = at(&job.w, n, c, s0)
+        y = z = at(&job.y, n, c, s0)
+        if r.converts:
+            u = convert(&job.u, u, m * length, buffer)
+            if r.reads_v:
+                v = convert(&job.v, v, m * length, buffer + TILE)
+            if job.form.third:
+                w = convert(&job.w, w, m * length, buffer + 2 * TILE)
+            if r.gathers or not is_native(&job.y):
+                y = <char*> buffer  # over u, which is of the same type
+        for i in range(c, c + m):
+            g = u
+            if job.gated:
+                g = <const char*> (buffer + 3 * TILE)
+                gate_run(&r.gate, r.gate_direct, u, v, w, <char*> g, length, gates + i, buffer + 4 * TILE)
+            apply_any(&r.near, r.direct, g, v, w, y, length, table[i], table[job.channels + i],
+                      table[2 * job.channels + i], table[3 * job.channels + i], table[4 * job.channels + i], buffer)
+            u += r.step_u
+            v += r.near.v.channel
+            w += r.near.w.channel
+            y += r.near.y.channel
+        if r.gathers and is_native(&job.y):
+            stream_lines(z, <char*> buffer, m * length * job.y.size)
+        elif r.gathers:
+            give(&job.y, buffer, 1, m * length, <char*> (buffer + TILE), job.y.size)
+            stream_lines(z, <char*> (buffer + TILE), m * length * job.y.size)
+        elif r.converts and not is_native(&job.y):
+            give(&job.y, buffer, 1, m * length, z, job.y.size)
+        c += m
 
 
-cdef void apply_weighted_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1,
+cdef void apply_weighted_runs(const Job* job, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
                               const floating* table, floating* buffer) noexcept nogil:
-    """`apply_tile` of a gradient whose third operand are weights."""
-    cdef Py_ssize_t n0 = tile // k.segments * k.images
-    cdef Py_ssize_t s0 = tile % k.segments * k.length
-    cdef Py_ssize_t length = min(k.length, job.inner - s0)
+    """`apply_runs` of a gradient whose third operand are weights."""
     cdef Job near = job[0]
     cdef floating* weights = buffer + 2 * TILE
     cdef bint direct = (ready(&job.u, length, table) and ready(&job.v, length, table) and ready(&job.y, length, table))
@@ -698,72 +734,94 @@ cdef void apply_weighted_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_
     cdef bint unstaged = (job.form.third and job.weights.size == sizeof(floating)
                           and job.weights.inner == sizeof(floating) and length >= LANES)
     cdef const char* w = <const char*> weights
-    cdef Py_ssize_t c, n
+    cdef Py_ssize_t c
     near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
     if not is_native(&job.y):
         near.w.kind = FLOAT
-    for n in range(n0, min(n0 + k.images, job.outer)):
-        for c in range(c0, c1):
-            if unstaged:
-                w = weights_at(&job.weights, n, c, s0)
-            elif job.form.third and (c == c0 or job.weights.channel != 0):
-                take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, length, weights)
-            apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), length, table[c],
-                      table[job.channels + c], table[2 * job.channels + c], table[3 * job.channels + c],
-                      table[4 * job.channels + c], buffer)
+    near.streams = job.streams and not shares_lines(&job.y, length)
+    for c in range(c0, c1):
+        if unstaged:
+            w = weights_at(&job.weights, n, c, s0)
+        elif job.form.third and (c == c0 or job.weights.channel != 0):
+            take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, length, weights)
+        apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), length, table[c],
+                  table[job.channels + c], table[2 * job.channels + c], table[3 * job.channels + c],
+                  table[4 * job.channels + c], buffer)
 
 
 cdef enum Step:
     REDUCE
     APPLY
-    BOTH
+    BOTH  # what was summed is applied while it is in a cache
 
 
-cdef void do_tiles(const Job* job, const Cut* k, Step step, Py_ssize_t t0, Py_ssize_t t1, Py_ssize_t c0, Py_ssize_t c1,
-                   double* parts, floating* table, floating* buffer) noexcept nogil:
+cdef void reduce_tiles(const Job* job, const Cut* k, Py_ssize_t t0, Py_ssize_t t1, Py_ssize_t c0, Py_ssize_t c1,
+                       double* parts, const floating* table, floating* buffer) noexcept nogil:
     """Tiles t0..t1 of channels c0..c1 in the order of memory: image after image, group after group, run after run."""
     cdef Py_ssize_t t = t0, end, i, c
-    # What has no lanes needs no groups.
-    cdef Py_ssize_t group = c1 - c0 if step == APPLY and k.segments == 1 else k.group
     while t < t1:
         end = min((t // k.segments + 1) * k.segments, t1)
         c = c0
         while c < c1:
             for i in range(t, end):
-                if step == REDUCE:
-                    reduce_tile(job, k, i, c, min(c + group, c1), parts, table + 5 * job.channels, buffer)
-                elif job.form.bend == WEIGHTED or job.form.bend == PRESENT:
-                    apply_weighted_tile(job, k, i, c, min(c + group, c1), table, buffer)
-                else:
-                    apply_tile(job, k, i, c, min(c + group, c1), table, buffer)
-            c += group
+                reduce_tile(job, k, i, c, min(c + k.group, c1), parts, table + 5 * job.channels, buffer)
+            c += k.group
         t = end
 
 
-cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* table) noexcept nogil:
-    """One span of channels along one stretch of tiles."""
-    cdef floating room[7 * TILE + LANES]
+cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
+                       const floating* table, floating* buffer) noexcept nogil:
+    """Pieces first..last of the memory of channels c0..c1, in its order; a piece is a segment of a plane."""
+    cdef Runs runs
+    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT
+    cdef Py_ssize_t piece = first, s0, plane, n, c, m, length
+    runs.length = 0
+    while piece < last:
+        s0 = piece % k.segments * k.length
+        plane = piece // k.segments
+        n, c = plane // (c1 - c0), c0 + plane % (c1 - c0)
+        m = min(c1 - c, last - piece) if k.segments == 1 else 1
+        length = min(k.length, job.inner - s0)
+        if weighted:
+            apply_weighted_runs(job, length, n, c, c + m, s0, table, buffer)
+        else:
+            if runs.length != length:
+                prepare(job, length, &runs, table)
+            apply_runs(job, &runs, n, c, c + m, s0, table, buffer)
+        piece += m
+
+
+cdef void apply_rest(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
+                     const floating* table, floating* buffer) noexcept nogil:
+    """`apply_planes` to what is left to do: a gradient that was kept has come through its gate already."""
     cdef Job rest
+    if job.gated and job.kept.data != NULL:
+        rest = behind_gate(job)
+        apply_planes(&rest, k, first, last, c0, c1, table, buffer)
+    else:
+        apply_planes(job, k, first, last, c0, c1, table, buffer)
+    if job.streams:
+        fence()
+
+
+cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* table) noexcept nogil:
+    """One span of channels along one stretch of tiles, or one stretch of memory."""
+    cdef floating room[7 * TILE + LANES]
     cdef floating* buffer = aligned(room)
     cdef Py_ssize_t c0 = task % k.spans * k.span
     cdef Py_ssize_t c1 = min(c0 + k.span, job.channels)
     cdef Py_ssize_t t0 = task // k.spans * k.stretch
     cdef Py_ssize_t t1 = min(t0 + k.stretch, k.tiles)
     cdef Py_ssize_t c
-    if step != APPLY:
-        do_tiles(job, k, REDUCE, t0, t1, c0, c1, parts, table, buffer)
+    if step == APPLY:
+        apply_rest(job, k, task * k.portion, min((task + 1) * k.portion, k.pieces), 0, job.channels, table, buffer)
+        return
+    reduce_tiles(job, k, t0, t1, c0, c1, parts, table, buffer)
     if step == BOTH:
         for c in range(c0, c1):
             merge_channel(job, k, c, parts)
         coefficients(job, c0, c1, job.channels, table)
-    if step != REDUCE:
-        if job.gated and job.kept.data != NULL:
-            rest = behind_gate(job)
-            do_tiles(&rest, k, APPLY, t0, t1, c0, c1, parts, table, buffer)
-        else:
-            do_tiles(job, k, APPLY, t0, t1, c0, c1, parts, table, buffer)
-        if job.streams:
-            fence()
+        apply_rest(job, k, 0, job.outer * (c1 - c0) * k.segments, c0, c1, table, buffer)
 
 
 cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py_ssize_t end, double* parts,
@@ -776,10 +834,12 @@ cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py
 
 cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* table) noexcept nogil:
     """All tasks of a step, in waves, looking for signals in between."""
-    cdef Py_ssize_t tasks = k.spans * k.stretches, begin = 0, end, share
+    cdef Py_ssize_t tasks = k.portions if step == APPLY else k.spans * k.stretches
+    cdef Py_ssize_t wave = k.wave if step != APPLY else max(<Py_ssize_t> 1, WAVE // (k.portion * k.length * job.y.size))
+    cdef Py_ssize_t begin = 0, end, share
     cdef int threads = job.threads
     while begin < tasks:
-        end = min(begin + k.wave, tasks)
+        end = min(begin + wave, tasks)
         if threads == 1:  # a team of one would cost more than a small call
             do_tasks(job, k, step, begin, end, parts, table)
         else:

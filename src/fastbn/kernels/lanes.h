@@ -260,6 +260,20 @@ static inline void fastbn_fence(void) {
 #endif
 }
 
+/* n bytes of a tile to y, whole lines past the caches. What is left at either end, where a line is shared with
+ * neighbours, goes through the caches: storing one line both ways takes as long as storing dozens. */
+static inline void fastbn_stream_lines(char *y, const char *x, ptrdiff_t n) {
+    ptrdiff_t i = -(ptrdiff_t) ((uintptr_t) y % 64) & 63;
+    if (i > n) i = n;
+    memcpy(y, x, (size_t) i);
+#if defined(__GNUC__)
+    for (; i <= n - 64; i += 64)
+        for (ptrdiff_t j = i; j < i + 64; j += FASTBN_BYTES)
+            fastbn_stream_f((float *) (y + j), *(const fastbn_vf *) (x + j));
+#endif
+    memcpy(y + i, x + i, (size_t) (n - i));
+}
+
 #if defined(__GNUC__)
 #define fastbn_prefetch(x) __builtin_prefetch(x)
 #define fastbn_prefetch_once(x) __builtin_prefetch(x, 0, 0) /* what is read once, and need not push others out */

@@ -40,6 +40,7 @@ cdef extern from "lanes.h" nogil:
     vd add_exact_product "fastbn_add_exact_product"(vd t, vd x, vd y)
     void stream_d "fastbn_stream_d"(double* y, vd z)
     void stream_f "fastbn_stream_f"(float* y, vf z)
+    void stream_lines "fastbn_stream_lines"(char* y, const char* x, Py_ssize_t n)
     void fence "fastbn_fence"()
     void prefetch "fastbn_prefetch"(const void* x)
     void prefetch_once "fastbn_prefetch_once"(const void* x)
@@ -327,9 +328,10 @@ cdef inline void put(floating* y, pack z, bint stream) noexcept nogil:
 cdef inline void apply_packs(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n, pack p,
                              pack a, pack c, pack q, pack b, const double* numbers, Py_ssize_t width, bint pair,
                              bint third, int bend, bint stream) noexcept nogil:
-    """n >= width values in packs of that width; the last pack overlaps, and is computed before anything is stored.
+    """n >= width values in packs of that width, the second from where y is aligned to packs.
 
-    With ``stream``, y shares no memory with u, v and w, and a first pack overlaps as well, up to where y is aligned.
+    So the first pack overlaps the second, and the last the one before: every pack is computed before the one that precedes
+    it is stored, and y may be u, v or w. With ``stream`` y is aligned.
     """
     cdef Py_ssize_t _k
     cdef Py_ssize_t i = 0
@@ -337,19 +339,28 @@ cdef inline void apply_packs(const floating* u, const floating* v, const floatin
     cdef pack k0 = splat(numbers[0], p)
     cdef pack k1 = splat(numbers[1], p)
     cdef pack k2 = splat(numbers[2], p)
-    cdef pack last = scaled(<const pack*> (u + end), <const pack*> (v + end), <const pack*> (w + end), p, a, c, q, b,
-                            k0, k1, k2, pair, third, bend)
-    if stream:
+    cdef pack z = scaled(<const pack*> u, <const pack*> v, <const pack*> w, p, a, c, q, b, k0, k1, k2, pair, third, bend)
+    cdef pack after
+    if not stream:
         i = (width - <Py_ssize_t> (<size_t> y // sizeof(floating) % <size_t> width)) % width
+        if end < width:  # else the last would overlap the first as well
+            i = 0
         if i:
-            (<pack*> y)[0] = scaled(<const pack*> u, <const pack*> v, <const pack*> w, p, a, c, q, b, k0, k1, k2, pair,
-                                    third, bend)
-    for _k in range((n - i) // width):
-        put(y + i, scaled(<const pack*> (u + i), <const pack*> (v + i), <const pack*> (w + i), p, a, c, q, b, k0, k1,
-                          k2, pair, third, bend), stream)
+            after = scaled(<const pack*> (u + i), <const pack*> (v + i), <const pack*> (w + i), p, a, c, q, b, k0, k1, k2,
+                           pair, third, bend)
+            (<pack*> y)[0] = z
+            z = after
+    for _k in range((n - i) // width - 1):
+        after = scaled(<const pack*> (u + i + width), <const pack*> (v + i + width), <const pack*> (w + i + width), p, a, c,
+                       q, b, k0, k1, k2, pair, third, bend)
+        put(y + i, z, stream)
+        z = after
         i = i + width
-    if i < n:
-        (<pack*> (y + end))[0] = last
+    after = scaled(<const pack*> (u + end), <const pack*> (v + end), <const pack*> (w + end), p, a, c, q, b, k0, k1, k2,
+                   pair, third, bend)
+    put(y + i, z, stream)
+    if i < end:
+        (<pack*> (y + end))[0] = after
 
 
 cdef inline void run_as(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n, floating p,
