@@ -26,7 +26,7 @@ typedef struct {
     size_t size;
 } fastbn_block;
 
-static fastbn_block fastbn_kept[FASTBN_KEPT];
+static fastbn_block fastbn_kept_blocks[FASTBN_KEPT];
 static char fastbn_kept_lock;
 
 static inline size_t fastbn_rounded(size_t size) { return (size + FASTBN_ROUND - 1) / FASTBN_ROUND * FASTBN_ROUND; }
@@ -44,9 +44,9 @@ static void *fastbn_block_take(size_t size) {
     size = fastbn_rounded(size);
     fastbn_lock_kept();
     for (i = 0; i < FASTBN_KEPT && data == NULL; i++)
-        if (fastbn_kept[i].size == size) {
-            data = fastbn_kept[i].data;
-            fastbn_kept[i].size = 0;
+        if (fastbn_kept_blocks[i].size == size) {
+            data = fastbn_kept_blocks[i].data;
+            fastbn_kept_blocks[i].size = 0;
         }
     fastbn_unlock_kept();
     if (data != NULL)
@@ -83,11 +83,11 @@ static void fastbn_block_give(void *data) {
         return;
     }
     fastbn_lock_kept();
-    out = fastbn_kept[FASTBN_KEPT - 1]; /* the oldest goes */
+    out = fastbn_kept_blocks[FASTBN_KEPT - 1]; /* the oldest goes */
     for (i = FASTBN_KEPT - 1; i > 0; i--)
-        fastbn_kept[i] = fastbn_kept[i - 1];
-    fastbn_kept[0].data = data;
-    fastbn_kept[0].size = size;
+        fastbn_kept_blocks[i] = fastbn_kept_blocks[i - 1];
+    fastbn_kept_blocks[0].data = data;
+    fastbn_kept_blocks[0].size = size;
     fastbn_unlock_kept();
     if (out.size)
         fastbn_block_unmap(out.data);
