@@ -5,9 +5,9 @@ of the same length on every rank, and returns the vectors of all ranks, in rank 
 rank then puts the same rows together in the same order, so all of them get the same bits; how the vectors travelled
 does not matter.
 
-- Forward: a rank sends (count, mean, m2) of its part, 2 C + 1 numbers; they merge by Chan's formula. A rank whose values do
-  not all count alike sends a negative number for the count; then all ranks send their counts or sums of weights per channel
-  in a second round, C numbers.
+- Forward: a rank sends (count, mean, m2) of its part, 2 C + 1 numbers; they merge by Chan's formula. A rank whose
+  values do not all count alike sends a negative number for the count; then all ranks send their counts or sums of
+  weights per channel in a second round, C numbers.
 - Gradient: a rank sends (0, sum(dy), sum(dy * (x - mean))) of its part, 2 C + 1 numbers; they add up.
 
 A rank without data takes part like any other: it sends zeros. A rank whose arguments do not fit sends a count of -1
