@@ -196,6 +196,30 @@ def test_in_place_or_not(case, dtype):
         ref.assert_same_bits(again[1], variance)
 
 
+# A little more than what is stored past the caches, by runs that share lines of memory, and by rows.
+LARGE = (((43, 1001, 10, 10), 1), ((3, 7, 461, 461), 1), ((66_000, 67), -1))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("case", LARGE, ids=cases.name)
+def test_past_the_caches_or_through_them(case, dtype, activation):
+    """In place results are stored through the caches, others of this size past them."""
+    shape, axis = case
+    if dtype is np.float16:
+        shape = (2 * shape[0], *shape[1:])
+    rng = np.random.default_rng(8)
+    x, dy = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in "xy")
+    y, dx = (np.empty(x.size + 1, dtype)[1:].reshape(shape) for _ in "xy")  # not where a line begins
+    options = {"axis": axis, "training": True, "activation": activation}
+    _, cache = fastbn.batch_norm_forward(x, out=y, **options)
+    fastbn.batch_norm_backward(dy, cache, out=dx)
+    fastbn.batch_norm_backward(dy, cache, out=dy)
+    ref.assert_same_bits(dx, dy)
+    fastbn.batch_norm(x, out=x, **options)
+    ref.assert_same_bits(y, x)
+
+
 def test_run_after_run():
     for shape, axis in BIG:
         x, dy, gamma, beta = inputs(shape, axis, np.float32)
