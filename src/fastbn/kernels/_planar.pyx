@@ -33,6 +33,8 @@ from .weights cimport (
 cdef enum:
     TILE = 4096            # values of a part at most: two such runs of float32 fill a 32 KB first level cache
     GROUP = 64             # channels taken together at most: their lanes fill half of such a cache
+    IMAGES = 4             # whose runs of a channel are summed together, its lanes in registers,
+    SMALL_RUN = 512        # where they are of fewer values
     LONG_RUN = 1 << 16     # values; shorter neighbouring runs are summed together until they reach this
     FETCHED_RUN = 2048     # values; shorter runs end before the processor's own prefetching has paid
     FUSED_RUN = 4096       # values of operands that channels taken together for the fused pass have side by side, if they can
@@ -134,12 +136,16 @@ cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssiz
     return tile
 
 
-cdef inline void reduce_any(const Job* job, bint direct, const char* x, const char* x2, Py_ssize_t n, double p,
-                            double q, bint shifted, Py_ssize_t next_u, Py_ssize_t next_v, double* first, double* second,
-                            floating* tile) noexcept nogil:
-    """A run of any form into the lanes. Padding adds nothing: it is p, which *reduce* subtracts, or 0."""
+cdef inline void reduce_any(const Job* job, bint direct, const char* x, const char* x2, Py_ssize_t runs,
+                            Py_ssize_t n, double p, double q, bint shifted, Py_ssize_t next_u, Py_ssize_t next_v,
+                            double* first, double* second, floating* tile) noexcept nogil:
+    """A run of any form, or those of several images that need no staging, into the lanes.
+
+    Padding adds nothing: it is p, which *reduce* subtracts, or 0.
+    """
     cdef const floating* u = <const floating*> x
     cdef const floating* v = <const floating*> x2
+    cdef Py_ssize_t su = job.u.outer // <Py_ssize_t> sizeof(floating), sv = job.v.outer // <Py_ssize_t> sizeof(floating)
     next_u //= <Py_ssize_t> sizeof(floating)
     next_v //= <Py_ssize_t> sizeof(floating)
     if not direct:
@@ -149,14 +155,14 @@ cdef inline void reduce_any(const Job* job, bint direct, const char* x, const ch
         n = max(n, <Py_ssize_t> LANES)
     if shifted:
         if job.reads_pair:
-            reduce_run(u, v, n, p, q, True, True, next_u, next_v, first, second)
+            reduce_run(u, su, v, sv, runs, n, p, q, True, True, next_u, next_v, first, second)
         else:
-            reduce_run(u, u, n, p, p, False, True, next_u, next_v, first, second)
+            reduce_run(u, su, u, su, runs, n, p, p, False, True, next_u, next_v, first, second)
     elif floating is float:
         if job.reads_pair:
-            reduce_run(u, v, n, 0, 0, True, False, next_u, next_v, first, second)
+            reduce_run(u, su, v, sv, runs, n, 0, 0, True, False, next_u, next_v, first, second)
         else:
-            reduce_run(u, u, n, 0, 0, False, False, next_u, next_v, first, second)
+            reduce_run(u, su, u, su, runs, n, 0, 0, False, False, next_u, next_v, first, second)
 
 
 cdef inline void apply_any(const Job* job, bint direct, const char* x, const char* x2, const char* x3, char* y,
@@ -246,7 +252,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef const char* w
     cdef char* g
     cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
-    cdef Py_ssize_t c, n, i, m, next_u, next_v, step_u
+    cdef Py_ssize_t c, n, i, m, next_u, next_v, step_u, images, most = 1
     if converts:
         together = side_by_side(&job.u, s1 - s0)
         if job.reads_pair:
@@ -266,7 +272,11 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     direct = ready(&near.u, s1 - s0, buffer) and (not job.reads_pair or ready(&near.v, s1 - s0, buffer))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
-    for n in range(n0, n1):
+    if direct and not converts and not job.gated and s1 - s0 < SMALL_RUN:
+        most = IMAGES
+    n = n0
+    while n < n1:
+        images = min(most, n1 - n)
         c = 0
         while c < c1 - c0:
             m = min(c1 - c0 - c, together)
@@ -290,11 +300,12 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                         g = at(&job.kept, n, c0 + i, s0)
                     gate_run(&gate, gate_direct, u, w if job.by_output else v, w, g, s1 - s0, gates + c0 + i,
                              scratch)
-                reduce_any(&near, direct, g, v, s1 - s0, p[i], q[i], shifted, next_u + (u - g), next_v, first + i * LANES,
-                           second + i * LANES, scratch)
+                reduce_any(&near, direct, g, v, images, s1 - s0, p[i], q[i], shifted, next_u + (u - g), next_v,
+                           first + i * LANES, second + i * LANES, scratch)
                 u += step_u
                 v += near.v.channel
             c += m
+        n += images
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         part[0] = fold(first + c * LANES)
@@ -370,7 +381,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
             if marks == NULL and not job.omits:
                 u = stage(&job.u, x, length, <floating> p[c], buffer)
                 counts[c] += length
-                reduce_any(job, True, <const char*> u, <const char*> u, m, p[c], p[c], shifted,
+                reduce_any(job, True, <const char*> u, <const char*> u, 1, m, p[c], p[c], shifted,
                            to_next(job, k, c, c1 - c0, x, u), 0, first + c * LANES, second + c * LANES, buffer)
             else:
                 u = stage(&job.u, x, length, pad, buffer)
@@ -504,7 +515,7 @@ cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 hide(u, v, <const float*> w, length, job.omits, hidden_u, hidden_v)
             padded(hidden_u, length, 0)
             m = padded(hidden_v, length, 0)
-            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, m, 0, q[c], True, 0, 0,
+            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, 1, m, 0, q[c], True, 0, 0,
                        first + c * LANES, second + c * LANES, buffer)
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2

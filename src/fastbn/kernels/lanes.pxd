@@ -113,14 +113,14 @@ cdef inline vd relative(const floating* x, vd shift, bint shifted) noexcept nogi
     return widen(x)
 
 
-cdef inline void reduce_run(const floating* u, const floating* v, Py_ssize_t n, double p, double q, bint pair,
-                            bint shifted, Py_ssize_t next_u, Py_ssize_t next_v, double* first,
+cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t runs, Py_ssize_t n,
+                            double p, double q, bint pair, bint shifted, Py_ssize_t next_u, Py_ssize_t next_v, double* first,
                             double* second) noexcept nogil:
-    """Add a run of n >= LANES values of one channel to LANES pairs of sums.
+    """Add runs of n >= LANES values of one channel, su and sv values apart, to LANES pairs of sums.
 
-    The run that comes next, so many values further on, is fetched meanwhile: the processor's own prefetching would
+    The runs that come next, so many values further on, are fetched meanwhile: the processor's own prefetching would
     start anew with every run.
-    The last chunk overlaps the one before; values that were added already are masked.
+    The last chunk of a run overlaps the one before; values that were added already are masked.
     """
     cdef vd s[ND]
     cdef vd t[ND]
@@ -128,28 +128,31 @@ cdef inline void reduce_run(const floating* u, const floating* v, Py_ssize_t n, 
     cdef vd dv
     cdef vd ps = splat_d(p)
     cdef vd qs = splat_d(q)
-    cdef Py_ssize_t i, j, k, rest = n % LANES
+    cdef Py_ssize_t i, j, k, r, rest = n % LANES
     cdef const int64_t* mask = last_masks + rest
     for j in range(ND):
         s[j] = (<vd*> first)[j]
         t[j] = (<vd*> second)[j]
-    for k in range(n // LANES):
-        i = k * LANES
-        prefetch(u + next_u + i)
-        if pair:
-            prefetch(v + next_v + i)
-        for j in range(ND):
-            du = relative(u + i + j * VD, ps, shifted)
-            add_pack(s + j, t + j, du, relative(v + i + j * VD, qs, shifted) if pair else du, shifted)
-    if rest:
-        i = n - LANES
-        for j in range(ND):
-            if (j + 1) * VD > LANES - rest:
-                du = masked(relative(u + i + j * VD, ps, shifted), mask + j * VD)
-                dv = du
-                if pair:
-                    dv = masked(relative(v + i + j * VD, qs, shifted), mask + j * VD)
-                add_pack(s + j, t + j, du, dv, shifted)
+    for r in range(runs):
+        for k in range(n // LANES):
+            i = k * LANES
+            prefetch(u + next_u + i)
+            if pair:
+                prefetch(v + next_v + i)
+            for j in range(ND):
+                du = relative(u + i + j * VD, ps, shifted)
+                add_pack(s + j, t + j, du, relative(v + i + j * VD, qs, shifted) if pair else du, shifted)
+        if rest:
+            i = n - LANES
+            for j in range(ND):
+                if (j + 1) * VD > LANES - rest:
+                    du = masked(relative(u + i + j * VD, ps, shifted), mask + j * VD)
+                    dv = du
+                    if pair:
+                        dv = masked(relative(v + i + j * VD, qs, shifted), mask + j * VD)
+                    add_pack(s + j, t + j, du, dv, shifted)
+        u += su
+        v += sv
     for j in range(ND):
         (<vd*> first)[j] = s[j]
         (<vd*> second)[j] = t[j]
