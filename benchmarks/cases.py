@@ -10,6 +10,7 @@ MOMENTUM = 0.99
 # (batch, channels, *spatial): how the values lie in memory is the layout's matter.
 SHAPES = {
     "conv2": (32, 64, 56, 56),
+    "conv4": (32, 1024, 14, 14),
     "conv5": (32, 512, 7, 7),
     "rgb": (16, 3, 224, 224),
     "dense": (1024, 512),

@@ -63,6 +63,7 @@ ROWS = ("interleaved",)
 CASES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "conv2": ((32, 64, 56, 56), BOTH),
     "conv3": ((32, 256, 28, 28), BOTH),
+    "conv4": ((32, 1024, 14, 14), BOTH),  # planar: larger than a cache, and planes that share lines of memory
     "conv5": ((32, 512, 7, 7), BOTH),
     "wide": ((8, 64, 112, 112), BOTH),
     "single": ((1, 64, 56, 56), BOTH),

@@ -88,7 +88,7 @@ class Bandwidth:
 class Limits:
     """The time of an operation in times of what the machine needs merely to move its data. 1 is the best there is."""
 
-    params = (OPERATIONS, LAYOUTS, ["conv2", "conv5", "rgb", "table"])
+    params = (OPERATIONS, LAYOUTS, ["conv2", "conv4", "conv5", "rgb", "table"])
     param_names = ("operation", "layout", "shape")
     seconds = 0.3
 
