@@ -128,12 +128,12 @@ cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v,
     cdef vd dv
     cdef vd ps = splat_d(p)
     cdef vd qs = splat_d(q)
-    cdef Py_ssize_t i, j, k, r, rest = n % LANES
+    cdef Py_ssize_t i, j, k, _r, rest = n % LANES
     cdef const int64_t* mask = last_masks + rest
     for j in range(ND):
         s[j] = (<vd*> first)[j]
         t[j] = (<vd*> second)[j]
-    for r in range(runs):
+    for _r in range(runs):
         for k in range(n // LANES):
             i = k * LANES
             prefetch(u + next_u + i)
