@@ -115,7 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("old", metavar="FOLDER", help="where the build to compare with is installed")
     parser.add_argument("--new", default="", metavar="FOLDER", help="default: the fastbn that is installed here")
     parser.add_argument("--ops", default="train,inference,backward", metavar="A,B", help=", ".join(ENTRIES))
-    parser.add_argument("--cases", default="conv2,conv4,conv5,rgb,mlp512,table10,tiny", metavar="A,B", help=", ".join(CASES))
+    parser.add_argument(
+        "--cases", default="conv2,conv4,conv5,rgb,mlp512,table10,tiny", metavar="A,B", help=", ".join(CASES)
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each build on each row")
     parser.add_argument("--pairs", type=int, default=10, help="of processes")
     parser.add_argument("--threshold", type=float, default=1.1, help="ratio above which a row has become slower")
