@@ -220,6 +220,24 @@ def test_past_the_caches_or_through_them(case, dtype, activation):
     ref.assert_same_bits(y, x)
 
 
+@pytest.mark.parametrize("weights", [None, "position"])
+def test_past_the_caches_into_rows_of_whole_lines(weights):
+    """Planes whose last segment is whole lines long, of which those before are not, in an array whose rows are."""
+    shape, width = (8, 82, 6401), 6416
+    rng = np.random.default_rng(9)
+    x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in "xy")
+    w = rng.random((8, 6401), np.float32) if weights else None
+    memory = np.empty(2 * shape[0] * shape[1] * width + 16, np.float32)
+    memory = memory[-memory.ctypes.data % 64 // 4 :]
+    y, dx = memory[: 2 * shape[0] * shape[1] * width].reshape(2, *shape[:2], width)[..., : shape[2]]
+    _, cache = fastbn.batch_norm_forward(x, axis=1, training=True, sample_weight=w, out=y)
+    fastbn.batch_norm_backward(dy, cache, out=dx)
+    fastbn.batch_norm_backward(dy, cache, out=dy)
+    ref.assert_same_bits(dx, dy)
+    fastbn.batch_norm(x, axis=1, training=True, sample_weight=w, out=x)
+    ref.assert_same_bits(y, x)
+
+
 def test_run_after_run():
     for shape, axis in BIG:
         x, dy, gamma, beta = inputs(shape, axis, np.float32)

@@ -654,17 +654,18 @@ cdef struct Runs:
     Job gate
 
 
-cdef inline bint shares_lines(const Operand* operand, Py_ssize_t length) noexcept nogil:
-    """Whether runs start or end within a line of a cache."""
-    return (<Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel | length * operand.size) % LINE != 0
+cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t length) noexcept nogil:
+    """Whether runs of that length, of planes that may be cut, start or end within a line of a cache."""
+    cdef Py_ssize_t places = <Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel
+    return (places | (k.length | length) * operand.size) % LINE != 0
 
 
-cdef void prepare(const Job* job, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
+cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
     cdef bint whole = job.y.inner == job.y.size and length >= LANES
     r.length = length
     r.near = job[0]
     r.reads_v = job.writes_pair or job.gated
-    r.gathers = job.streams and whole and shares_lines(&job.y, length)
+    r.gathers = job.streams and whole and shares_lines(&job.y, k, length)
     r.converts = r.gathers or not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not r.reads_v)
                                    and (is_native(&job.w) or not job.form.third))
     r.together = job.channels
@@ -685,7 +686,7 @@ cdef void prepare(const Job* job, Py_ssize_t length, Runs* r, const floating* ty
         r.near.w = staged(&job.w, length, typed)
         r.near.y = in_tile(length, typed) if r.gathers else staged(&job.y, length, typed)
         r.near.streams = job.streams and is_native(&job.y) and not r.gathers
-    elif job.streams and shares_lines(&job.y, length):
+    elif job.streams and shares_lines(&job.y, k, length):
         r.near.streams = False
     r.step_u = r.near.u.channel
     r.gate_direct = False
@@ -742,8 +743,8 @@ cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0,
         c += m
 
 
-cdef void apply_weighted_runs(const Job* job, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
-                              const floating* table, floating* buffer) noexcept nogil:
+cdef void apply_weighted_runs(const Job* job, const Cut* k, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1,
+                              Py_ssize_t s0, const floating* table, floating* buffer) noexcept nogil:
     """`apply_runs` of a gradient whose third operand are weights."""
     cdef Job near = job[0]
     cdef floating* weights = buffer + 2 * TILE
@@ -756,7 +757,7 @@ cdef void apply_weighted_runs(const Job* job, Py_ssize_t length, Py_ssize_t n, P
     near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
     if not is_native(&job.y):
         near.w.kind = FLOAT
-    near.streams = job.streams and not shares_lines(&job.y, length)
+    near.streams = job.streams and not shares_lines(&job.y, k, length)
     for c in range(c0, c1):
         if unstaged:
             w = weights_at(&job.weights, n, c, s0)
@@ -801,10 +802,10 @@ cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_
         m = min(c1 - c, last - piece) if k.segments == 1 else 1
         length = min(k.length, job.inner - s0)
         if weighted:
-            apply_weighted_runs(job, length, n, c, c + m, s0, table, buffer)
+            apply_weighted_runs(job, k, length, n, c, c + m, s0, table, buffer)
         else:
             if runs.length != length:
-                prepare(job, length, &runs, table)
+                prepare(job, k, length, &runs, table)
             apply_runs(job, &runs, n, c, c + m, s0, table, buffer)
         piece += m
 
