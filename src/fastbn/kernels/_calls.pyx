@@ -282,13 +282,14 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     cdef Job job
     cdef cnp.ndarray source, target, dgamma, dbeta
     cdef Py_ssize_t bytes
-    cdef double[2 * ON_STACK] sums
+    cdef double[2 * ON_STACK] on_stack
+    cdef double* sums = on_stack
     cdef Parameter scale, shift
     if not (is_plain(x) and is_real(<cnp.ndarray> x) and is_like(dy, <cnp.ndarray> x)):
         return None
     memset(&job, 0, sizeof(job))
     source = <cnp.ndarray> x
-    if not set_shape(&job, source, axis) or job.channels > ON_STACK:
+    if not set_shape(&job, source, axis):
         return None
     if not (bind(&job.gamma, gamma, job.channels) and bind(&job.mean, mean, job.channels)
             and bind(&job.variance, variance, job.channels)):
@@ -309,11 +310,19 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
             return None
     job.operation = FROZEN if frozen else GRADIENT
     job.epsilon = epsilon
-    job.first, job.second = sums, sums + ON_STACK
-    carry_out(&job, cnp.PyArray_ITEMSIZE(source) == 8, threads, serial)
     dgamma = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.PyArray_TYPE(source), 0)
     dbeta = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.PyArray_TYPE(source), 0)
     bind(&scale, dgamma, job.channels)
     bind(&shift, dbeta, job.channels)
-    to_parameter_gradients(&job, &scale, &shift)
+    if job.channels > ON_STACK:
+        sums = <double*> malloc(2 * job.channels * sizeof(double))
+        if sums == NULL:
+            raise MemoryError
+    job.first, job.second = sums, sums + job.channels
+    try:
+        carry_out(&job, cnp.PyArray_ITEMSIZE(source) == 8, threads, serial)
+        to_parameter_gradients(&job, &scale, &shift)
+    finally:
+        if sums != on_stack:
+            free(sums)
     return target, dgamma, dbeta

@@ -36,6 +36,8 @@ from .weights cimport (
 cdef enum:
     BLOCK = 131072     # values of a block of rows: what a block costs beside its values is then less than a tenth
     MIN_ROWS = 128     # of a block, however wide
+    SHARED = 32768     # values; of more, there are
+    EVEN = 4           # tasks or a multiple, so that threads have as much to do as one another
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together
     LARGE = 1 << 20    # values: what is larger is not in a second level cache
@@ -52,20 +54,26 @@ cdef inline Py_ssize_t whole(Py_ssize_t n) noexcept nogil:
     return (n + LANES - 1) // LANES * LANES
 
 
-cdef struct Cut:
-    Py_ssize_t positions   # per row: k
-    Py_ssize_t columns     # of a row
-    Py_ssize_t padded      # from one table of coefficients to the next
-    Py_ssize_t rows        # full rows
-    Py_ssize_t rest        # columns of the last, partial row
-    Py_ssize_t height      # rows of a block
-    Py_ssize_t step        # rows summed while the sums of some columns are in registers
-    Py_ssize_t apply_step  # rows scaled while the coefficients of some columns are in registers
-    bint in_order          # row after row instead
-    Py_ssize_t ahead       # rows that are fetched in advance
-    Py_ssize_t blocks      # the partial row is one more
+cdef struct Grid:
+    # How a pass is cut into tasks.
+    Py_ssize_t height  # rows of a block
+    Py_ssize_t blocks  # the partial row is one more
+    Py_ssize_t chunk   # columns of a task
     Py_ssize_t chunks
-    Py_ssize_t wave        # tasks between two looks for signals
+    Py_ssize_t step    # rows taken together
+    Py_ssize_t wave    # tasks between two looks for signals
+
+
+cdef struct Cut:
+    Py_ssize_t positions  # per row: k
+    Py_ssize_t columns    # of a row
+    Py_ssize_t padded     # from one table of coefficients to the next
+    Py_ssize_t rows       # full rows
+    Py_ssize_t rest       # columns of the last, partial row
+    Py_ssize_t ahead      # rows that are fetched in advance
+    bint large            # y is in no second level cache
+    Grid sums
+    Grid results
 
 
 cdef Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept nogil:
@@ -78,25 +86,45 @@ cdef Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept
     return k if outer >= FEW * k else 1
 
 
+cdef Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk) noexcept nogil:
+    cdef Grid g
+    g.height = height
+    g.blocks = (k.rows + height - 1) // height + (1 if k.rest else 0)
+    g.chunk = chunk
+    g.chunks = (k.columns + chunk - 1) // chunk
+    # Sums of some columns are in registers for so many rows; so many are staged together.
+    g.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, AHEAD // chunk))
+    g.wave = max(<Py_ssize_t> 1, WAVE // (height * chunk))
+    return g
+
+
 cdef Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t columns = job.channels * job.inner
+    cdef Py_ssize_t height, blocks, chunk
     k.positions = positions_per_row(job.outer, columns)
     k.columns = k.positions * columns
     # Never a power of two: five tables at the same place of a page would drive one another, and data, out of a cache.
     k.padded = whole(k.columns) + 5 * LANES
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
-    k.height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
-    k.chunks = (k.columns + CHUNK - 1) // CHUNK
-    k.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, AHEAD // min(k.columns, <Py_ssize_t> CHUNK)))
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would already
-    # drive one another out of a first level cache. None are fetched, and *apply*, which has no sums to keep, takes two.
+    # drive one another out of a first level cache. None are fetched.
     k.ahead = AHEAD // k.columns
-    k.apply_step = k.step if k.chunks == 1 else 2
-    k.in_order = job.outer * columns >= LARGE and is_native(&job.y)  # memory takes stores best in order
-    k.blocks = (k.rows + k.height - 1) // k.height + (1 if k.rest else 0)
-    k.wave = max(<Py_ssize_t> 1, WAVE // (k.height * min(k.columns, <Py_ssize_t> CHUNK)))
+    k.large = job.outer * columns >= LARGE and is_native(&job.y)
+    height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
+    chunk = min(k.columns, <Py_ssize_t> CHUNK)
+    if k.rows * k.columns < SHARED:
+        k.sums = k.results = grid(&k, height, chunk)
+        return k
+    blocks = (k.rows + height * EVEN - 1) // (height * EVEN) * EVEN
+    height = max(<Py_ssize_t> MIN_ROWS, (k.rows + blocks - 1) // blocks)
+    k.sums = k.results = grid(&k, height, chunk)
+    blocks = (k.rows + height - 1) // height
+    if blocks < EVEN:
+        # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
+        k.sums = grid(&k, height, max(<Py_ssize_t> PIECE, min(chunk, whole((k.columns * blocks + EVEN - 1) // EVEN))))
+        k.results = grid(&k, (k.rows + EVEN - 1) // EVEN, chunk)
     return k
 
 
@@ -105,13 +133,13 @@ cdef struct Tile:
     Py_ssize_t row, rows, column, columns
 
 
-cdef Tile tile_of(const Cut* k, Py_ssize_t task) noexcept nogil:
+cdef Tile tile_of(const Cut* k, const Grid* g, Py_ssize_t task) noexcept nogil:
     cdef Tile t
-    t.row = task // k.chunks * k.height
-    t.rows = min(k.height, k.rows - t.row)
-    t.column = task % k.chunks * CHUNK
-    t.columns = min(k.columns - t.column, <Py_ssize_t> CHUNK)
-    if k.rest and task // k.chunks == k.blocks - 1:
+    t.row = task // g.chunks * g.height
+    t.rows = min(g.height, k.rows - t.row)
+    t.column = task % g.chunks * g.chunk
+    t.columns = min(k.columns - t.column, g.chunk)
+    if k.rest and task // g.chunks == g.blocks - 1:
         t.row = k.rows
         t.rows = 1
         t.columns = max(<Py_ssize_t> 0, min(t.columns, k.rest - t.column))
@@ -182,10 +210,10 @@ cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, b
 
 
 cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, Py_ssize_t rows,
-                Py_ssize_t columns, bint in_order, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
+                Py_ssize_t columns, bint large, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
     """*apply* to views. Not inline: its many forms are compiled once, whoever calls it."""
     apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride,
-               <floating*> y.data, y.stride, rows, columns, in_order, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
+               <floating*> y.data, y.stride, rows, columns, large, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
                form, stream)
 
 
@@ -328,15 +356,15 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
     cdef View u
     cdef View marks
     marks.data, marks.stride = NULL, 0
-    memset(total, 0, CHUNK * sizeof(double))
-    memset(first, 0, CHUNK * sizeof(double))
-    memset(second, 0, CHUNK * sizeof(double))
+    memset(total, 0, whole(t.columns) * sizeof(double))
+    memset(first, 0, whole(t.columns) * sizeof(double))
+    memset(second, 0, whole(t.columns) * sizeof(double))
     memset(counts, 0, sizeof(counts))
     for r in range(STEP):
         chosen[r] = r
-    for step in range((t.rows + k.step - 1) // k.step):
-        r = step * k.step
-        picked = rows = min(k.step, t.rows - r)
+    for step in range((t.rows + k.sums.step - 1) // k.sums.step):
+        r = step * k.sums.step
+        picked = rows = min(k.sums.step, t.rows - r)
         if per_row:
             picked = choose_rows(job, t.row + r, rows, chosen, ws, NULL)
             one += picked
@@ -382,15 +410,15 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
     cdef bint inside, direct
     cdef View u, w
     cdef double one = 0
-    memset(total, 0, CHUNK * sizeof(double))
-    memset(first, 0, CHUNK * sizeof(double))
-    memset(second, 0, CHUNK * sizeof(double))
-    for j in range(CHUNK):
+    memset(total, 0, whole(t.columns) * sizeof(double))
+    memset(first, 0, whole(t.columns) * sizeof(double))
+    memset(second, 0, whole(t.columns) * sizeof(double))
+    for j in range(whole(t.columns)):
         pad[j] = <floating> p[j]
     w.data, w.stride = <char*> ws, 0
-    for step in range((t.rows + k.step - 1) // k.step):
-        r = step * k.step
-        picked = rows = min(k.step, t.rows - r)
+    for step in range((t.rows + k.sums.step - 1) // k.sums.step):
+        r = step * k.sums.step
+        picked = rows = min(k.sums.step, t.rows - r)
         if not each:
             picked = choose_rows(job, t.row + r, rows, chosen, ws, largest_weight)
             for i in range(picked):
@@ -443,12 +471,12 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
     cdef Py_ssize_t j, r, i, rows, n, m, step
     cdef bint inside
     cdef View u, v, w, x, y
-    memset(first, 0, CHUNK * sizeof(double))
-    memset(second, 0, CHUNK * sizeof(double))
+    memset(first, 0, whole(t.columns) * sizeof(double))
+    memset(second, 0, whole(t.columns) * sizeof(double))
     w.data, w.stride = NULL, 0
-    for step in range((t.rows + k.step - 1) // k.step):
-        r = step * k.step
-        rows = min(k.step, t.rows - r)
+    for step in range((t.rows + k.sums.step - 1) // k.sums.step):
+        r = step * k.sums.step
+        rows = min(k.sums.step, t.rows - r)
         j = 0
         while j < t.columns:
             inside = j < width
@@ -475,7 +503,7 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
 
 cdef inline double* place_of_largest(const Cut* k, Py_ssize_t task, double* parts) noexcept nogil:
     """Where the largest weight of a task is."""
-    return parts + 3 * k.blocks * k.columns + task
+    return parts + 3 * k.sums.blocks * k.columns + task
 
 
 cdef void count_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, bint selects, double* total,
@@ -489,19 +517,20 @@ cdef void count_tile(const Job* job, const Cut* k, const Tile* t, const double* 
 
 cdef void count_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* typed) noexcept nogil:
     """`reduce_block` of moments of values that do not all count alike; the weights of parts lie behind their sums."""
-    cdef Tile t = tile_of(k, task)
-    cdef double p[CHUNK]
-    cdef double total[CHUNK]
-    cdef double first[CHUNK]
-    cdef double second[CHUNK]
+    cdef Tile t = tile_of(k, &k.sums, task)
+    cdef double room[4 * CHUNK + LANES]
+    cdef double* p = aligned(<double*> room)
+    cdef double* total = p + CHUNK
+    cdef double* first = total + CHUNK
+    cdef double* second = first + CHUNK
     cdef bint far[CHUNK]
     cdef bint again = False, selects = False
-    cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
+    cdef double* part = parts + task // k.sums.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
-    cdef double* totals = parts + (2 * k.blocks + task // k.chunks) * k.columns + t.column
+    cdef double* totals = parts + (2 * k.sums.blocks + task // k.sums.chunks) * k.columns + t.column
     cdef double most = 0
     cdef Py_ssize_t j
-    memset(p, 0, sizeof(p))
+    memset(p, 0, whole(t.columns) * sizeof(double))
     count_tile(job, k, &t, p, False, False, total, first, second, &most, typed)
     if job.weights.unchecked:
         place_of_largest(k, task, parts)[0] = most
@@ -530,7 +559,7 @@ cdef bint are_fit(const Cut* k, double* parts) noexcept nogil:
     """Whether all weights are such that their sums mean something."""
     cdef double most = 0
     cdef Py_ssize_t task
-    for task in range(k.blocks * k.chunks):
+    for task in range(k.sums.blocks * k.sums.chunks):
         most = larger(most, place_of_largest(k, task, parts)[0])
     return fits(most)
 
@@ -538,8 +567,9 @@ cdef bint are_fit(const Cut* k, double* parts) noexcept nogil:
 cdef void hide_block(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, double* part,
                      double* squares, const floating* typed) noexcept nogil:
     """Sum the columns again whose plain sums are not finite, now without what is missing; where NaN is, all of them."""
-    cdef double first[CHUNK]
-    cdef double second[CHUNK]
+    cdef double room[2 * CHUNK + LANES]
+    cdef double* first = aligned(<double*> room)
+    cdef double* second = first + CHUNK
     cdef bint again = job.omits
     cdef Py_ssize_t j
     for j in range(t.columns):
@@ -570,11 +600,11 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
     cdef Py_ssize_t j, r, rows, n, m, step
     cdef bint inside
     cdef View u, v
-    memset(first, 0, CHUNK * sizeof(double))
-    memset(second, 0, CHUNK * sizeof(double))
-    for step in range((t.rows + k.step - 1) // k.step):
-        r = step * k.step
-        rows = min(k.step, t.rows - r)
+    memset(first, 0, whole(t.columns) * sizeof(double))
+    memset(second, 0, whole(t.columns) * sizeof(double))
+    for step in range((t.rows + k.sums.step - 1) // k.sums.step):
+        r = step * k.sums.step
+        rows = min(k.sums.step, t.rows - r)
         j = 0
         while j < t.columns:
             inside = j < width
@@ -605,23 +635,24 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
 
 cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* gates) noexcept nogil:
     """A task's columns to its parts, lying as [block][first, second][column]."""
-    cdef Tile t = tile_of(k, task)
-    cdef double p[CHUNK]
-    cdef double q[CHUNK]
-    cdef double first[CHUNK]
-    cdef double second[CHUNK]
+    cdef Tile t = tile_of(k, &k.sums, task)
+    cdef double room[4 * CHUNK + LANES]
+    cdef double* p = aligned(<double*> room)
+    cdef double* q = p + CHUNK
+    cdef double* first = q + CHUNK
+    cdef double* second = first + CHUNK
     cdef bint far[CHUNK]
     cdef bint again = False
     cdef Job rest
-    cdef double* part = parts + task // k.chunks * 2 * k.columns + t.column
+    cdef double* part = parts + task // k.sums.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
     cdef Py_ssize_t j, c, s
     if job.weighs and not job.reads_pair:
         count_block(job, k, task, parts, gates)
         return
-    memset(p, 0, sizeof(p))
-    memset(q, 0, sizeof(q))
+    memset(p, 0, whole(t.columns) * sizeof(double))
+    memset(q, 0, whole(t.columns) * sizeof(double))
     if floating is double and not job.reads_pair:
         for j in range(t.columns):
             p[j] = (<const floating*> (u0 + offset(job, &job.u, t.column + j)))[0]
@@ -672,7 +703,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
                       const floating* gates) noexcept nogil:
-    cdef Tile t = tile_of(k, task)
+    cdef Tile t = tile_of(k, &k.results, task)
     cdef floating room[4 * STAGED + LANES]
     cdef floating* ub = aligned(room)
     cdef floating* vb = ub + STAGED
@@ -691,15 +722,18 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
     if job.form.third and not dense_w and not weighted:
         most = PIECE
-    cdef Py_ssize_t j, r, rows, n, step
+    cdef Py_ssize_t j, r, rows, n, step, high = k.results.step
     # Rows of y that start at whole lanes can be stored past the caches.
     cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
                          and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
     cdef bint inside, direct
     cdef View u, v, w, y
-    for step in range((t.rows + k.apply_step - 1) // k.apply_step):
-        r = step * k.apply_step
-        rows = min(k.apply_step, t.rows - r)
+    if (direct_u and direct_y and not job.gated and (direct_v or not reads_v) and (direct_w or not job.form.third)
+            and t.columns == width):
+        high = t.rows  # nothing is staged
+    for step in range((t.rows + high - 1) // high):
+        r = step * high
+        rows = min(high, t.rows - r)
         j = 0
         while j < t.columns:
             inside = j < width
@@ -719,7 +753,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
             elif job.form.third:
                 w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.in_order, table + t.column + j, k.padded,
+            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large, table + t.column + j, k.padded,
                   streams and direct)
             if not direct:
                 unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
@@ -732,13 +766,13 @@ cdef void merge_blocks(const Job* job, const Cut* k, Py_ssize_t j0, Py_ssize_t j
     """Columns j0..j1 of the parts of all blocks, in order, into the first."""
     cdef double* part
     cdef Py_ssize_t block, width
-    cdef double count, done = min(k.height, k.rows)
-    cdef double* totals = parts + 2 * k.blocks * k.columns
-    for block in range(1, k.blocks):
+    cdef double count, done = min(k.sums.height, k.rows)
+    cdef double* totals = parts + 2 * k.sums.blocks * k.columns
+    for block in range(1, k.sums.blocks):
         part = parts + block * 2 * k.columns
         width = j1 - j0
-        count = min(k.height, k.rows - block * k.height)
-        if k.rest and block == k.blocks - 1:
+        count = min(k.sums.height, k.rows - block * k.sums.height)
+        if k.rest and block == k.sums.blocks - 1:
             width = min(width, k.rest - j0)
             count = 1
         if job.reads_pair:
@@ -755,7 +789,7 @@ cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c, const double*
     """The columns of a channel, in order, to job.first[c] and job.second[c]."""
     cdef Py_ssize_t i, s, j
     cdef double count, done = 0
-    cdef const double* totals = parts + 2 * k.blocks * k.columns
+    cdef const double* totals = parts + 2 * k.sums.blocks * k.columns
     for i in range(k.positions):
         for s in range(job.inner):
             j = (i * job.channels + c) * job.inner + s
@@ -822,10 +856,11 @@ cdef void do_tasks(const Job* job, const Cut* k, Py_ssize_t begin, Py_ssize_t en
 cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* table,
                    const floating* gates) noexcept nogil:
     """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between."""
-    cdef Py_ssize_t tasks = k.blocks * k.chunks, begin = 0, end, share
+    cdef const Grid* g = &k.sums if parts != NULL else &k.results
+    cdef Py_ssize_t tasks = g.blocks * g.chunks, begin = 0, end, share
     cdef int threads = job.threads
     while begin < tasks:
-        end = min(begin + k.wave, tasks)
+        end = min(begin + g.wave, tasks)
         if threads == 1:  # a team of one would cost more than a small call
             do_tasks(job, k, begin, end, parts, table, gates)
         else:
@@ -864,15 +899,15 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef int status = NO_MEMORY
-    cdef Py_ssize_t sums = k.blocks * k.columns * (3 if job.weighs else 2) + k.blocks * k.chunks * job.weights.unchecked
+    cdef Py_ssize_t sums = k.sums.blocks * k.columns * (3 if job.weighs else 2) + k.sums.blocks * k.sums.chunks * job.weights.unchecked
     cdef double* parts = <double*> malloc(sums * sizeof(double)) if job.reduces else NULL
-    cdef Py_ssize_t size = 5 * (k.padded + job.channels)  # of a table; a second one is of the gate
+    cdef Py_ssize_t size = 5 * (k.padded + whole(job.channels))  # of a table; a second one is of the gate
     cdef floating* table = NULL
     cdef bint tabulates = job.applies or job.gated
     if tabulates:
-        table = <floating*> malloc((2 * size if job.gated else size) * sizeof(floating))
+        table = <floating*> malloc(((2 * size if job.gated else size) + LANES) * sizeof(floating))
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
-        status = do_steps(job, &k, parts, table, table + size if job.gated else NULL)
+        status = do_steps(job, &k, parts, aligned(table), aligned(table) + size if job.gated else NULL)
     free(parts)
     free(table)
     return status

@@ -235,8 +235,9 @@ cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_
 cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
                    const double* q, bint shifted, double* parts, const floating* gates, floating* buffer) noexcept nogil:
     """Both sums of one tile of channels c0..c1 to their parts, lying as [channel][tile](first, second)."""
-    cdef double first[GROUP * LANES]
-    cdef double second[GROUP * LANES]
+    cdef double sums[(2 * GROUP + 1) * LANES]
+    cdef double* first = aligned(<double*> sums)
+    cdef double* second = first + GROUP * LANES
     cdef double* part
     cdef Py_ssize_t n0 = tile // k.segments * k.images
     cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
@@ -341,8 +342,9 @@ cdef inline Py_ssize_t to_next(const Job* job, const Cut* k, Py_ssize_t c, Py_ss
 cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
                     bint shifted, double* parts, floating* buffer) noexcept nogil:
     """`sum_tile` of values that count or do not, in moments."""
-    cdef double first[GROUP * LANES]
-    cdef double second[GROUP * LANES]
+    cdef double sums[(2 * GROUP + 1) * LANES]
+    cdef double* first = aligned(<double*> sums)
+    cdef double* second = first + GROUP * LANES
     cdef Py_ssize_t counts[GROUP]
     cdef mark room[TILE + LANES]
     cdef double* part
@@ -410,8 +412,9 @@ cdef const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, 
 cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
                      bint shifted, bint selects, double* parts, floating* buffer) noexcept nogil:
     """`sum_tile` of values that have weights, in moments."""
-    cdef double sums[3 * GROUP * LANES]
+    cdef double sums_room[(3 * GROUP + 1) * LANES]
     cdef double room[TILE + LANES]
+    cdef double* sums = aligned(<double*> sums_room)
     cdef double* weights = aligned(<double*> room)
     cdef double* first = sums + GROUP * LANES
     cdef double* second = first + GROUP * LANES
@@ -480,8 +483,9 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
 cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* q,
                     double* parts, floating* buffer) noexcept nogil:
     """`sum_tile` of a gradient without what is missing."""
-    cdef double first[GROUP * LANES]
-    cdef double second[GROUP * LANES]
+    cdef double sums[(2 * GROUP + 1) * LANES]
+    cdef double* first = aligned(<double*> sums)
+    cdef double* second = first + GROUP * LANES
     cdef double room[TILE + LANES]
     cdef double* weights = aligned(<double*> room)
     cdef double* part

@@ -446,67 +446,62 @@ cdef inline void apply_run(const floating* u, const floating* v, const floating*
         run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, SMOOTH, False)
 
 
-cdef inline void apply_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
-                               Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p,
-                               const floating* a, const floating* c, const floating* q, const floating* b,
-                               const double* numbers, Py_ssize_t width, bint pair, bint third, int bend, bint stream,
-                               pack* ps) noexcept nogil:
-    """LANES columns of some rows, in packs of that width; ps is room for one coefficient."""
-    cdef pack[LANES] as_
-    cdef pack[LANES] cs
-    cdef pack[LANES] qs
-    cdef pack[LANES] bs
-    cdef Py_ssize_t r, j, i
+cdef inline void apply_lanes(const floating* u, const floating* v, const floating* w, floating* y, const floating* p,
+                             const floating* a, const floating* c, const floating* q, const floating* b,
+                             const double* numbers, Py_ssize_t width, bint pair, bint third, int bend, bint stream,
+                             pack* zs) noexcept nogil:
+    """LANES columns of a row, in packs of that width; zs is room for them. All are computed before the first is stored."""
+    cdef Py_ssize_t j, i
+    cdef pack k0 = splat(numbers[0], zs[0])
+    cdef pack k1 = splat(numbers[1], zs[0])
+    cdef pack k2 = splat(numbers[2], zs[0])
     for j in range(LANES // width):
-        ps[j] = (<const pack*> (p + j * width))[0]
-        as_[j] = (<const pack*> (a + j * width))[0]
-        cs[j] = (<const pack*> (c + j * width))[0]
-        qs[j] = (<const pack*> (q + j * width))[0]
-        bs[j] = (<const pack*> (b + j * width))[0]
-    cdef pack k0 = splat(numbers[0], ps[0])
-    cdef pack k1 = splat(numbers[1], ps[0])
-    cdef pack k2 = splat(numbers[2], ps[0])
-    for r in range(rows):
-        for j in range(LANES // width):
-            i = j * width
-            put(y + r * sy + i, scaled(<const pack*> (u + r * su + i), <const pack*> (v + r * sv + i),
-                                       <const pack*> (w + r * sw + i), ps[j], as_[j], cs[j], qs[j], bs[j], k0, k1, k2,
-                                       pair, third, bend), stream)
+        i = j * width
+        zs[j] = scaled(<const pack*> (u + i), <const pack*> (v + i), <const pack*> (w + i), (<const pack*> (p + i))[0],
+                       (<const pack*> (a + i))[0], (<const pack*> (c + i))[0], (<const pack*> (q + i))[0],
+                       (<const pack*> (b + i))[0], k0, k1, k2, pair, third, bend)
+    for j in range(LANES // width):
+        put(y + j * width, zs[j], stream)
 
 
-cdef inline void columns_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
-                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p,
-                            const floating* a, const floating* c, const floating* q, const floating* b,
-                            const double* numbers, bint pair, bint third, int bend, bint stream) noexcept nogil:
-    cdef vf[LANES] pf
-    cdef vd[LANES] pd
+cdef inline void lanes_as(const floating* u, const floating* v, const floating* w, floating* y, const floating* p,
+                          const floating* a, const floating* c, const floating* q, const floating* b,
+                          const double* numbers, bint pair, bint third, int bend, bint stream) noexcept nogil:
+    cdef vf[NF] zf
+    cdef vd[ND] zd
     if floating is float:
-        apply_columns(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, VF, pair, third, bend, stream, pf)
+        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, VF, pair, third, bend, stream, zf)
     else:
-        apply_columns(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, VD, pair, third, bend, stream, pd)
+        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, VD, pair, third, bend, stream, zd)
 
 
 cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
-                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint in_order,
+                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint large,
                          const floating* p, const floating* a, const floating* c, const floating* q,
                          const floating* b, const double* numbers, bint pair, bint third, int bend,
                          bint stream) noexcept nogil:
-    cdef Py_ssize_t i, k, r
-    # Row by row in the order of memory, or LANES columns of all rows with their coefficients in registers.
-    cdef Py_ssize_t turns = rows if in_order else 1
-    for r in range(turns):
-        for k in range(width // LANES):
-            i = k * LANES
-            if in_order:
-                columns_as(u + r * su + i, su, v + r * sv + i, sv, w + r * sw + i, sw, y + r * sy + i, sy, 1, p + i, a + i,
-                           c + i, q + i, b + i, numbers, pair, third, bend, stream)
-            else:
-                columns_as(u + i, su, v + i, sv, w + i, sw, y + i, sy, rows, p + i, a + i, c + i, q + i, b + i, numbers,
-                           pair, third, bend, stream)
+    """Rows in the order of memory, in one loop or in one for each row."""
+    cdef Py_ssize_t i = 0, k, r, end
+    if large:
+        for k in range(rows * (width // LANES)):
+            lanes_as(u, v, w, y, p + i, a + i, c + i, q + i, b + i, numbers, pair, third, bend, stream)
+            i += LANES
+            end = -<Py_ssize_t> (i == width)  # all bits at the end of a row: arithmetic, no branch
+            u += LANES + (end & (su - width))
+            v += LANES + (end & (sv - width))
+            w += LANES + (end & (sw - width))
+            y += LANES + (end & (sy - width))
+            i &= ~end
+    else:
+        for r in range(rows):
+            for k in range(width // LANES):
+                i = k * LANES
+                lanes_as(u + r * su + i, v + r * sv + i, w + r * sw + i, y + r * sy + i, p + i, a + i, c + i, q + i,
+                         b + i, numbers, pair, third, bend, stream)
 
 
 cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
-                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint in_order,
+                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint large,
                             const floating* p, const floating* a, const floating* c, const floating* q,
                             const floating* b, const Form* f, bint stream) noexcept nogil:
     """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES.
@@ -517,62 +512,62 @@ cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v,
     if f.bend == STRAIGHT:
         if f.pair:
             if stream:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, STRAIGHT, True)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, STRAIGHT, True)
             else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, STRAIGHT, False)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, STRAIGHT, False)
         elif f.third:
             if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, STRAIGHT, True)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, STRAIGHT, True)
             else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, STRAIGHT, False)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, STRAIGHT, False)
         elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, STRAIGHT, True)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, STRAIGHT, True)
         else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, STRAIGHT, False)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, STRAIGHT, False)
     elif f.bend == BENT:
         if f.pair:
             if f.third:
-                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, BENT, False)
+                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, BENT, False)
             else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, BENT, False)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, BENT, False)
         elif f.third:
             if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, BENT, True)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, BENT, True)
             else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, BENT, False)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, BENT, False)
         elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, BENT, True)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, BENT, True)
         else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, BENT, False)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, BENT, False)
     elif f.bend == WEIGHTED:
         if f.third and stream:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, WEIGHTED, True)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, WEIGHTED, True)
         elif f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, WEIGHTED, False)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, WEIGHTED, False)
         elif stream:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, WEIGHTED, True)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, WEIGHTED, True)
         else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, WEIGHTED, False)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, WEIGHTED, False)
     elif f.bend == PRESENT:
         if f.third and stream:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, PRESENT, True)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, PRESENT, True)
         elif f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, PRESENT, False)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, PRESENT, False)
         elif stream:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, PRESENT, True)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, PRESENT, True)
         else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, PRESENT, False)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, PRESENT, False)
     elif f.pair:
         if f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, True, True, SMOOTH, False)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, SMOOTH, False)
         else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, True, False, SMOOTH, False)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, SMOOTH, False)
     elif f.third:
         if stream:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, SMOOTH, True)
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, SMOOTH, True)
         else:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, in_order, p, a, c, q, b, k, False, True, SMOOTH, False)
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, SMOOTH, False)
     elif stream:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, SMOOTH, True)
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, SMOOTH, True)
     else:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, in_order, p, a, c, q, b, k, False, False, SMOOTH, False)
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, SMOOTH, False)
