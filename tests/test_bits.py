@@ -197,7 +197,7 @@ def test_in_place_or_not(case, dtype):
 
 
 # A little more than what is stored past the caches, by runs that share lines of memory, and by rows.
-LARGE = (((43, 1001, 10, 10), 1), ((3, 7, 461, 461), 1), ((66_000, 67), -1))
+LARGE = (((65, 1001, 10, 10), 1), ((5, 7, 461, 461), 1), ((100_000, 67), -1))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -223,10 +223,10 @@ def test_past_the_caches_or_through_them(case, dtype, activation):
 @pytest.mark.parametrize("weights", [None, "position"])
 def test_past_the_caches_into_rows_of_whole_lines(weights):
     """Planes whose last segment is whole lines long, of which those before are not, in an array whose rows are."""
-    shape, width = (8, 82, 6401), 6416
+    shape, width = (13, 82, 6401), 6416
     rng = np.random.default_rng(9)
     x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in "xy")
-    w = rng.random((8, 6401), np.float32) if weights else None
+    w = rng.random((13, 6401), np.float32) if weights else None
     memory = np.empty(2 * shape[0] * shape[1] * width + 16, np.float32)
     memory = memory[-memory.ctypes.data % 64 // 4 :]
     y, dx = memory[: 2 * shape[0] * shape[1] * width].reshape(2, *shape[:2], width)[..., : shape[2]]

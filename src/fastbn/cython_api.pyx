@@ -113,7 +113,7 @@ cdef int carry_out(Job* job, bint wide) noexcept nogil:
     job.applies = job.operation != MOMENTS
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
     job.writes_pair = job.form.pair = job.operation == GRADIENT
-    job.streams = job.applies and streams(job, pattern_of(job.inner))
+    job.streams = job.applies and streams(job)
     return drivers[<int> pattern_of(job.inner)](job, wide)
 
 

@@ -132,7 +132,7 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     job.applies = True
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
     job.writes_pair = job.form.pair = job.operation == GRADIENT
-    job.streams = streams(job, pattern)
+    job.streams = streams(job)
     job.threads = 1 if size <= serial else threads(size)
     job.interruptible = True
     cdef int status

@@ -1,4 +1,4 @@
-from .job cimport NORMALIZE, Job, Operation, Parameter
+from .job cimport NORMALIZE, TRAIN, Job, Operation, Parameter
 
 
 cdef enum Pattern:
@@ -11,11 +11,11 @@ cdef enum:
     # walked as interleaved, every (channel, inner) pair being a column.
     SHORT_RUN = 16
     # Bytes of a result from which it is stored past the caches: a plain store would read every line before it writes it.
-    # Where a planar pass reads x once and nothing else, caches are still worth more up to the larger size. Both are
-    # measured, not asked of the system: a virtual machine reported 320 MB of last level cache.
-    STREAM = 1 << 24
-    STREAM_INFERENCE = 1 << 26
-    STREAM_ROWS = 3 << 23  # the same of an interleaved pass
+    # The fewer arrays a pass reads, the larger the result for which caches are still worth more. Measured, not asked of
+    # the system: a virtual machine reported 320 MB of last level cache.
+    STREAM_INFERENCE = 9 << 22
+    STREAM_TRAINING = 3 << 23
+    STREAM_GRADIENT = 3 << 22
 
 
 cdef inline Pattern pattern_of(Py_ssize_t inner) noexcept nogil:
@@ -23,11 +23,12 @@ cdef inline Pattern pattern_of(Py_ssize_t inner) noexcept nogil:
     return PLANAR if inner > SHORT_RUN else INTERLEAVED
 
 
-cdef inline bint streams(const Job* job, Pattern pattern) noexcept nogil:
+cdef inline bint streams(const Job* job) noexcept nogil:
     # In place the lines of y are in a cache already.
     return (job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
             and job.outer * job.channels * job.inner * job.y.size
-            >= (STREAM if job.operation != NORMALIZE else STREAM_INFERENCE if pattern == PLANAR else STREAM_ROWS))
+            >= (STREAM_INFERENCE if job.operation == NORMALIZE else STREAM_TRAINING if job.operation == TRAIN
+                else STREAM_GRADIENT))
 
 
 cdef class Plan:
