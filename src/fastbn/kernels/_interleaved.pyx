@@ -44,7 +44,9 @@ cdef enum:
     CHUNK = 1024       # columns of a task at most: their sums fit a first level cache
     PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
     STAGED = STEP * (PIECE + LANES)  # values of either, in whole lanes
-    AHEAD = 2048       # values: rows are taken together up to this many, and fetched so far ahead
+    TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
+    LEAST = 4          # but so many while those of one are no more
+    AHEAD = 2048       # values of each that are fetched in advance
     SHARE = 256        # channels that one thread finishes at a time
     WAVE = 1 << 26     # values between two looks for signals
 
@@ -71,7 +73,7 @@ cdef struct Cut:
     Py_ssize_t rows       # full rows
     Py_ssize_t rest       # columns of the last, partial row
     Py_ssize_t ahead      # rows that are fetched in advance
-    bint large            # y is in no second level cache
+    bint large            # an operand is in no second level cache
     Grid sums
     Grid results
 
@@ -86,14 +88,14 @@ cdef Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept
     return k if outer >= FEW * k else 1
 
 
-cdef Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk) noexcept nogil:
+cdef Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssize_t operands) noexcept nogil:
     cdef Grid g
     g.height = height
     g.blocks = (k.rows + height - 1) // height + (1 if k.rest else 0)
     g.chunk = chunk
     g.chunks = (k.columns + chunk - 1) // chunk
     # Sums of some columns are in registers for so many rows; so many are staged together.
-    g.step = max(<Py_ssize_t> 2, min(<Py_ssize_t> STEP, AHEAD // chunk))
+    g.step = max(min(<Py_ssize_t> LEAST, TOGETHER // chunk), min(<Py_ssize_t> STEP, TOGETHER // (operands * chunk)))
     g.wave = max(<Py_ssize_t> 1, WAVE // (height * chunk))
     return g
 
@@ -101,30 +103,31 @@ cdef Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk) noexcept nogil
 cdef Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t columns = job.channels * job.inner
-    cdef Py_ssize_t height, blocks, chunk
+    cdef Py_ssize_t height, blocks, chunk, operands = 2 if job.reads_pair else 1
     k.positions = positions_per_row(job.outer, columns)
     k.columns = k.positions * columns
     # Never a power of two: five tables at the same place of a page would drive one another, and data, out of a cache.
     k.padded = whole(k.columns) + 5 * LANES
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
-    # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would already
-    # drive one another out of a first level cache. None are fetched.
-    k.ahead = AHEAD // k.columns
-    k.large = job.outer * columns >= LARGE and is_native(&job.y)
+    k.large = job.outer * columns >= LARGE
+    # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
+    # another out of a first level cache. They are fetched where they would come from memory.
+    k.ahead = max(AHEAD // k.columns, <Py_ssize_t> (LEAST if k.large else 0))
     height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
     chunk = min(k.columns, <Py_ssize_t> CHUNK)
     if k.rows * k.columns < SHARED:
-        k.sums = k.results = grid(&k, height, chunk)
+        k.sums = k.results = grid(&k, height, chunk, operands)
         return k
     blocks = (k.rows + height * EVEN - 1) // (height * EVEN) * EVEN
     height = max(<Py_ssize_t> MIN_ROWS, (k.rows + blocks - 1) // blocks)
-    k.sums = k.results = grid(&k, height, chunk)
+    k.sums = k.results = grid(&k, height, chunk, operands)
     blocks = (k.rows + height - 1) // height
     if blocks < EVEN:
         # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
-        k.sums = grid(&k, height, max(<Py_ssize_t> PIECE, min(chunk, whole((k.columns * blocks + EVEN - 1) // EVEN))))
-        k.results = grid(&k, (k.rows + EVEN - 1) // EVEN, chunk)
+        k.sums = grid(&k, height, max(<Py_ssize_t> PIECE, min(chunk, whole((k.columns * blocks + EVEN - 1) // EVEN))),
+                      operands)
+        k.results = grid(&k, (k.rows + EVEN - 1) // EVEN, chunk, operands)
     return k
 
 
@@ -753,7 +756,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
             elif job.form.third:
                 w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large, table + t.column + j, k.padded,
+            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), table + t.column + j, k.padded,
                   streams and direct)
             if not direct:
                 unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)

@@ -267,9 +267,11 @@ static inline void fastbn_stream_lines(char *y, const char *x, ptrdiff_t n) {
 
 #if defined(__GNUC__)
 #define fastbn_prefetch(x) __builtin_prefetch(x)
+#define fastbn_prefetch_second(x) __builtin_prefetch(x, 0, 2) /* to a second level cache */
 #define fastbn_prefetch_once(x) __builtin_prefetch(x, 0, 0) /* what is read once, and need not push others out */
 #else
 #define fastbn_prefetch(x) ((void) 0)
+#define fastbn_prefetch_second(x) ((void) 0)
 #define fastbn_prefetch_once(x) ((void) 0)
 #endif
 

@@ -43,6 +43,7 @@ cdef extern from "lanes.h" nogil:
     void stream_lines "fastbn_stream_lines"(char* y, const char* x, Py_ssize_t n)
     void fence "fastbn_fence"()
     void prefetch "fastbn_prefetch"(const void* x)
+    void prefetch_second "fastbn_prefetch_second"(const void* x)
     void prefetch_once "fastbn_prefetch_once"(const void* x)
     vd select_d "fastbn_select_d"(vd x, vd y, vd yes, vd no)
     vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
@@ -197,9 +198,11 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
             ps[j] = (<vd*> (p + i))[j]
             qs[j] = (<vd*> (q + i))[j]
         for r in range(rows):
-            prefetch(next_u + r * pu)
-            if pair:
-                prefetch(next_v + r * pv)
+            if pair:  # two operands are much for a first level cache
+                prefetch_second(next_u + r * pu)
+                prefetch_second(next_v + r * pv)
+            else:
+                prefetch(next_u + r * pu)
             for j in range(ND):
                 du = relative(u + r * su + i + j * VD, ps[j], shifted)
                 add_pack(s + j, t + j, du, relative(v + r * sv + i + j * VD, qs[j], shifted) if pair else du, shifted)
@@ -481,9 +484,9 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
                          const floating* b, const double* numbers, bint pair, bint third, int bend,
                          bint stream) noexcept nogil:
     """Rows in the order of memory, in one loop or in one for each row."""
-    cdef Py_ssize_t i = 0, k, r, end
+    cdef Py_ssize_t i = 0, k, _k, r, end
     if large:
-        for k in range(rows * (width // LANES)):
+        for _k in range(rows * (width // LANES)):
             lanes_as(u, v, w, y, p + i, a + i, c + i, q + i, b + i, numbers, pair, third, bend, stream)
             i += LANES
             end = -<Py_ssize_t> (i == width)  # all bits at the end of a row: arithmetic, no branch
