@@ -18,7 +18,7 @@ from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from ._plan cimport Plan, bind_weights
 from .convert cimport aligned, give, is_native, take
@@ -839,8 +839,14 @@ cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_
     if job.reduces:
         for i in range(k.positions):
             merge_blocks(job, k, (i * job.channels + c0) * job.inner, (i * job.channels + c1) * job.inner, parts)
-        for c in range(c0, c1):
-            fold_columns(job, k, c, parts)
+        if k.columns == job.channels:
+            memcpy(job.first + c0, parts + c0, (c1 - c0) * sizeof(double))
+            memcpy(job.second + c0, parts + k.columns + c0, (c1 - c0) * sizeof(double))
+            if job.weighs and not job.reads_pair:
+                memcpy(job.total + c0, parts + 2 * k.sums.blocks * k.columns + c0, (c1 - c0) * sizeof(double))
+        else:
+            for c in range(c0, c1):
+                fold_columns(job, k, c, parts)
     if job.applies:
         tabulate(job, k, c0, c1, table)
 

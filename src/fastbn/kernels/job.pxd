@@ -119,31 +119,8 @@ cdef inline double reciprocal_deviation(double variance, double epsilon) noexcep
     return 0.0 if s == 0 else 1 / sqrt(s)
 
 
-cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
-                       const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
-    """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
-    cdef Py_ssize_t c
-    cdef double m, s
-    for c in range(channels):
-        m = (1 - momentum) * load(mean, c, 0)
-        s = (1 - momentum) * (load(variance, c, 0) / divisor)
-        if momentum != 0:  # else a NaN of the past would stay
-            m += momentum * load(old_mean, c, 0)
-            s += momentum * load(old_variance, c, 0)
-        store(old_mean, c, m)
-        store(old_variance, c, s)
-
-
-cdef inline void to_parameter_gradients(const Job* job, const Parameter* dgamma, const Parameter* dbeta) noexcept nogil:
-    """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon)."""
-    cdef Py_ssize_t c
-    for c in range(job.channels):
-        store(dbeta, c, job.first[c])
-        store(dgamma, c, job.second[c] * reciprocal_deviation(load(&job.variance, c, 1), job.epsilon))
-
-
 cdef enum:
-    BATCH = 64  # channels whose coefficients are found together, in loops that compilers vectorize
+    BATCH = 64  # channels that are worked on together, in loops that compilers vectorize
 
 
 cdef inline void load_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, double default, double* values) noexcept nogil:
@@ -152,12 +129,67 @@ cdef inline void load_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, double
     if p.data == NULL:
         for i in range(n):
             values[i] = default
-    elif p.wide:
-        for i in range(n):
-            values[i] = (<const double*> (data + i * p.stride))[0]
+    elif p.stride == (sizeof(double) if p.wide else sizeof(float)):
+        if p.wide:
+            for i in range(n):
+                values[i] = (<const double*> data)[i]
+        else:
+            for i in range(n):
+                values[i] = (<const float*> data)[i]
     else:
         for i in range(n):
-            values[i] = (<const float*> (data + i * p.stride))[0]
+            values[i] = load(p, c + i, default)
+
+
+cdef inline void store_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, const double* values) noexcept nogil:
+    cdef char* data = p.data + c * p.stride
+    cdef Py_ssize_t i
+    if p.stride == sizeof(float) and not p.wide:
+        for i in range(n):
+            (<float*> data)[i] = <float> values[i]
+    else:
+        for i in range(n):
+            store(p, c + i, values[i])
+
+
+cdef inline void blend_one(const Parameter* old, const Parameter* new, Py_ssize_t c, Py_ssize_t n, double divisor,
+                           double momentum) noexcept nogil:
+    cdef double[BATCH] value
+    cdef double[BATCH] past
+    cdef Py_ssize_t i
+    load_all(new, c, n, 0, value)
+    for i in range(n):
+        value[i] = (1 - momentum) * (value[i] / divisor)
+    if momentum != 0:  # else a NaN of the past would stay
+        load_all(old, c, n, 0, past)
+        for i in range(n):
+            value[i] += momentum * past[i]
+    store_all(old, c, n, value)
+
+
+cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
+                       const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
+    """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
+    cdef Py_ssize_t c = 0, n
+    while c < channels:
+        n = min(channels - c, <Py_ssize_t> BATCH)
+        blend_one(old_mean, mean, c, n, 1, momentum)
+        blend_one(old_variance, variance, c, n, divisor, momentum)
+        c += n
+
+
+cdef inline void to_parameter_gradients(const Job* job, const Parameter* dgamma, const Parameter* dbeta) noexcept nogil:
+    """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon)."""
+    cdef double[BATCH] scale
+    cdef Py_ssize_t c = 0, i, n
+    while c < job.channels:
+        n = min(job.channels - c, <Py_ssize_t> BATCH)
+        load_all(&job.variance, c, n, 1, scale)
+        for i in range(n):
+            scale[i] = job.second[c + i] * reciprocal_deviation(scale[i], job.epsilon)
+        store_all(dbeta, c, n, job.first + c)
+        store_all(dgamma, c, n, scale)
+        c += n
 
 
 cdef inline void weighted_counts(const Job* job, Py_ssize_t c, Py_ssize_t n, double* counts, double* variance) noexcept nogil:
