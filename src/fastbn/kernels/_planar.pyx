@@ -39,6 +39,7 @@ cdef enum:
     FETCHED_RUN = 2048     # values; shorter runs end before the processor's own prefetching has paid
     FUSED_RUN = 4096       # values of operands that channels taken together for the fused pass have side by side, if they can
     CACHED = 1 << 20       # bytes of operands that are still in the second level cache when they are read again
+    OWN = 1 << 23          # bytes of operands of which the cores' own caches keep much
     SHARED = 1 << 24       # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
     SHARED_PAIR = 1 << 26  # the same of two operands
     STRETCH = 1 << 18      # bytes of one task where channels are cut
@@ -70,7 +71,7 @@ cdef Cut cut(const Job* job) noexcept nogil:
     cdef Py_ssize_t itemsize = job.u.size
     cdef Py_ssize_t operands = 2 if job.reads_pair else 1
     cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * operands
-    cdef Py_ssize_t tile_bytes, row_bytes
+    cdef Py_ssize_t tile_bytes, row_bytes, bytes
     # The first four decide about parts, so they depend on the shape alone.
     k.segments = (job.inner + TILE - 1) // TILE
     k.length = (job.inner + k.segments - 1) // k.segments
@@ -84,10 +85,12 @@ cdef Cut cut(const Job* job) noexcept nogil:
     if job.weights.unchecked:  # nothing is written before all of them have been seen
         k.fused = False
     k.fetches = k.fused and job.inner < FETCHED_RUN
-    if job.inner < FETCHED_RUN and 1 << 23 < job.outer * job.channels * job.inner * itemsize * operands <= (
-            SHARED_PAIR if job.reads_pair else SHARED):
+    bytes = job.outer * job.channels * job.inner * itemsize * operands
+    if ((job.inner < FETCHED_RUN and bytes > OWN or job.inner < SMALL_RUN and bytes > CACHED)
+            and bytes <= (SHARED_PAIR if job.reads_pair else SHARED)):
         # All is in the last level cache still when it is read again, and there the order of memory is worth more than the
-        # second level (12.8 MB of 28 x 28: training 2.45 to 2.03 limits, backward 2.76 to 2.15).
+        # second level (12.8 MB of 28 x 28: training 2.45 to 2.03 limits, backward 2.76 to 2.15; 2 MB of 8 x 8: backward 2.65
+        # to 2.35).
         k.fused = False
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
         # A channel is many runs of middling length: walking memory in its order twice was faster (big NCHW training 1.92
