@@ -16,7 +16,6 @@ Parallel     over (block of rows, chunk of columns), once to sum and once to app
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdint cimport int32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -339,11 +338,19 @@ cdef inline Py_ssize_t choose_rows(const Job* job, Py_ssize_t row, Py_ssize_t ro
     return n
 
 
+cdef void count_seen(mark* seen, Py_ssize_t n, double* total) noexcept nogil:
+    """Add what was seen to count to totals, and begin anew."""
+    cdef Py_ssize_t j
+    for j in range(n):
+        total[j] += seen[j]
+        seen[j] = 0
+
+
 cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, double* total, double* first,
                     double* second, const floating* typed) noexcept nogil:
     """`sum_rows` of values that count or do not, in moments."""
     cdef floating room[STAGED + LANES]
-    cdef int32_t counts[CHUNK]
+    cdef mark seen[CHUNK]
     cdef double ws[STEP]
     cdef Py_ssize_t chosen[STEP]
     cdef mark marks_room[STAGED]
@@ -354,7 +361,7 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_m else 0
     cdef Py_ssize_t most = CHUNK if dense_u else PIECE
     cdef Py_ssize_t j, r, rows, n, m, step, picked
-    cdef Py_ssize_t one = 0
+    cdef Py_ssize_t one = 0, since = 0  # rows, of those that count and of those seen since they were counted
     cdef bint inside
     cdef View u
     cdef View marks
@@ -362,12 +369,16 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
     memset(total, 0, whole(t.columns) * sizeof(double))
     memset(first, 0, whole(t.columns) * sizeof(double))
     memset(second, 0, whole(t.columns) * sizeof(double))
-    memset(counts, 0, sizeof(counts))
+    memset(seen, 0, sizeof(seen))
     for r in range(STEP):
         chosen[r] = r
     for step in range((t.rows + k.sums.step - 1) // k.sums.step):
         r = step * k.sums.step
         picked = rows = min(k.sums.step, t.rows - r)
+        if since + rows > 255:
+            count_seen(seen, t.columns, total)
+            since = 0
+        since += rows
         if per_row:
             picked = choose_rows(job, t.row + r, rows, chosen, ws, NULL)
             one += picked
@@ -384,10 +395,12 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
                            shifted, total + j, first + j, second + j)
             else:
                 keep_rows(<floating*> u.data, u.stride, <mark*> marks.data, marks.stride, chosen, picked, k.ahead, m, p + j,
-                          job.omits, shifted, counts + j, first + j, second + j)
+                          job.omits, shifted, seen + j, first + j, second + j)
             j += n
-    for j in range(t.columns):
-        total[j] = one if per_row and not job.omits else counts[j]
+    count_seen(seen, t.columns, total)
+    if per_row and not job.omits:
+        for j in range(t.columns):
+            total[j] = one
 
 
 cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* p, bint shifted, bint selects, double* total,

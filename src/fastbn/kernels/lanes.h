@@ -223,15 +223,12 @@ static inline double fastbn_largest_d(const double *x, ptrdiff_t n) {
     memcpy(&found, &most, sizeof(found));
     return most >> 52 < 0x7ff ? found : NAN;
 }
-static inline fastbn_vc fastbn_no_count(void) {
+static inline fastbn_vc fastbn_load_counts(const uint8_t *at) {
     fastbn_vc c;
-    memset(&c, 0, sizeof(c));
+    memcpy(&c, at, sizeof(c));
     return c;
 }
-static inline void fastbn_add_counts(int32_t *total, fastbn_vc c) {
-    const uint8_t *at = (const uint8_t *) &c;
-    for (int i = 0; i < FASTBN_LANES; i++) total[i] += at[i];
-}
+static inline void fastbn_store_counts(uint8_t *at, fastbn_vc c) { memcpy(at, &c, sizeof(c)); }
 
 /* Stores past the caches, to addresses that are multiples of a pack's size. */
 #if defined(__GNUC__) && defined(__AVX__)

@@ -21,7 +21,7 @@ Activations are adds, multiplies, comparisons and bits, never a function of the 
 bits at every level.
 """
 from cython cimport floating
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t
 
 
 cdef extern from "lanes.h" nogil:
@@ -65,9 +65,9 @@ cdef extern from "lanes.h" nogil:
     vd kept "fastbn_kept"(vd x, vk k, int j)  # pack j
     double largest_f "fastbn_largest_f"(const float* x, Py_ssize_t n)
     double largest_d "fastbn_largest_d"(const double* x, Py_ssize_t n)
-    vc no_count "fastbn_no_count"()
+    vc load_counts "fastbn_load_counts"(const uint8_t* at)
     vc count "fastbn_count"(vc c, vk k)
-    void add_counts "fastbn_add_counts"(int32_t* total, vc c)
+    void store_counts "fastbn_store_counts"(uint8_t* at, vc c)
 
 
 ctypedef fused pack:

@@ -25,8 +25,9 @@ from libc.stdint cimport int32_t, int64_t
 from .convert cimport DOUBLE, FLOAT
 from .job cimport Weights
 from .lanes cimport (
-    LANES, ND, VD, add_counts, add_exact_product, add_pack, both, count, how_many, kept, largest_d, largest_f, last_marks, last_masks,
-    later, marked, masked, no_count, numbers_d, numbers_f, pitch, prefetch, prefetch_once, relative, splat_d, vc, vd, vk, widen,
+    LANES, ND, VD, add_exact_product, add_pack, both, count, how_many, kept, largest_d, largest_f, last_marks, last_masks, later,
+    load_counts, marked, masked, numbers_d, numbers_f, pitch, prefetch, prefetch_once, relative, splat_d, store_counts, vc, vd, vk,
+    widen,
 )
 from .moments cimport CANCELLED
 
@@ -195,7 +196,7 @@ cdef inline Py_ssize_t keep_run_as(const floating* u, const mark* m, Py_ssize_t 
 
 cdef inline void keep_rows_as(const floating* u, Py_ssize_t su, const mark* m, Py_ssize_t sm, const Py_ssize_t* chosen,
                               Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint has_marks,
-                              bint omits, bint shifted, int32_t* total, double* first, double* second) noexcept nogil:
+                              bint omits, bint shifted, mark* seen, double* first, double* second) noexcept nogil:
     cdef vd s[ND]
     cdef vd t[ND]
     cdef vd ps[ND]
@@ -207,7 +208,7 @@ cdef inline void keep_rows_as(const floating* u, Py_ssize_t su, const mark* m, P
     for k in range(width // LANES):
         i = k * LANES
         next_u = later(u, su, rows, ahead, width, k)
-        counts = no_count()
+        counts = load_counts(seen + i)
         for j in range(ND):
             s[j] = (<vd*> (first + i))[j]
             t[j] = (<vd*> (second + i))[j]
@@ -220,7 +221,7 @@ cdef inline void keep_rows_as(const floating* u, Py_ssize_t su, const mark* m, P
             for j in range(ND):
                 du = kept(relative(u + row * su + i + j * VD, ps[j], shifted), which, <int> j)
                 add_pack(s + j, t + j, du, du, shifted)
-        add_counts(total + i, counts)
+        store_counts(seen + i, counts)
         for j in range(ND):
             (<vd*> (first + i))[j] = s[j]
             (<vd*> (second + i))[j] = t[j]
@@ -251,24 +252,27 @@ cdef inline Py_ssize_t keep_run(const floating* u, const mark* m, Py_ssize_t n, 
 
 cdef inline void keep_rows_by(const floating* u, Py_ssize_t su, const mark* m, Py_ssize_t sm, const Py_ssize_t* chosen,
                               Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint has_marks,
-                              bint omits, bint shifted, int32_t* total, double* first, double* second) noexcept nogil:
+                              bint omits, bint shifted, mark* seen, double* first, double* second) noexcept nogil:
     if shifted:
-        keep_rows_as(u, su, m, sm, chosen, rows, ahead, width, p, has_marks, omits, True, total, first, second)
+        keep_rows_as(u, su, m, sm, chosen, rows, ahead, width, p, has_marks, omits, True, seen, first, second)
     elif floating is float:
-        keep_rows_as(u, su, m, sm, chosen, rows, ahead, width, p, has_marks, omits, False, total, first, second)
+        keep_rows_as(u, su, m, sm, chosen, rows, ahead, width, p, has_marks, omits, False, seen, first, second)
 
 
 cdef inline void keep_rows(const floating* u, Py_ssize_t su, const mark* m, Py_ssize_t sm, const Py_ssize_t* chosen,
                            Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint omits, bint shifted,
-                           int32_t* total, double* first, double* second) noexcept nogil:
-    """Add what counts of the rows that are chosen, 255 at most, to one pair of sums per column, as `reduce_rows`; and to
-    its total how much does. m is NULL where there is no mask, and sm the distance between its rows."""
+                           mark* seen, double* first, double* second) noexcept nogil:
+    """Add what counts of the rows that are chosen to one pair of sums per column, as `reduce_rows`.
+
+    How much of a column was seen to count is at most 255. m is NULL where there is no mask, and sm the distance between its
+    rows.
+    """
     if m == NULL:
-        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, False, True, shifted, total, first, second)
+        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, False, True, shifted, seen, first, second)
     elif omits:
-        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, True, True, shifted, total, first, second)
+        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, True, True, shifted, seen, first, second)
     else:
-        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, True, False, shifted, total, first, second)
+        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, True, False, shifted, seen, first, second)
 
 
 # -- sums with weights -------------------------------------------------------------------------------------------------
