@@ -124,7 +124,7 @@ def required(value: Any, name: str, shape: tuple[int, ...]) -> Array:
 
 def moving(value: Any, name: str, shape: tuple[int, ...]) -> Array:
     """Return a moving array that will be updated in place: float32 or float64, writable, of the right shape."""
-    if isinstance(value, list | tuple) or np.isscalar(value):
+    if type(value) is not np.ndarray and (isinstance(value, list | tuple) or np.isscalar(value)):
         raise TypeError(must(name, "be an array, which is updated in place", type(value).__name__))
     array = as_array(value, name)
     if array.dtype not in _DATA_TYPES:
@@ -151,7 +151,7 @@ def writable(array: Array, name: str) -> None:
 
 def output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> Array:
     """Return an array that results may be written to."""
-    if isinstance(value, list | tuple) or np.isscalar(value):
+    if type(value) is not np.ndarray and (isinstance(value, list | tuple) or np.isscalar(value)):
         raise TypeError(must(name, "be an array", type(value).__name__))
     array = as_array(value, name)
     if array.dtype != dtype:
@@ -164,7 +164,11 @@ def output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str =
 
 def same_memory(a: Array, b: Array) -> bool:
     """Whether two arrays of one shape are the same values at the same places."""
-    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.dtype == b.dtype)
+    return a is b or (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.strides == b.strides
+        and a.dtype == b.dtype
+    )
 
 
 def overlap(a: Array, b: Array | None) -> bool:

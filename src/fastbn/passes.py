@@ -351,7 +351,7 @@ def forward(
         if weights is not None:
             assert total is not None
             count = weights.counts(total)
-        if updates and np.any(count):
+        if updates and (count.any() if isinstance(count, np.ndarray) else count):
             store_moving(moving_mean, moving_variance, statistics, count, momentum, ddof)
     if keep == "nothing":
         return y, None
@@ -417,7 +417,8 @@ def store_moving(
         divisor = max(count - ddof, 1) / count
         _channels.update_moving(mean, variance, *statistics, divisor, momentum)
     else:
-        counts = weighting.per_channel(count, len(mean))
+        counts = count if isinstance(count, np.ndarray) else weighting.per_channel(count, len(mean))
+        counts = counts.astype(np.float64, copy=False)
         _channels.update_moving_counted(mean, variance, *statistics, counts, ddof, momentum)
     for target, flat in ((moving_mean, mean), (moving_variance, variance)):
         if not np.may_share_memory(flat, target):  # several axes whose strides cannot be walked as one
