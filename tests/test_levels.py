@@ -27,8 +27,8 @@ OTHER = os.environ.get("FASTBN_OTHER_BUILD", "")
 LEVELS = fastbn.show_config(mode="dicts")["levels_supported"]
 needs_other = pytest.mark.skipif(not OTHER, reason="FASTBN_OTHER_BUILD names no other build: see make test-clang")
 
-# The registers that hold packs of doubles and of floats (lanes.h).
-REGISTERS = {"base": ("xmm", "xmm"), "v3": ("ymm", "ymm"), "v4": ("ymm", "zmm")}
+# The registers that hold packs (lanes.h).
+REGISTERS = {"base": "xmm", "v3": "ymm", "v4": "ymm"}
 DRIVERS = ("planar", "interleaved")
 BUILDS = [pytest.param("", id="this")] + [pytest.param(OTHER, id="other")] * bool(OTHER)
 
@@ -112,31 +112,31 @@ class TestInstructions:
 
     def test_float32_sums_are_packed(self, level, driver, build):
         """Widened, added and multiplied a pack at a time; values relative to a shift and, exactly, as they are."""
-        path, doubles = module(build, driver, level), REGISTERS[level][0]
-        assert loops(path, doubles, "cvtps2pd", "subpd", "addpd", "mulpd")
+        path, register = module(build, driver, level), REGISTERS[level]
+        assert loops(path, register, "cvtps2pd", "subpd", "addpd", "mulpd")
         exact = FMA if level != "base" else "mulpd"
-        assert loops(path, doubles, "cvtps2pd", "addpd", exact, without="subpd")
+        assert loops(path, register, "cvtps2pd", "addpd", exact, without="subpd")
 
     def test_float64_sums_are_packed(self, level, driver, build):
-        path, doubles = module(build, driver, level), REGISTERS[level][0]
-        assert loops(path, doubles, "subpd", "addpd", "mulpd", without="cvtps2pd|movntpd")
+        path, register = module(build, driver, level), REGISTERS[level]
+        assert loops(path, register, "subpd", "addpd", "mulpd", without="cvtps2pd|movntpd")
 
     def test_weighted_and_masked_sums_are_packed(self, level, driver, build):
         """Values and weights are widened and multiplied a pack at a time; what does not count is cleared."""
-        path, doubles = module(build, driver, level), REGISTERS[level][0]
-        packs = 16 // {"xmm": 2, "ymm": 4}[doubles]
-        packed = loops(path, doubles, "cvtps2pd", "mulpd", "addpd")
-        assert [loop for loop in packed if has(loop, "(cvtps2|mul)pd", doubles, 4 * packs)]
+        path, register = module(build, driver, level), REGISTERS[level]
+        packs = 16 // {"xmm": 2, "ymm": 4}[register]
+        packed = loops(path, register, "cvtps2pd", "mulpd", "addpd")
+        assert [loop for loop in packed if has(loop, "(cvtps2|mul)pd", register, 4 * packs)]
         # By masks of registers where there are some; Clang then clears while it widens, GCC by a move.
-        clears = ("kmov[bdqw]", "", 1) if level == "v4" else ("andp[sd]|pand", doubles, packs)
+        clears = ("kmov[bdqw]", "", 1) if level == "v4" else ("andp[sd]|pand", register, packs)
         exact = FMA if level != "base" else "mulpd"
-        found = loops(path, doubles, "cvtps2pd", "addpd", exact, without="subpd")
-        assert [loop for loop in found if has(loop, "cvtps2pd", doubles, packs) and has(loop, *clears)]
+        found = loops(path, register, "cvtps2pd", "addpd", exact, without="subpd")
+        assert [loop for loop in found if has(loop, "cvtps2pd", register, packs) and has(loop, *clears)]
 
     def test_scaling_is_packed(self, level, driver, build):
-        """On all registers that the level has for floats, with stores through the caches and past them."""
-        path, (doubles, floats) = module(build, driver, level), REGISTERS[level]
-        for register, kind in ((floats, "s"), (doubles, "d")):
+        """With stores through the caches and past them."""
+        path, register = module(build, driver, level), REGISTERS[level]
+        for kind in "sd":
             formula = [f"{operation}p{kind}" for operation in ("sub", "mul", "add")]
             assert loops(path, register, *formula, without="movntp[sd]")
             assert loops(path, register, *formula, f"movntp{kind}")

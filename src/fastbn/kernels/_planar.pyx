@@ -235,17 +235,38 @@ cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_
     return <const char*> tile
 
 
+cdef struct Span:
+    # The values of a channel that are one part: a stretch of each of some images.
+    Py_ssize_t n0, n1, s0, length
+
+
+cdef inline Span span_of(const Job* job, const Cut* k, Py_ssize_t tile) noexcept nogil:
+    cdef Span t
+    t.n0 = tile // k.segments * k.images
+    t.n1 = min(t.n0 + k.images, job.outer)
+    t.s0 = tile % k.segments * k.length
+    t.length = min(k.length, job.inner - t.s0)
+    return t
+
+
+cdef inline void put_parts(const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* first,
+                           const double* second, double* parts) noexcept nogil:
+    """The lanes of channels c0..c1 to their parts, lying as [channel][tile](first, second)."""
+    cdef double* part
+    cdef Py_ssize_t c
+    for c in range(c1 - c0):
+        part = parts + ((c0 + c) * k.tiles + tile) * 2
+        part[0] = fold(first + c * LANES)
+        part[1] = fold(second + c * LANES)
+
+
 cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
                    const double* q, bint shifted, double* parts, const floating* gates, floating* buffer) noexcept nogil:
-    """Both sums of one tile of channels c0..c1 to their parts, lying as [channel][tile](first, second)."""
+    """Both sums of one tile of channels c0..c1 to their parts."""
     cdef double sums[(2 * GROUP + 1) * LANES]
     cdef double* first = aligned(<double*> sums)
     cdef double* second = first + GROUP * LANES
-    cdef double* part
-    cdef Py_ssize_t n0 = tile // k.segments * k.images
-    cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
-    cdef Py_ssize_t s0 = tile % k.segments * k.length
-    cdef Py_ssize_t s1 = min(s0 + k.length, job.inner)
+    cdef Span t = span_of(job, k, tile)
     cdef Job near = job[0]
     cdef Job gate
     cdef Py_ssize_t together = c1 - c0
@@ -258,38 +279,38 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
     cdef Py_ssize_t c, n, i, m, next_u, next_v, step_u, images, most = 1
     if converts:
-        together = side_by_side(&job.u, s1 - s0)
+        together = side_by_side(&job.u, t.length)
         if job.reads_pair:
-            together = min(together, side_by_side(&job.v, s1 - s0))
+            together = min(together, side_by_side(&job.v, t.length))
         converts = together > 0
         together = max(together, <Py_ssize_t> 1)
     if converts:
-        near.u = staged(&job.u, s1 - s0, buffer)
-        near.v = staged(&job.v, s1 - s0, buffer)
+        near.u = staged(&job.u, t.length, buffer)
+        near.v = staged(&job.v, t.length, buffer)
     step_u = near.u.channel
     if job.gated:
         gate = gate_of(&near)
         if gate.y.data == NULL:
-            gate.y = in_tile(s1 - s0, buffer)
-        gate_direct = all_ready(&gate, s1 - s0, buffer)
+            gate.y = in_tile(t.length, buffer)
+        gate_direct = all_ready(&gate, t.length, buffer)
         near.u = gate.y
-    direct = ready(&near.u, s1 - s0, buffer) and (not job.reads_pair or ready(&near.v, s1 - s0, buffer))
+    direct = ready(&near.u, t.length, buffer) and (not job.reads_pair or ready(&near.v, t.length, buffer))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
-    if direct and not converts and not job.gated and s1 - s0 < SMALL_RUN:
+    if direct and not converts and not job.gated and t.length < SMALL_RUN:
         most = IMAGES
-    n = n0
-    while n < n1:
-        images = min(most, n1 - n)
+    n = t.n0
+    while n < t.n1:
+        images = min(most, t.n1 - n)
         c = 0
         while c < c1 - c0:
             m = min(c1 - c0 - c, together)
-            u = at(&job.u, n, c0 + c, s0)
-            v = at(&job.v, n, c0 + c, s0)
+            u = at(&job.u, n, c0 + c, t.s0)
+            v = at(&job.v, n, c0 + c, t.s0)
             if converts:
-                u = convert(&job.u, u, m * (s1 - s0), buffer)
+                u = convert(&job.u, u, m * t.length, buffer)
                 if job.reads_pair:
-                    v = convert(&job.v, v, m * (s1 - s0), buffer + TILE)
+                    v = convert(&job.v, v, m * t.length, buffer + TILE)
             next_u, next_v = step_u, near.v.channel
             for i in range(c, c + m):
                 if not k.fetches:
@@ -298,287 +319,22 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                     next_u, next_v = job.u.outer - i * step_u, near.v.outer - i * near.v.channel
                 g = <char*> u
                 if job.gated:
-                    w = at(&job.w, n, c0 + i, s0)
+                    w = at(&job.w, n, c0 + i, t.s0)
                     g = <char*> (buffer + 2 * TILE)
                     if job.kept.data != NULL:
-                        g = at(&job.kept, n, c0 + i, s0)
-                    gate_run(&gate, gate_direct, u, w if job.by_output else v, w, g, s1 - s0, gates + c0 + i,
+                        g = at(&job.kept, n, c0 + i, t.s0)
+                    gate_run(&gate, gate_direct, u, w if job.by_output else v, w, g, t.length, gates + c0 + i,
                              scratch)
-                reduce_any(&near, direct, g, v, images, s1 - s0, p[i], q[i], shifted, next_u + (u - g), next_v,
+                reduce_any(&near, direct, g, v, images, t.length, p[i], q[i], shifted, next_u + (u - g), next_v,
                            first + i * LANES, second + i * LANES, scratch)
                 u += step_u
                 v += near.v.channel
             c += m
         n += images
-    for c in range(c1 - c0):
-        part = parts + ((c0 + c) * k.tiles + tile) * 2
-        part[0] = fold(first + c * LANES)
-        part[1] = fold(second + c * LANES)
+    put_parts(k, tile, c0, c1, first, second, parts)
 
 
-cdef inline double* total_of(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c, double* parts) noexcept nogil:
-    """Where the weight of a part is: behind the sums of all parts."""
-    return parts + (2 * job.channels + c) * k.tiles + tile
-
-
-cdef inline double* place_of_largest(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c, double* parts) noexcept nogil:
-    """Where the largest weight of a part is."""
-    return parts + (3 * job.channels + c) * k.tiles + tile
-
-
-cdef inline Py_ssize_t padded(floating* run, Py_ssize_t n, floating pad) noexcept nogil:
-    """Make a run of n values at least LANES long; how long it is then."""
-    cdef Py_ssize_t i
-    for i in range(n, LANES):
-        run[i] = pad
-    return max(n, <Py_ssize_t> LANES)
-
-
-cdef inline Py_ssize_t to_next(const Job* job, const Cut* k, Py_ssize_t c, Py_ssize_t channels, const char* x,
-                               const floating* u) noexcept nogil:
-    """Bytes from u to the run that comes after x, of so many channels that are taken together, if that is to be fetched."""
-    if not k.fetches:
-        return 0
-    return x + (job.u.channel if c < channels - 1 else job.u.outer - c * job.u.channel) - <const char*> u
-
-
-cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
-                    bint shifted, double* parts, floating* buffer) noexcept nogil:
-    """`sum_tile` of values that count or do not, in moments."""
-    cdef double sums[(2 * GROUP + 1) * LANES]
-    cdef double* first = aligned(<double*> sums)
-    cdef double* second = first + GROUP * LANES
-    cdef Py_ssize_t counts[GROUP]
-    cdef mark room[TILE + LANES]
-    cdef double* part
-    cdef Py_ssize_t n0 = tile // k.segments * k.images
-    cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
-    cdef Py_ssize_t s0 = tile % k.segments * k.length
-    cdef Py_ssize_t length = min(k.length, job.inner - s0)
-    cdef const mark* marks = NULL
-    cdef const char* at_w
-    cdef const char* x
-    cdef const floating* u
-    cdef bint counted = True
-    cdef Py_ssize_t c, n, i, m, next_u
-    # Padding is not marked, or missing.
-    cdef floating pad = NAN if job.weights.data == NULL or job.weights.inner == 0 else 0
-    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
-    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
-    memset(counts, 0, sizeof(counts))
-    for n in range(n0, n1):
-        for c in range(c1 - c0):
-            if job.weights.data != NULL and (c == 0 or job.weights.channel != 0):
-                at_w = weights_at(&job.weights, n, c0 + c, s0)
-                if job.weights.inner == 0:
-                    counted = weight_at(&job.weights, at_w) != 0
-                elif job.weights.inner == 1 and length >= LANES:
-                    marks = <const mark*> at_w
-                else:
-                    take_weights(&job.weights, at_w, job.weights.inner, length, room)
-                    for i in range(length, LANES):
-                        room[i] = 0
-                    marks = room
-            if not counted:
-                continue
-            x = at(&job.u, n, c0 + c, s0)
-            m = max(length, <Py_ssize_t> LANES)
-            if marks == NULL and not job.omits:
-                u = stage(&job.u, x, length, <floating> p[c], buffer)
-                counts[c] += length
-                reduce_any(job, True, <const char*> u, <const char*> u, 1, m, p[c], p[c], shifted,
-                           to_next(job, k, c, c1 - c0, x, u), 0, first + c * LANES, second + c * LANES, buffer)
-            else:
-                u = stage(&job.u, x, length, pad, buffer)
-                next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
-                counts[c] += keep_run(u, marks, m, p[c], job.omits, shifted, next_u, first + c * LANES, second + c * LANES)
-    for c in range(c1 - c0):
-        part = parts + ((c0 + c) * k.tiles + tile) * 2
-        part[0] = fold(first + c * LANES)
-        part[1] = fold(second + c * LANES)
-        total_of(job, k, tile, c0 + c, parts)[0] = counts[c]
-
-
-cdef const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, bint copied,
-                                       weight* room) noexcept nogil:
-    """n weights side by side, where they are or copied; then, or where there are few, LANES at least, 0 behind them."""
-    cdef bint direct = job.weights.size == sizeof(weight) and job.weights.inner == sizeof(weight) and n >= LANES
-    cdef Py_ssize_t i
-    if direct and not copied:
-        return at_w
-    take_weights(&job.weights, at_w, job.weights.inner, n, room)
-    for i in range(n, LANES):
-        room[i] = 0
-    return <const char*> room
-
-
-cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
-                     bint shifted, bint selects, double* parts, floating* buffer) noexcept nogil:
-    """`sum_tile` of values that have weights, in moments."""
-    cdef double sums_room[(3 * GROUP + 1) * LANES]
-    cdef double room[TILE + LANES]
-    cdef double* sums = aligned(<double*> sums_room)
-    cdef double* weights = aligned(<double*> room)
-    cdef double* first = sums + GROUP * LANES
-    cdef double* second = first + GROUP * LANES
-    cdef double* part
-    cdef Py_ssize_t n0 = tile // k.segments * k.images
-    cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
-    cdef Py_ssize_t s0 = tile % k.segments * k.length
-    cdef Py_ssize_t length = min(k.length, job.inner - s0)
-    cdef bint wide = job.weights.size == sizeof(double)
-    cdef bint stages = job.omits or selects
-    cdef bint own = job.weights.channel != 0 or job.omits  # channels have sums of weights of their own
-    cdef bint each = job.weights.inner != 0 or length < LANES or job.omits
-    cdef bint checks = job.weights.unchecked
-    cdef const char* w = NULL
-    cdef const char* at_w
-    cdef const char* x
-    cdef const floating* u
-    cdef double one = 1
-    cdef double most = 0
-    cdef floating pad
-    cdef Py_ssize_t c, n, m, next_u, next_w = 1024  # bytes, in the order of memory
-    memset(sums, 0, (c1 - c0) * LANES * sizeof(double))
-    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
-    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
-    for n in range(n0, n1):
-        for c in range(c1 - c0):
-            if c == 0 or job.weights.channel != 0 or stages:
-                at_w = weights_at(&job.weights, n, c0 + c, s0)
-                if not each:
-                    one = weight_at(&job.weights, at_w)
-                    if checks:
-                        most = larger(most, largest_of(<const char*> &one, 1, True))
-                elif wide:
-                    w = run_of_weights(job, at_w, length, stages, weights)
-                else:
-                    w = run_of_weights(job, at_w, length, stages, <float*> weights)
-            if not each and one == 0:
-                continue
-            x = at(&job.u, n, c0 + c, s0)
-            u = stage(&job.u, x, length, <floating> p[c], buffer)
-            m = max(length, <Py_ssize_t> LANES)
-            if each and stages:
-                if checks:  # before they change
-                    most = larger(most, largest_of(w, length, wide))
-                pad = <floating> p[c]
-                if wide:
-                    choose(u, weights, length, &pad, 0, job.omits, buffer + TILE)
-                else:
-                    choose(u, <float*> weights, length, &pad, 0, job.omits, buffer + TILE)
-                m = padded(buffer + TILE, length, <floating> p[c])
-                u = buffer + TILE
-            next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
-            weigh_run(u, w, one, m, p[c], each, wide, shifted, c == 0 or own, next_u, next_w, sums + c * LANES,
-                      first + c * LANES, second + c * LANES)
-            if each and checks and not stages:  # now they are in a first level cache
-                most = larger(most, largest_of(w, length, wide))
-    for c in range(c1 - c0):
-        part = parts + ((c0 + c) * k.tiles + tile) * 2
-        part[0] = fold(first + c * LANES)
-        part[1] = fold(second + c * LANES)
-        total_of(job, k, tile, c0 + c, parts)[0] = fold(sums + (c * LANES if own else 0))
-        if job.weights.unchecked:
-            place_of_largest(job, k, tile, c0 + c, parts)[0] = most
-
-
-cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* q,
-                    double* parts, floating* buffer) noexcept nogil:
-    """`sum_tile` of a gradient without what is missing."""
-    cdef double sums[(2 * GROUP + 1) * LANES]
-    cdef double* first = aligned(<double*> sums)
-    cdef double* second = first + GROUP * LANES
-    cdef double room[TILE + LANES]
-    cdef double* weights = aligned(<double*> room)
-    cdef double* part
-    cdef Py_ssize_t n0 = tile // k.segments * k.images
-    cdef Py_ssize_t n1 = min(n0 + k.images, job.outer)
-    cdef Py_ssize_t s0 = tile % k.segments * k.length
-    cdef Py_ssize_t length = min(k.length, job.inner - s0)
-    cdef bint wide = job.weights.size == sizeof(double)
-    cdef const char* w = NULL
-    cdef const char* at_w
-    cdef const floating* u
-    cdef const floating* v
-    cdef floating* hidden_u = buffer + 2 * TILE
-    cdef floating* hidden_v = hidden_u + TILE
-    cdef Py_ssize_t c, n, m
-    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
-    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
-    for n in range(n0, n1):
-        for c in range(c1 - c0):
-            if job.weights.data != NULL and (c == 0 or job.weights.channel != 0):
-                at_w = weights_at(&job.weights, n, c0 + c, s0)
-                if wide:
-                    w = run_of_weights(job, at_w, length, False, weights)
-                else:
-                    w = run_of_weights(job, at_w, length, False, <float*> weights)
-            u = stage(&job.u, at(&job.u, n, c0 + c, s0), length, 0, buffer)
-            v = stage(&job.v, at(&job.v, n, c0 + c, s0), length, 0, buffer + TILE)
-            if wide:
-                hide(u, v, <const double*> w, length, job.omits, hidden_u, hidden_v)
-            else:
-                hide(u, v, <const float*> w, length, job.omits, hidden_u, hidden_v)
-            padded(hidden_u, length, 0)
-            m = padded(hidden_v, length, 0)
-            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, 1, m, 0, q[c], True, 0, 0,
-                       first + c * LANES, second + c * LANES, buffer)
-    for c in range(c1 - c0):
-        part = parts + ((c0 + c) * k.tiles + tile) * 2
-        part[0] = fold(first + c * LANES)
-        part[1] = fold(second + c * LANES)
-
-
-cdef void count_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
-                     bint shifted, bint selects, double* parts, floating* buffer) noexcept nogil:
-    """`sum_tile` of moments of values that do not all count alike."""
-    if job.weights.data == NULL or job.weights.marks:
-        keep_tile(job, k, tile, c0, c1, p, shifted or floating is double, parts, buffer)
-    else:
-        weigh_tile(job, k, tile, c0, c1, p, shifted, selects, parts, buffer)
-
-
-cdef void count_parts(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
-                      floating* buffer) noexcept nogil:
-    """`reduce_tile` of moments of values that do not all count alike."""
-    cdef double p[GROUP]
-    cdef double* part
-    cdef double* total
-    cdef bint selects
-    cdef Py_ssize_t c
-    memset(p, 0, sizeof(p))
-    count_tile(job, k, tile, c0, c1, p, False, False, parts, buffer)
-    for c in range(c1 - c0):
-        part = parts + ((c0 + c) * k.tiles + tile) * 2
-        total = total_of(job, k, tile, c0 + c, parts)
-        selects = job.weights.data != NULL and not job.weights.marks and not are_finite(part[0], part[1])
-        if selects:
-            count_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, False, True, parts, buffer)
-        if from_weighted_sums(0, total[0], part, part + 1):
-            p[c] = <floating> part[0]
-            count_tile(job, k, tile, c0 + c, c0 + c + 1, p + c, True, selects, parts, buffer)
-            from_weighted_sums(p[c], total[0], part, part + 1)
-
-
-cdef bint are_fit(const Job* job, const Cut* k, double* parts) noexcept nogil:
-    """Whether all weights are such that their sums mean something."""
-    cdef double most = 0
-    cdef Py_ssize_t c, tile
-    for c in range(job.channels):
-        for tile in range(k.tiles):
-            most = larger(most, place_of_largest(job, k, tile, c, parts)[0])
-    return fits(most)
-
-
-cdef void merge_weighted_channel(const Job* job, const Cut* k, Py_ssize_t c, double* parts) noexcept nogil:
-    """`merge_channel` of weighted moments."""
-    cdef double* part = parts + c * k.tiles * 2
-    cdef double* total = total_of(job, k, 0, c, parts)
-    cdef Py_ssize_t tile
-    job.first[c], job.second[c], job.total[c] = part[0], part[1], total[0]
-    for tile in range(1, k.tiles):
-        merge_weighted(job.total + c, job.first + c, job.second + c, total + tile, part + 2 * tile, part + 2 * tile + 1, 1)
+include "_planar_weights.pxi"
 
 
 cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, double* parts,
@@ -588,10 +344,10 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
     cdef double q[GROUP]
     cdef double* part
     cdef double squares
-    cdef Job rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
-    cdef Py_ssize_t n0 = tile // k.segments * k.images
-    cdef Py_ssize_t s0 = tile % k.segments * k.length
-    cdef double count = (min(n0 + k.images, job.outer) - n0) * (min(s0 + k.length, job.inner) - s0)
+    cdef Job behind
+    cdef const Job* rest = job
+    cdef Span t = span_of(job, k, tile)
+    cdef double count = (t.n1 - t.n0) * t.length
     cdef Py_ssize_t c
     if job.weighs and not job.reads_pair:
         count_parts(job, k, tile, c0, c1, parts, buffer)
@@ -600,11 +356,14 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
         p[c] = 0
         q[c] = load(&job.mean, c0 + c, 0) if job.reads_pair else 0
         if floating is double and not job.reads_pair:
-            p[c] = (<floating*> at(&job.u, n0, c0 + c, s0))[0]
+            p[c] = (<floating*> at(&job.u, t.n0, c0 + c, t.s0))[0]
     if job.omits:  # there is NaN: without looking for it all sums would be found again
         hide_tile(job, k, tile, c0, c1, q, parts, buffer)
         return
     sum_tile(job, k, tile, c0, c1, p, q, floating is double, parts, gates, buffer)
+    if job.gated and job.kept.data != NULL:
+        behind = behind_gate(job)
+        rest = &behind
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         squares = part[1]
@@ -614,10 +373,10 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
             if not job.reads_pair:
                 if part[1] * CANCELLED < squares:
                     p[c] = <float> part[0]
-                    sum_tile(&rest, k, tile, c0 + c, c0 + c + 1, p + c, p + c, True, parts, gates, buffer)
+                    sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, p + c, True, parts, gates, buffer)
                     from_sums(p[c], count, part, part + 1)
             elif is_far(q[c], load(&job.variance, c0 + c, 1)):
-                sum_tile(&rest, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, gates, buffer)
+                sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, gates, buffer)
             else:
                 part[1] -= q[c] * part[0]
         if job.weighs and not are_finite(part[0], part[1]):
