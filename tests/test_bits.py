@@ -197,7 +197,7 @@ def test_in_place_or_not(case, dtype):
 
 
 # A little more than what is stored past the caches, by runs that share lines of memory, and by rows.
-LARGE = (((65, 1001, 10, 10), 1), ((5, 7, 461, 461), 1), ((100_000, 67), -1))
+LARGE = (((65, 1001, 10, 10), 1), ((5, 7, 461, 461), 1), ((100_000, 67), -1), ((420_000, 16), -1))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -25,7 +25,7 @@ from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
-from .lanes cimport LANES, PRESENT, WEIGHTED, Form, apply_rows, fence, reduce_rows
+from .lanes cimport LANES, PRESENT, WEIGHTED, Form, apply_rows, end_line, fence, line, reduce_rows, stream_lines
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest_of, mark, merge_weighted, take_weights,
@@ -45,6 +45,7 @@ cdef enum:
     STAGED = STEP * (PIECE + LANES)  # values of either, in whole lanes
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
     LEAST = 4          # but so many while those of one are no more
+    GATHERED = 512     # values of a result that are put together to store lines whole
     AHEAD = 2048       # values of each that are fetched in advance
     SHARE = 256        # channels that one thread finishes at a time
     WAVE = 1 << 26     # values between two looks for signals
@@ -400,8 +401,17 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     # Rows of y that start at whole lanes can be stored past the caches.
     cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
                          and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
+    # Others are put together in a tile first, if they are one stretch of memory.
+    cdef bint gathers = (job.streams and not streams and direct_y and most == CHUNK and k.columns <= GATHERED // 4
+                         and t.columns == k.columns and k.columns % LANES == 0
+                         and k.positions * job.y.outer == k.columns * job.y.size)
     cdef bint inside, direct
     cdef View u, v, w, y
+    cdef line left
+    left.n = 0
+    if gathers:
+        direct_y = False
+        high = min(high, GATHERED // k.columns)
     if (direct_u and direct_y and not job.gated and (direct_v or not reads_v) and (direct_w or not job.form.third)
             and t.columns == width):
         high = t.rows  # nothing is staged
@@ -429,10 +439,13 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
             scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), table + t.column + j, k.padded,
                   streams and direct)
-            if not direct:
+            if gathers:
+                stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, <char*> ub, rows * n * job.y.size)
+            elif not direct:
                 unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
             j += n
-    if streams:
+    end_line(&left)
+    if streams or gathers:
         fence()
 
 

@@ -23,7 +23,7 @@ from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
-from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, fence, reduce_run, stream_lines
+from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, end_line, fence, line, reduce_run, stream_lines
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, keep_run, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
@@ -43,7 +43,7 @@ cdef enum:
     SHARED = 1 << 24       # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
     SHARED_PAIR = 1 << 26  # the same of two operands
     STRETCH = 1 << 18      # bytes of one task where channels are cut
-    GATHERED = 2048        # values that are put together to store lines whole
+    GATHERED = 512         # values that are put together to store lines whole
     LINE = 64              # bytes of a line of a cache
     WAVE = 1 << 28         # bytes between two looks for signals
 
@@ -59,11 +59,19 @@ cdef struct Cut:
     Py_ssize_t stretch     # tiles per task
     Py_ssize_t stretches
     Py_ssize_t wave        # tasks between two looks for signals
-    Py_ssize_t pieces      # segments of all planes
+    Py_ssize_t cuts        # pieces of a plane, in a pass that sums nothing
+    Py_ssize_t cut         # values of a piece
+    Py_ssize_t pieces      # of all planes
     Py_ssize_t portion     # pieces per task of a pass that sums nothing, which may depend on the threads
     Py_ssize_t portions
     bint fused             # one task does all of its channels
     bint fetches           # sums fetch the run after the one they add
+
+
+cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t length) noexcept nogil:
+    """Whether runs of that length, of planes that may be cut, start or end within a line of a cache."""
+    cdef Py_ssize_t places = <Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel
+    return (places | (k.cut | length) * operand.size) % LINE != 0
 
 
 cdef Cut cut(const Job* job) noexcept nogil:
@@ -109,8 +117,13 @@ cdef Cut cut(const Job* job) noexcept nogil:
     k.spans = (job.channels + k.span - 1) // k.span
     k.stretches = (k.tiles + k.stretch - 1) // k.stretch
     k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.span * k.stretch))
-    k.pieces = job.outer * job.channels * k.segments
-    k.portions = job.threads * max(<Py_ssize_t> 1, k.pieces * k.length * itemsize // (job.threads * STRETCH))
+    k.cuts, k.cut = k.segments, k.length
+    if job.streams and k.length > GATHERED and shares_lines(&job.y, &k, k.length):
+        # Loads and stores alternate with each tile: one as large as a first level cache would leave memory to wait.
+        k.cuts = (job.inner + GATHERED - 1) // GATHERED
+        k.cut = (job.inner + k.cuts - 1) // k.cuts
+    k.pieces = job.outer * job.channels * k.cuts
+    k.portions = job.threads * max(<Py_ssize_t> 1, k.pieces * k.cut * itemsize // (job.threads * STRETCH))
     k.portion = (k.pieces + k.portions - 1) // k.portions
     k.portions = (k.pieces + k.portion - 1) // k.portion
     return k
@@ -420,12 +433,6 @@ cdef struct Runs:
     Job gate
 
 
-cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t length) noexcept nogil:
-    """Whether runs of that length, of planes that may be cut, start or end within a line of a cache."""
-    cdef Py_ssize_t places = <Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel
-    return (places | (k.length | length) * operand.size) % LINE != 0
-
-
 cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
     cdef bint whole = job.y.inner == job.y.size and length >= LANES
     r.length = length
@@ -464,7 +471,7 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
 
 
 cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
-                     const floating* table, floating* buffer) noexcept nogil:
+                     const floating* table, floating* buffer, line* rest) noexcept nogil:
     """One run of each of the channels c0..c1 of an image."""
     cdef const floating* gates = table + 5 * job.channels
     cdef Py_ssize_t length = r.length, c = c0, i, m
@@ -500,10 +507,10 @@ cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0,
             w += r.near.w.channel
             y += r.near.y.channel
         if r.gathers and is_native(&job.y):
-            stream_lines(z, <char*> buffer, m * length * job.y.size)
+            stream_lines(rest, z, <char*> buffer, m * length * job.y.size)
         elif r.gathers:
             give(&job.y, buffer, 1, m * length, <char*> (buffer + TILE), job.y.size)
-            stream_lines(z, <char*> (buffer + TILE), m * length * job.y.size)
+            stream_lines(rest, z, <char*> (buffer + TILE), m * length * job.y.size)
         elif r.converts and not is_native(&job.y):
             give(&job.y, buffer, 1, m * length, z, job.y.size)
         c += m
@@ -556,24 +563,27 @@ cdef void reduce_tiles(const Job* job, const Cut* k, Py_ssize_t t0, Py_ssize_t t
 
 cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
                        const floating* table, floating* buffer) noexcept nogil:
-    """Pieces first..last of the memory of channels c0..c1, in its order; a piece is a segment of a plane."""
+    """Pieces first..last of the memory of channels c0..c1, in its order; a piece is a cut of a plane."""
     cdef Runs runs
     cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT
     cdef Py_ssize_t piece = first, s0, plane, n, c, m, length
+    cdef line rest
     runs.length = 0
+    rest.n = 0
     while piece < last:
-        s0 = piece % k.segments * k.length
-        plane = piece // k.segments
+        s0 = piece % k.cuts * k.cut
+        plane = piece // k.cuts
         n, c = plane // (c1 - c0), c0 + plane % (c1 - c0)
-        m = min(c1 - c, last - piece) if k.segments == 1 else 1
-        length = min(k.length, job.inner - s0)
+        m = min(c1 - c, last - piece) if k.cuts == 1 else 1
+        length = min(k.cut, job.inner - s0)
         if weighted:
             apply_weighted_runs(job, k, length, n, c, c + m, s0, table, buffer)
         else:
             if runs.length != length:
                 prepare(job, k, length, &runs, table)
-            apply_runs(job, &runs, n, c, c + m, s0, table, buffer)
+            apply_runs(job, &runs, n, c, c + m, s0, table, buffer, &rest)
         piece += m
+    end_line(&rest)
 
 
 cdef void apply_rest(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
@@ -606,7 +616,7 @@ cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, doub
         for c in range(c0, c1):
             merge_channel(job, k, c, parts)
         coefficients(job, c0, c1, job.channels, table)
-        apply_rest(job, k, 0, job.outer * (c1 - c0) * k.segments, c0, c1, table, buffer)
+        apply_rest(job, k, 0, job.outer * (c1 - c0) * k.cuts, c0, c1, table, buffer)
 
 
 cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py_ssize_t end, double* parts,
@@ -620,7 +630,7 @@ cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py
 cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* table) noexcept nogil:
     """All tasks of a step, in waves, looking for signals in between."""
     cdef Py_ssize_t tasks = k.portions if step == APPLY else k.spans * k.stretches
-    cdef Py_ssize_t wave = k.wave if step != APPLY else max(<Py_ssize_t> 1, WAVE // (k.portion * k.length * job.y.size))
+    cdef Py_ssize_t wave = k.wave if step != APPLY else max(<Py_ssize_t> 1, WAVE // (k.portion * k.cut * job.y.size))
     cdef Py_ssize_t begin = 0, end, share
     cdef int threads = job.threads
     while begin < tasks:

@@ -246,18 +246,47 @@ static inline void fastbn_fence(void) {
 #endif
 }
 
-/* n bytes of a tile to y, whole lines past the caches. What is left at either end, where a line is shared with
- * neighbours, goes through the caches: storing one line both ways takes as long as storing dozens. */
-static inline void fastbn_stream_lines(char *y, const char *x, ptrdiff_t n) {
-    ptrdiff_t i = -(ptrdiff_t) ((uintptr_t) y % 64) & 63;
-    if (i > n) i = n;
-    memcpy(y, x, (size_t) i);
+/* Stretches of memory in whole lines past the caches. What is left of the last line waits for the stretch that follows:
+ * storing one line both ways takes as long as storing dozens. */
+typedef struct {
+    char *at;
+    ptrdiff_t n;
+    char bytes[64];
+} fastbn_line;
+
+static inline void fastbn_stream_line(char *y, const char *x) {
 #if defined(__GNUC__)
-    for (; i <= n - 64; i += 64)
-        for (ptrdiff_t j = i; j < i + 64; j += FASTBN_BYTES)
-            fastbn_stream_f((float *) (y + j), *(const fastbn_vf *) (x + j));
+    for (ptrdiff_t j = 0; j < 64; j += FASTBN_BYTES)
+        fastbn_stream_f((float *) (y + j), *(const fastbn_vf *) (x + j));
+#else
+    memcpy(y, x, 64);
 #endif
-    memcpy(y + i, x + i, (size_t) (n - i));
+}
+
+static inline void fastbn_end_line(fastbn_line *rest) {
+    if (rest->n) memcpy(rest->at, rest->bytes, (size_t) rest->n);
+    rest->n = 0;
+}
+
+/* n bytes at x to y. */
+static inline void fastbn_stream_lines(fastbn_line *rest, char *y, const char *x, ptrdiff_t n) {
+    ptrdiff_t i;
+    if (rest->n && y == rest->at + rest->n) {
+        i = 64 - rest->n < n ? 64 - rest->n : n;
+        memcpy(rest->bytes + rest->n, x, (size_t) i);
+        rest->n += i;
+        if (rest->n < 64) return;
+        fastbn_stream_line(rest->at, rest->bytes);
+    } else {
+        fastbn_end_line(rest);
+        i = -(ptrdiff_t) ((uintptr_t) y % 64) & 63;
+        if (i > n) i = n;
+        memcpy(y, x, (size_t) i);
+    }
+    for (; i <= n - 64; i += 64) fastbn_stream_line(y + i, x + i);
+    memcpy(rest->bytes, x + i, (size_t) (n - i));
+    rest->at = y + i;
+    rest->n = n - i;
 }
 
 #if defined(__GNUC__)

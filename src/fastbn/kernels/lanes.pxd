@@ -40,7 +40,10 @@ cdef extern from "lanes.h" nogil:
     vd add_exact_product "fastbn_add_exact_product"(vd t, vd x, vd y)
     void stream_d "fastbn_stream_d"(double* y, vd z)
     void stream_f "fastbn_stream_f"(float* y, vf z)
-    void stream_lines "fastbn_stream_lines"(char* y, const char* x, Py_ssize_t n)
+    ctypedef struct line "fastbn_line":  # what is left of one
+        Py_ssize_t n
+    void stream_lines "fastbn_stream_lines"(line* rest, char* y, const char* x, Py_ssize_t n)
+    void end_line "fastbn_end_line"(line* rest)
     void fence "fastbn_fence"()
     void prefetch "fastbn_prefetch"(const void* x)
     void prefetch_second "fastbn_prefetch_second"(const void* x)
