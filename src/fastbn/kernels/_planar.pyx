@@ -45,6 +45,7 @@ cdef enum:
     STRETCH = 1 << 18      # bytes of one task where channels are cut
     GATHERED = 512         # values that are put together to store lines whole
     LINE = 64              # bytes of a line of a cache
+    PAGE = 4096            # bytes of a page
     WAVE = 1 << 28         # bytes between two looks for signals
 
 
@@ -470,6 +471,17 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
     r.direct = all_ready(&r.near, length, typed)
 
 
+cdef inline Py_ssize_t away(const char* tile, const char* u, const char* y) noexcept nogil:
+    """Bytes, in whole lines and less than a page, to where a tile is far from u and y within a page.
+
+    Loads wait for stores to the same place of another page that were not carried out yet: where the stack happened to lie,
+    passes took twice as long.
+    """
+    cdef Py_ssize_t d = <Py_ssize_t> (<size_t> (y - u) % PAGE)
+    d = d // 2 if d > PAGE // 2 else (d + PAGE) // 2  # the middle of the longer way from one to the other
+    return <Py_ssize_t> (<size_t> (u + d - tile) % PAGE) // LINE * LINE
+
+
 cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
                      const floating* table, floating* buffer, line* rest) noexcept nogil:
     """One run of each of the channels c0..c1 of an image."""
@@ -481,6 +493,7 @@ cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0,
     cdef const char* g
     cdef char* y
     cdef char* z
+    cdef char* tile = NULL
     while c < c1:
         m = min(c1 - c, r.together)
         u = at(&job.u, n, c, s0)
@@ -495,6 +508,9 @@ cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0,
                 w = convert(&job.w, w, m * length, buffer + 2 * TILE)
             if r.gathers or not is_native(&job.y):
                 y = <char*> buffer  # over u, which is of the same type
+                if is_native(&job.u) and is_native(&job.y):
+                    y += away(y, u, z)
+                tile = y
         for i in range(c, c + m):
             g = u
             if job.gated:
@@ -507,7 +523,7 @@ cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0,
             w += r.near.w.channel
             y += r.near.y.channel
         if r.gathers and is_native(&job.y):
-            stream_lines(rest, z, <char*> buffer, m * length * job.y.size)
+            stream_lines(rest, z, tile, m * length * job.y.size)
         elif r.gathers:
             give(&job.y, buffer, 1, m * length, <char*> (buffer + TILE), job.y.size)
             stream_lines(rest, z, <char*> (buffer + TILE), m * length * job.y.size)
