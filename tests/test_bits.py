@@ -222,11 +222,11 @@ def test_past_the_caches_or_through_them(case, dtype, activation):
 
 @pytest.mark.parametrize("weights", [None, "position"])
 def test_past_the_caches_into_rows_of_whole_lines(weights):
-    """Planes whose last segment is whole lines long, of which those before are not, in an array whose rows are."""
-    shape, width = (13, 82, 6401), 6416
+    """Planes whose last piece is whole lines long, of which the one before is not, in an array whose rows are."""
+    shape, width = (13, 490, 993), 1008  # pieces of 497 and of 496 values
     rng = np.random.default_rng(9)
     x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in "xy")
-    w = rng.random((13, 6401), np.float32) if weights else None
+    w = rng.random((13, 993), np.float32) if weights else None
     memory = np.empty(2 * shape[0] * shape[1] * width + 16, np.float32)
     memory = memory[-memory.ctypes.data % 64 // 4 :]
     y, dx = memory[: 2 * shape[0] * shape[1] * width].reshape(2, *shape[:2], width)[..., : shape[2]]

@@ -20,134 +20,20 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from ._plan cimport Plan, bind_weights
-from .convert cimport aligned, give, is_native, take
+from .convert cimport give, is_native, take
+from .interleaved_cut cimport CHUNK, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, tile_of, whole
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
-from .lanes cimport LANES, PRESENT, WEIGHTED, Form, apply_rows, end_line, fence, line, reduce_rows, stream_lines
+from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows, reduce_rows
+from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
+from .packs cimport LANES
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest_of, mark, merge_weighted, take_weights,
     weigh_rows, weight, weight_at, weights_at,
 )
-
-cdef enum:
-    BLOCK = 131072     # values of a block of rows: what a block costs beside its values is then less than a tenth
-    MIN_ROWS = 128     # of a block, however wide
-    SHARED = 32768     # values; of more, there are
-    EVEN = 4           # tasks or a multiple, so that threads have as much to do as one another
-    STEP = 32          # rows taken together at most
-    FEW = 8            # rows; below, positions are not put together
-    LARGE = 1 << 20    # values: what is larger is not in a second level cache
-    CHUNK = 1024       # columns of a task at most: their sums fit a first level cache
-    PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
-    STAGED = STEP * (PIECE + LANES)  # values of either, in whole lanes
-    TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
-    LEAST = 4          # but so many while those of one are no more
-    GATHERED = 512     # values of a result that are put together to store lines whole
-    AHEAD = 2048       # values of each that are fetched in advance
-    SHARE = 256        # channels that one thread finishes at a time
-    WAVE = 1 << 26     # values between two looks for signals
-
-
-cdef inline Py_ssize_t whole(Py_ssize_t n) noexcept nogil:
-    """n rounded up to whole lanes."""
-    return (n + LANES - 1) // LANES * LANES
-
-
-cdef struct Grid:
-    # How a pass is cut into tasks.
-    Py_ssize_t height  # rows of a block
-    Py_ssize_t blocks  # the partial row is one more
-    Py_ssize_t chunk   # columns of a task
-    Py_ssize_t chunks
-    Py_ssize_t step    # rows taken together
-    Py_ssize_t wave    # tasks between two looks for signals
-
-
-cdef struct Cut:
-    Py_ssize_t positions  # per row: k
-    Py_ssize_t columns    # of a row
-    Py_ssize_t padded     # from one table of coefficients to the next
-    Py_ssize_t rows       # full rows
-    Py_ssize_t rest       # columns of the last, partial row
-    Py_ssize_t ahead      # rows that are fetched in advance
-    bint large            # an operand is in no second level cache
-    Grid sums
-    Grid results
-
-
-cdef Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept nogil:
-    """How many positions make whole lanes, and rows of at least a staged piece; 1 where there are few positions."""
-    cdef Py_ssize_t k = 1
-    while k * columns % LANES:  # at most LANES steps
-        k += 1
-    if k * columns < PIECE:
-        k *= (PIECE + k * columns - 1) // (k * columns)
-    return k if outer >= FEW * k else 1
-
-
-cdef Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssize_t operands) noexcept nogil:
-    cdef Grid g
-    g.height = height
-    g.blocks = (k.rows + height - 1) // height + (1 if k.rest else 0)
-    g.chunk = chunk
-    g.chunks = (k.columns + chunk - 1) // chunk
-    # Sums of some columns are in registers for so many rows; so many are staged together.
-    g.step = max(min(<Py_ssize_t> LEAST, TOGETHER // chunk), min(<Py_ssize_t> STEP, TOGETHER // (operands * chunk)))
-    g.wave = max(<Py_ssize_t> 1, WAVE // (height * chunk))
-    return g
-
-
-cdef Cut cut(const Job* job) noexcept nogil:
-    cdef Cut k
-    cdef Py_ssize_t columns = job.channels * job.inner
-    cdef Py_ssize_t height, blocks, chunk, operands = 2 if job.reads_pair else 1
-    k.positions = positions_per_row(job.outer, columns)
-    k.columns = k.positions * columns
-    # Never a power of two: five tables at the same place of a page would drive one another, and data, out of a cache.
-    k.padded = whole(k.columns) + 5 * LANES
-    k.rows = job.outer // k.positions
-    k.rest = job.outer % k.positions * columns
-    k.large = job.outer * columns >= LARGE
-    # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
-    # another out of a first level cache. They are fetched where they would come from memory.
-    k.ahead = max(AHEAD // k.columns, <Py_ssize_t> (LEAST if k.large else 0))
-    height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
-    chunk = min(k.columns, <Py_ssize_t> CHUNK)
-    if k.rows * k.columns < SHARED:
-        k.sums = k.results = grid(&k, height, chunk, operands)
-        return k
-    blocks = (k.rows + height * EVEN - 1) // (height * EVEN) * EVEN
-    height = max(<Py_ssize_t> MIN_ROWS, (k.rows + blocks - 1) // blocks)
-    k.sums = k.results = grid(&k, height, chunk, operands)
-    blocks = (k.rows + height - 1) // height
-    if blocks < EVEN:
-        # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
-        k.sums = grid(&k, height, max(<Py_ssize_t> PIECE, min(chunk, whole((k.columns * blocks + EVEN - 1) // EVEN))),
-                      operands)
-        k.results = grid(&k, (k.rows + EVEN - 1) // EVEN, chunk, operands)
-    return k
-
-
-cdef struct Tile:
-    # A block of rows by a chunk of columns.
-    Py_ssize_t row, rows, column, columns
-
-
-cdef Tile tile_of(const Cut* k, const Grid* g, Py_ssize_t task) noexcept nogil:
-    cdef Tile t
-    t.row = task // g.chunks * g.height
-    t.rows = min(g.height, k.rows - t.row)
-    t.column = task % g.chunks * g.chunk
-    t.columns = min(k.columns - t.column, g.chunk)
-    if k.rest and task // g.chunks == g.blocks - 1:
-        t.row = k.rows
-        t.rows = 1
-        t.columns = max(<Py_ssize_t> 0, min(t.columns, k.rest - t.column))
-    return t
-
 
 cdef inline bint dense(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
     """Whether the columns of a row lie side by side."""
@@ -376,77 +262,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
         hide_block(job, k, &t, p, q, part, squares, gates)
 
 
-cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
-                      const floating* gates) noexcept nogil:
-    cdef Tile t = tile_of(k, &k.results, task)
-    cdef floating room[4 * STAGED + LANES]
-    cdef floating* ub = aligned(room)
-    cdef floating* vb = ub + STAGED
-    cdef floating* wb = vb + STAGED
-    cdef floating* gb = wb + STAGED
-    cdef bint dense_u = dense(job, k, &job.u), dense_y = dense(job, k, &job.y)
-    cdef bint reads_v = job.writes_pair or job.gated
-    cdef bint dense_v = reads_v and dense(job, k, &job.v)
-    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
-    cdef bint direct_y = dense_y and is_native(&job.y)
-    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT  # then w are weights
-    cdef bint dense_w = job.form.third and (dense_weights(job, k) if weighted else dense(job, k, &job.w))
-    cdef bint direct_w = dense_w and (job.weights.size == sizeof(floating) and job.weights.repeat >= job.outer
-                                      if weighted else is_native(&job.w))
-    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_y or direct_w else 0
-    cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
-    if job.form.third and not dense_w and not weighted:
-        most = PIECE
-    cdef Py_ssize_t j, r, rows, n, step, high = k.results.step
-    # Rows of y that start at whole lanes can be stored past the caches.
-    cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
-                         and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
-    # Others are put together in a tile first, if they are one stretch of memory.
-    cdef bint gathers = (job.streams and not streams and direct_y and most == CHUNK and k.columns <= GATHERED // 4
-                         and t.columns == k.columns and k.columns % LANES == 0
-                         and k.positions * job.y.outer == k.columns * job.y.size)
-    cdef bint inside, direct
-    cdef View u, v, w, y
-    cdef line left
-    left.n = 0
-    if gathers:
-        direct_y = False
-        high = min(high, GATHERED // k.columns)
-    if (direct_u and direct_y and not job.gated and (direct_v or not reads_v) and (direct_w or not job.form.third)
-            and t.columns == width):
-        high = t.rows  # nothing is staged
-    for step in range((t.rows + high - 1) // high):
-        r = step * high
-        rows = min(high, t.rows - r)
-        j = 0
-        while j < t.columns:
-            inside = j < width
-            n = min((width if inside else t.columns) - j, most)
-            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
-            direct = direct_y and inside
-            if direct:
-                y = view(job, k, &job.y, True, True, t.row + r, rows, t.column + j, n, ub)
-            else:
-                y.data, y.stride = <char*> ub, whole(n)  # over a staged u
-            v = w = u
-            if reads_v:
-                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
-            if job.gated:
-                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
-            if job.form.third and weighted:
-                w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            elif job.form.third:
-                w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), table + t.column + j, k.padded,
-                  streams and direct)
-            if gathers:
-                stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, <char*> ub, rows * n * job.y.size)
-            elif not direct:
-                unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
-            j += n
-    end_line(&left)
-    if streams or gathers:
-        fence()
+include "_interleaved_results.pxi"
 
 
 cdef void merge_blocks(const Job* job, const Cut* k, Py_ssize_t j0, Py_ssize_t j1, double* parts) noexcept nogil:

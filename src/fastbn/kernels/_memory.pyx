@@ -30,7 +30,7 @@ cdef extern from "numpy/ndarrayobject.h":
     object new_like "PyArray_NewLikeArray"(cnp.ndarray prototype, cnp.NPY_ORDER order, void* dtype, int subok)
 
 cdef enum:
-    LARGE = 1 << 24  # bytes: what is stored past the caches gains by the alignment; less, malloc keeps by itself
+    LARGE = 1 << 24  # bytes: less, malloc keeps by itself, so that its pages need not be faulted in again
 
 
 cdef void* take(void* ctx, size_t size) noexcept nogil:

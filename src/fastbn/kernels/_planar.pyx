@@ -18,117 +18,20 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan, bind_weights
-from .convert cimport DOUBLE, FLOAT, aligned, give, is_native, take
+from .convert cimport DOUBLE, FLOAT, give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
 )
-from .lanes cimport LANES, PRESENT, WEIGHTED, apply_run, end_line, fence, line, reduce_run, stream_lines
+from .lanes cimport PRESENT, WEIGHTED, apply_run, reduce_run
+from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
+from .packs cimport LANES
+from .planar_cut cimport GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, keep_run, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
     weight, weight_at, weights_at,
 )
-
-cdef enum:
-    TILE = 4096            # values of a part at most: two such runs of float32 fill a 32 KB first level cache
-    GROUP = 64             # channels taken together at most: their lanes fill half of such a cache
-    IMAGES = 4             # whose runs of a channel are summed together, its lanes in registers,
-    SMALL_RUN = 512        # where they are of fewer values
-    LONG_RUN = 1 << 16     # values; shorter neighbouring runs are summed together until they reach this
-    FETCHED_RUN = 2048     # values; shorter runs end before the processor's own prefetching has paid
-    FUSED_RUN = 4096       # values of operands that channels taken together for the fused pass have side by side, if they can
-    CACHED = 1 << 20       # bytes of operands that are still in the second level cache when they are read again
-    OWN = 1 << 23          # bytes of operands of which the cores' own caches keep much
-    SHARED = 1 << 24       # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
-    SHARED_PAIR = 1 << 26  # the same of two operands
-    STRETCH = 1 << 18      # bytes of one task where channels are cut
-    GATHERED = 512         # values that are put together to store lines whole
-    LINE = 64              # bytes of a line of a cache
-    PAGE = 4096            # bytes of a page
-    WAVE = 1 << 28         # bytes between two looks for signals
-
-
-cdef struct Cut:
-    Py_ssize_t images      # per tile
-    Py_ssize_t length      # of a tile's runs
-    Py_ssize_t segments    # tiles per image where runs are longer than a tile, else 1
-    Py_ssize_t tiles       # per channel
-    Py_ssize_t group       # channels whose lanes are kept side by side
-    Py_ssize_t span        # channels per task
-    Py_ssize_t spans
-    Py_ssize_t stretch     # tiles per task
-    Py_ssize_t stretches
-    Py_ssize_t wave        # tasks between two looks for signals
-    Py_ssize_t cuts        # pieces of a plane, in a pass that sums nothing
-    Py_ssize_t cut         # values of a piece
-    Py_ssize_t pieces      # of all planes
-    Py_ssize_t portion     # pieces per task of a pass that sums nothing, which may depend on the threads
-    Py_ssize_t portions
-    bint fused             # one task does all of its channels
-    bint fetches           # sums fetch the run after the one they add
-
-
-cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t length) noexcept nogil:
-    """Whether runs of that length, of planes that may be cut, start or end within a line of a cache."""
-    cdef Py_ssize_t places = <Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel
-    return (places | (k.cut | length) * operand.size) % LINE != 0
-
-
-cdef Cut cut(const Job* job) noexcept nogil:
-    cdef Cut k
-    cdef Py_ssize_t itemsize = job.u.size
-    cdef Py_ssize_t operands = 2 if job.reads_pair else 1
-    cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * operands
-    cdef Py_ssize_t tile_bytes, row_bytes, bytes
-    # The first four decide about parts, so they depend on the shape alone.
-    k.segments = (job.inner + TILE - 1) // TILE
-    k.length = (job.inner + k.segments - 1) // k.segments
-    k.images = max(<Py_ssize_t> 1, TILE // k.length) if k.segments == 1 else 1
-    k.tiles = (job.outer + k.images - 1) // k.images * k.segments
-    k.group = 1
-    if k.segments == 1:
-        k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)
-    k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, FUSED_RUN // (operands * job.inner)))
-    k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= CACHED
-    if job.weights.unchecked:  # nothing is written before all of them have been seen
-        k.fused = False
-    k.fetches = k.fused and job.inner < FETCHED_RUN
-    bytes = job.outer * job.channels * job.inner * itemsize * operands
-    if ((job.inner < FETCHED_RUN and bytes > OWN or job.inner < SMALL_RUN and bytes > CACHED)
-            and bytes <= (SHARED_PAIR if job.reads_pair else SHARED)):
-        # All is in the last level cache still when it is read again, and there the order of memory is worth more than the
-        # second level (12.8 MB of 28 x 28: training 2.45 to 2.03 limits, backward 2.76 to 2.15; 2 MB of 8 x 8: backward 2.65
-        # to 2.35).
-        k.fused = False
-    if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
-        # A channel is many runs of middling length: walking memory in its order twice was faster (big NCHW training 1.92
-        # limits against 2.08, conv2 backward 2.22 against 2.25 with and 2.86 without fetching by hand).
-        k.fused = False
-    tile_bytes = k.images * k.length * itemsize
-    row_bytes = tile_bytes * k.segments
-    if k.fused:
-        k.stretch = k.tiles
-    elif row_bytes * k.group <= STRETCH:  # in the order of memory
-        k.span = min(job.channels, STRETCH // row_bytes // k.group * k.group)
-        k.stretch = k.segments * max(<Py_ssize_t> 1, STRETCH // (row_bytes * k.span))
-    else:
-        k.span = k.group
-        k.stretch = max(<Py_ssize_t> 1, STRETCH // (tile_bytes * k.span))
-    k.spans = (job.channels + k.span - 1) // k.span
-    k.stretches = (k.tiles + k.stretch - 1) // k.stretch
-    k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.span * k.stretch))
-    k.cuts, k.cut = k.segments, k.length
-    if job.streams and k.length > GATHERED and shares_lines(&job.y, &k, k.length):
-        # Loads and stores alternate with each tile: one as large as a first level cache would leave memory to wait.
-        k.cuts = (job.inner + GATHERED - 1) // GATHERED
-        k.cut = (job.inner + k.cuts - 1) // k.cuts
-    k.pieces = job.outer * job.channels * k.cuts
-    k.portions = job.threads * max(<Py_ssize_t> 1, k.pieces * k.cut * itemsize // (job.threads * STRETCH))
-    k.portion = (k.pieces + k.portions - 1) // k.portions
-    k.portions = (k.pieces + k.portion - 1) // k.portion
-    return k
-
 
 cdef inline bint ready(const Operand* operand, Py_ssize_t n, const floating* typed) noexcept nogil:
     """Whether a run needs no staging; typed only names the type."""
@@ -247,20 +150,6 @@ cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_
         return x
     take(operand, x, operand.size, n, tile, 1)
     return <const char*> tile
-
-
-cdef struct Span:
-    # The values of a channel that are one part: a stretch of each of some images.
-    Py_ssize_t n0, n1, s0, length
-
-
-cdef inline Span span_of(const Job* job, const Cut* k, Py_ssize_t tile) noexcept nogil:
-    cdef Span t
-    t.n0 = tile // k.segments * k.images
-    t.n1 = min(t.n0 + k.images, job.outer)
-    t.s0 = tile % k.segments * k.length
-    t.length = min(k.length, job.inner - t.s0)
-    return t
 
 
 cdef inline void put_parts(const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* first,
@@ -420,141 +309,7 @@ cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, double* part
             done += count
 
 
-cdef struct Runs:
-    # How runs of one length are scaled; worked out once for many of them.
-    Py_ssize_t length
-    Py_ssize_t together    # neighbouring channels at most that are staged at once
-    bint converts          # operands, to the type of arithmetic, or gathers
-    bint gathers           # results in a tile, to store lines whole
-    bint reads_v
-    bint direct
-    bint gate_direct
-    Py_ssize_t step_u      # from the operand of a channel to that of the next
-    Job near               # the job as *apply* sees it, with staged operands in tiles
-    Job gate
-
-
-cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
-    cdef bint whole = job.y.inner == job.y.size and length >= LANES
-    r.length = length
-    r.near = job[0]
-    r.reads_v = job.writes_pair or job.gated
-    r.gathers = job.streams and whole and shares_lines(&job.y, k, length)
-    r.converts = r.gathers or not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not r.reads_v)
-                                   and (is_native(&job.w) or not job.form.third))
-    r.together = job.channels
-    if r.converts:
-        r.together = min(side_by_side(&job.u, length), side_by_side(&job.y, length))
-        if r.reads_v:
-            r.together = min(r.together, side_by_side(&job.v, length))
-        if job.form.third:
-            r.together = min(r.together, side_by_side(&job.w, length))
-        r.converts = r.together > 0
-        r.gathers = r.gathers and r.converts
-        r.together = max(r.together, <Py_ssize_t> 1)
-        if r.gathers:
-            r.together = min(r.together, max(<Py_ssize_t> 1, GATHERED // length) if job.y.channel == length * job.y.size else 1)
-    if r.converts:
-        r.near.u = staged(&job.u, length, typed)
-        r.near.v = staged(&job.v, length, typed)
-        r.near.w = staged(&job.w, length, typed)
-        r.near.y = in_tile(length, typed) if r.gathers else staged(&job.y, length, typed)
-        r.near.streams = job.streams and is_native(&job.y) and not r.gathers
-    elif job.streams and shares_lines(&job.y, k, length):
-        r.near.streams = False
-    r.step_u = r.near.u.channel
-    r.gate_direct = False
-    if job.gated:
-        r.gate = gate_of(&r.near)
-        r.gate.y = r.near.u = in_tile(length, typed)
-        r.gate_direct = all_ready(&r.gate, length, typed)
-    r.direct = all_ready(&r.near, length, typed)
-
-
-cdef inline Py_ssize_t away(const char* tile, const char* u, const char* y) noexcept nogil:
-    """Bytes, in whole lines and less than a page, to where a tile is far from u and y within a page.
-
-    Loads wait for stores to the same place of another page that were not carried out yet: where the stack happened to lie,
-    passes took twice as long.
-    """
-    cdef Py_ssize_t d = <Py_ssize_t> (<size_t> (y - u) % PAGE)
-    d = d // 2 if d > PAGE // 2 else (d + PAGE) // 2  # the middle of the longer way from one to the other
-    return <Py_ssize_t> (<size_t> (u + d - tile) % PAGE) // LINE * LINE
-
-
-cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
-                     const floating* table, floating* buffer, line* rest) noexcept nogil:
-    """One run of each of the channels c0..c1 of an image."""
-    cdef const floating* gates = table + 5 * job.channels
-    cdef Py_ssize_t length = r.length, c = c0, i, m
-    cdef const char* u
-    cdef const char* v
-    cdef const char* w
-    cdef const char* g
-    cdef char* y
-    cdef char* z
-    cdef char* tile = NULL
-    while c < c1:
-        m = min(c1 - c, r.together)
-        u = at(&job.u, n, c, s0)
-        v = at(&job.v, n, c, s0)
-        w = at(&job.w, n, c, s0)
-        y = z = at(&job.y, n, c, s0)
-        if r.converts:
-            u = convert(&job.u, u, m * length, buffer)
-            if r.reads_v:
-                v = convert(&job.v, v, m * length, buffer + TILE)
-            if job.form.third:
-                w = convert(&job.w, w, m * length, buffer + 2 * TILE)
-            if r.gathers or not is_native(&job.y):
-                y = <char*> buffer  # over u, which is of the same type
-                if is_native(&job.u) and is_native(&job.y):
-                    y += away(y, u, z)
-                tile = y
-        for i in range(c, c + m):
-            g = u
-            if job.gated:
-                g = <const char*> (buffer + 3 * TILE)
-                gate_run(&r.gate, r.gate_direct, u, v, w, <char*> g, length, gates + i, buffer + 4 * TILE)
-            apply_any(&r.near, r.direct, g, v, w, y, length, table[i], table[job.channels + i],
-                      table[2 * job.channels + i], table[3 * job.channels + i], table[4 * job.channels + i], buffer)
-            u += r.step_u
-            v += r.near.v.channel
-            w += r.near.w.channel
-            y += r.near.y.channel
-        if r.gathers and is_native(&job.y):
-            stream_lines(rest, z, tile, m * length * job.y.size)
-        elif r.gathers:
-            give(&job.y, buffer, 1, m * length, <char*> (buffer + TILE), job.y.size)
-            stream_lines(rest, z, <char*> (buffer + TILE), m * length * job.y.size)
-        elif r.converts and not is_native(&job.y):
-            give(&job.y, buffer, 1, m * length, z, job.y.size)
-        c += m
-
-
-cdef void apply_weighted_runs(const Job* job, const Cut* k, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1,
-                              Py_ssize_t s0, const floating* table, floating* buffer) noexcept nogil:
-    """`apply_runs` of a gradient whose third operand are weights."""
-    cdef Job near = job[0]
-    cdef floating* weights = buffer + 2 * TILE
-    cdef bint direct = (ready(&job.u, length, table) and ready(&job.v, length, table) and ready(&job.y, length, table))
-    # As wide as arithmetic, and side by side: then they are read where they are.
-    cdef bint unstaged = (job.form.third and job.weights.size == sizeof(floating)
-                          and job.weights.inner == sizeof(floating) and length >= LANES)
-    cdef const char* w = <const char*> weights
-    cdef Py_ssize_t c
-    near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
-    if not is_native(&job.y):
-        near.w.kind = FLOAT
-    near.streams = job.streams and not shares_lines(&job.y, k, length)
-    for c in range(c0, c1):
-        if unstaged:
-            w = weights_at(&job.weights, n, c, s0)
-        elif job.form.third and (c == c0 or job.weights.channel != 0):
-            take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, length, weights)
-        apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), length, table[c],
-                  table[job.channels + c], table[2 * job.channels + c], table[3 * job.channels + c],
-                  table[4 * job.channels + c], buffer)
+include "_planar_results.pxi"
 
 
 cdef enum Step:
@@ -575,44 +330,6 @@ cdef void reduce_tiles(const Job* job, const Cut* k, Py_ssize_t t0, Py_ssize_t t
                 reduce_tile(job, k, i, c, min(c + k.group, c1), parts, table + 5 * job.channels, buffer)
             c += k.group
         t = end
-
-
-cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
-                       const floating* table, floating* buffer) noexcept nogil:
-    """Pieces first..last of the memory of channels c0..c1, in its order; a piece is a cut of a plane."""
-    cdef Runs runs
-    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT
-    cdef Py_ssize_t piece = first, s0, plane, n, c, m, length
-    cdef line rest
-    runs.length = 0
-    rest.n = 0
-    while piece < last:
-        s0 = piece % k.cuts * k.cut
-        plane = piece // k.cuts
-        n, c = plane // (c1 - c0), c0 + plane % (c1 - c0)
-        m = min(c1 - c, last - piece) if k.cuts == 1 else 1
-        length = min(k.cut, job.inner - s0)
-        if weighted:
-            apply_weighted_runs(job, k, length, n, c, c + m, s0, table, buffer)
-        else:
-            if runs.length != length:
-                prepare(job, k, length, &runs, table)
-            apply_runs(job, &runs, n, c, c + m, s0, table, buffer, &rest)
-        piece += m
-    end_line(&rest)
-
-
-cdef void apply_rest(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
-                     const floating* table, floating* buffer) noexcept nogil:
-    """`apply_planes` to what is left to do: a gradient that was kept has come through its gate already."""
-    cdef Job rest
-    if job.gated and job.kept.data != NULL:
-        rest = behind_gate(job)
-        apply_planes(&rest, k, first, last, c0, c1, table, buffer)
-    else:
-        apply_planes(job, k, first, last, c0, c1, table, buffer)
-    if job.streams:
-        fence()
 
 
 cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* table) noexcept nogil:

@@ -22,11 +22,6 @@ cdef inline bint is_native(const Operand* operand) noexcept nogil:
     return operand.kind <= DOUBLE
 
 
-cdef inline floating* aligned(floating* buffer) noexcept nogil:
-    """The first of the next LANES places of a buffer at which no pack will lie in two lines of a cache."""
-    return <floating*> ((<size_t> buffer + 63) // 64 * 64)
-
-
 cdef inline void take(const Operand* operand, const char* x, Py_ssize_t sx, Py_ssize_t n, floating* y,
                       Py_ssize_t sy) noexcept nogil:
     """n values of an operand, sx bytes apart, to y, sy values apart."""

@@ -248,18 +248,19 @@ static inline void fastbn_fence(void) {
 
 /* Stretches of memory in whole lines past the caches. What is left of the last line waits for the stretch that follows:
  * storing one line both ways takes as long as storing dozens. */
+#define FASTBN_LINE 64
 typedef struct {
     char *at;
     ptrdiff_t n;
-    char bytes[64];
+    char bytes[FASTBN_LINE];
 } fastbn_line;
 
 static inline void fastbn_stream_line(char *y, const char *x) {
 #if defined(__GNUC__)
-    for (ptrdiff_t j = 0; j < 64; j += FASTBN_BYTES)
+    for (ptrdiff_t j = 0; j < FASTBN_LINE; j += FASTBN_BYTES)
         fastbn_stream_f((float *) (y + j), *(const fastbn_vf *) (x + j));
 #else
-    memcpy(y, x, 64);
+    memcpy(y, x, FASTBN_LINE);
 #endif
 }
 
@@ -272,18 +273,18 @@ static inline void fastbn_end_line(fastbn_line *rest) {
 static inline void fastbn_stream_lines(fastbn_line *rest, char *y, const char *x, ptrdiff_t n) {
     ptrdiff_t i;
     if (rest->n && y == rest->at + rest->n) {
-        i = 64 - rest->n < n ? 64 - rest->n : n;
+        i = FASTBN_LINE - rest->n < n ? FASTBN_LINE - rest->n : n;
         memcpy(rest->bytes + rest->n, x, (size_t) i);
         rest->n += i;
-        if (rest->n < 64) return;
+        if (rest->n < FASTBN_LINE) return;
         fastbn_stream_line(rest->at, rest->bytes);
     } else {
         fastbn_end_line(rest);
-        i = -(ptrdiff_t) ((uintptr_t) y % 64) & 63;
+        i = -(ptrdiff_t) ((uintptr_t) y % FASTBN_LINE) & (FASTBN_LINE - 1);
         if (i > n) i = n;
         memcpy(y, x, (size_t) i);
     }
-    for (; i <= n - 64; i += 64) fastbn_stream_line(y + i, x + i);
+    for (; i <= n - FASTBN_LINE; i += FASTBN_LINE) fastbn_stream_line(y + i, x + i);
     memcpy(rest->bytes, x + i, (size_t) (n - i));
     rest->at = y + i;
     rest->n = n - i;

@@ -11,71 +11,18 @@ v = x, p = 0 and q the mean it gives the sums of the gradient. With ``pair`` fal
 the argument is a constant wherever these functions are inlined, so the compiler drops the branch.
 
 Sums are float64 and go into LANES virtual lanes, by a value's place in its run or its column: the order of additions is
-that of the source at every instruction set level. Lanes are handled in packs (lanes.h). Plain loops over an array of
-lanes were tried first: GCC 12 vectorized the sums, but walked across rows with gathers in *apply_rows* and left the sums
-over two operands scalar (4 to 8 times slower).
+that of the source at every instruction set level. Lanes are handled in packs (packs.pxd).
 
 *apply* loads a pack before it stores it, so that y may be u, v or w itself and no alias check is needed.
-
-Activations are adds, multiplies, comparisons and bits, never a function of the C library: so they too give the same
-bits at every level.
 """
 from cython cimport floating
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t
 
-
-cdef extern from "lanes.h" nogil:
-    ctypedef double vd "fastbn_vd"  # for Cython a number: its arithmetic is written as C arithmetic
-    ctypedef float vf "fastbn_vf"
-    enum:
-        LANES "FASTBN_LANES"
-        VD "FASTBN_VD"  # doubles in a pack
-        VF "FASTBN_VF"
-        ND "FASTBN_ND"  # packs of doubles in all lanes
-        NF "FASTBN_NF"
-    vd splat_d "fastbn_splat_d"(double x)
-    vf splat_f "fastbn_splat_f"(float x)
-    vd widen_f "fastbn_widen_f"(const float* x)
-    vd widen_d "fastbn_widen_d"(const double* x)
-    vd add_exact_product "fastbn_add_exact_product"(vd t, vd x, vd y)
-    void stream_d "fastbn_stream_d"(double* y, vd z)
-    void stream_f "fastbn_stream_f"(float* y, vf z)
-    ctypedef struct line "fastbn_line":  # what is left of one
-        Py_ssize_t n
-    void stream_lines "fastbn_stream_lines"(line* rest, char* y, const char* x, Py_ssize_t n)
-    void end_line "fastbn_end_line"(line* rest)
-    void fence "fastbn_fence"()
-    void prefetch "fastbn_prefetch"(const void* x)
-    void prefetch_second "fastbn_prefetch_second"(const void* x)
-    void prefetch_once "fastbn_prefetch_once"(const void* x)
-    vd select_d "fastbn_select_d"(vd x, vd y, vd yes, vd no)
-    vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
-    vd power_d "fastbn_power_d"(vd n)
-    vf power_f "fastbn_power_f"(vf n)
-    const double[12] series "fastbn_series"
-    vd masked "fastbn_masked"(vd x, const int64_t* mask)
-    const int64_t[32] last_masks "fastbn_last"
-    const uint8_t[32] last_marks "fastbn_last_marks"
-    ctypedef struct vk "fastbn_vk":  # which values of all lanes count
-        pass
-    ctypedef struct vc "fastbn_vc":  # how often those of each lane did, up to 255 times
-        pass
-    vk marked "fastbn_marked"(const uint8_t* m)
-    vk numbers_f "fastbn_numbers_f"(const float* x)
-    vk numbers_d "fastbn_numbers_d"(const double* x)
-    vk both "fastbn_both"(vk a, vk b)
-    int how_many "fastbn_how_many"(vk k)
-    vd kept "fastbn_kept"(vd x, vk k, int j)  # pack j
-    double largest_f "fastbn_largest_f"(const float* x, Py_ssize_t n)
-    double largest_d "fastbn_largest_d"(const double* x, Py_ssize_t n)
-    vc load_counts "fastbn_load_counts"(const uint8_t* at)
-    vc count "fastbn_count"(vc c, vk k)
-    void store_counts "fastbn_store_counts"(uint8_t* at, vc c)
-
-
-ctypedef fused pack:
-    vf
-    vd
+from .activations cimport bent, smooth
+from .packs cimport (
+    LANES, ND, NF, VD, VF, add_exact_product, last_masks, masked, pack, prefetch, prefetch_second, select, splat, splat_d,
+    splat_f, stream_d, stream_f, vd, vf, widen,
+)
 
 
 cdef enum Bend:
@@ -92,14 +39,6 @@ cdef struct Form:
     bint third    # reads w
     int bend
     double[3] numbers
-
-
-cdef inline vd widen(const floating* x) noexcept nogil:
-    """A pack of doubles from values of either type."""
-    if floating is float:
-        return widen_f(x)
-    else:
-        return widen_d(x)
 
 
 cdef inline void add_pack(vd* s, vd* t, vd du, vd dv, bint shifted) noexcept nogil:
@@ -212,80 +151,6 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
         for j in range(ND):
             (<vd*> (first + i))[j] = s[j]
             (<vd*> (second + i))[j] = t[j]
-
-
-cdef inline pack splat(double x, pack like) noexcept nogil:
-    if pack is vf:
-        return splat_f(<float> x)
-    else:
-        return splat_d(x)
-
-
-cdef inline pack select(pack x, pack y, pack yes, pack no) noexcept nogil:
-    """x <= y ? yes : no"""
-    if pack is vf:
-        return select_f(x, y, yes, no)
-    else:
-        return select_d(x, y, yes, no)
-
-
-cdef inline pack power(pack n) noexcept nogil:
-    if pack is vf:
-        return power_f(n)
-    else:
-        return power_d(n)
-
-
-cdef inline pack exponential(pack x) noexcept nogil:
-    """exp(x) of x <= 0, within 2 units in the last place; NaN stays.
-
-    x = n ln 2 + r with |r| <= ln 2 / 2, and ln 2 in two parts, of which n times the first is exact. 2^n comes as two
-    factors, so that results below the normal numbers are rounded once. Below the limit the result is 0 in any case.
-    """
-    cdef Py_ssize_t i
-    cdef Py_ssize_t begin = 6 if pack is vf else 0
-    cdef pack rounder = splat(12582912.0 if pack is vf else 6755399441055744.0, x)
-    cdef pack limit = splat(-104.0 if pack is vf else -746.0, x)
-    cdef pack n, r, half
-    cdef pack s = splat(series[begin], x)
-    x = select(x, limit, limit, x)
-    n = (x * splat(1.4426950408889634, x) + rounder) - rounder
-    r = x - n * splat(0.693359375 if pack is vf else 0.69314718036912382, x)
-    r = r - n * splat(-2.1219444005469058e-4 if pack is vf else 1.9082149292705877e-10, x)
-    for i in range(begin + 1, 12):
-        s = s * r + splat(series[i], x)
-    s = (s * (r * r) + r) + splat(1, x)
-    half = (n * splat(0.5, x) + rounder) - rounder
-    return (s * power(half + rounder)) * power((n - half) + rounder)
-
-
-cdef inline pack bent(pack z, pack lo, pack hi, pack slope, pack dy, bint gate) noexcept nogil:
-    """A value, or a gradient times the derivative there; z may then be the value itself. NaN stays."""
-    cdef pack zero = splat(0, z)
-    cdef pack flat
-    if gate:
-        flat = select(lo, zero, zero, dy * slope)  # not times 0: dy may be infinite
-        return select(hi, z, flat, select(z, zero, flat, dy))
-    z = select(z, lo, lo, z)
-    z = select(hi, z, hi, z)
-    return select(z, zero, z * slope, z)
-
-
-cdef inline pack smooth(pack z, pack k1, pack k3, pack dy, bint gate) noexcept nogil:
-    """The same. exp is never asked for more than 1, and what is beyond the edge is 0 or z in float64 too."""
-    cdef pack zero = splat(0, z)
-    cdef pack one = splat(1, z)
-    cdef pack edge = splat(1000, z)
-    cdef pack low = select(z, -edge, -edge, z)  # -inf times 0 would be NaN
-    cdef pack x = select(edge, low, edge, low)
-    cdef pack square = x * x
-    cdef pack t = x * (k1 + k3 * square)
-    cdef pack e = exponential(select(zero, t, -t, t))
-    cdef pack inverse = one / (one + e)
-    cdef pack sigmoid = select(t, zero, e, one) * inverse
-    if gate:
-        return dy * (sigmoid + (x * (k1 + (splat(3, z) * k3) * square)) * (e * (inverse * inverse)))
-    return low * sigmoid
 
 
 cdef inline pack counted(pack u, pack v, pack w, pack a, pack c, pack q, pack b, pack kept, bint frozen) noexcept nogil:

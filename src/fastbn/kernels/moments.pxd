@@ -14,7 +14,7 @@ mean of x - p, p's own deviation is d, so m2 >= d * d, and the cancellation in m
 most a factor n of a part (some thousand) whatever the data are: neither an outlier nor an order of the values can spoil
 it.
 """
-from .lanes cimport LANES
+from .packs cimport LANES
 
 
 cdef enum:

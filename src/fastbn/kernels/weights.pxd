@@ -24,12 +24,12 @@ from libc.stdint cimport int32_t, int64_t
 
 from .convert cimport DOUBLE, FLOAT
 from .job cimport Weights
-from .lanes cimport (
-    LANES, ND, VD, add_exact_product, add_pack, both, count, how_many, kept, largest_d, largest_f, last_marks, last_masks, later,
-    load_counts, marked, masked, numbers_d, numbers_f, pitch, prefetch, prefetch_once, relative, splat_d, store_counts, vc, vd, vk,
-    widen,
-)
+from .lanes cimport add_pack, later, pitch, relative
 from .moments cimport CANCELLED
+from .packs cimport (
+    LANES, ND, VD, add_exact_product, both, count, how_many, kept, largest_d, largest_f, last_marks, last_masks, load_counts, marked,
+    masked, numbers_d, numbers_f, prefetch, prefetch_once, splat_d, store_counts, vc, vd, vk, widen,
+)
 
 
 cdef enum Spread:

@@ -1,0 +1,75 @@
+# Results of the interleaved driver: blocks of rows, in the order of memory.
+
+cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
+                      const floating* gates) noexcept nogil:
+    cdef Tile t = tile_of(k, &k.results, task)
+    cdef floating room[4 * STAGED + LANES]
+    cdef floating* ub = aligned(room)
+    cdef floating* vb = ub + STAGED
+    cdef floating* wb = vb + STAGED
+    cdef floating* gb = wb + STAGED
+    cdef bint dense_u = dense(job, k, &job.u), dense_y = dense(job, k, &job.y)
+    cdef bint reads_v = job.writes_pair or job.gated
+    cdef bint dense_v = reads_v and dense(job, k, &job.v)
+    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
+    cdef bint direct_y = dense_y and is_native(&job.y)
+    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT  # then w are weights
+    cdef bint dense_w = job.form.third and (dense_weights(job, k) if weighted else dense(job, k, &job.w))
+    cdef bint direct_w = dense_w and (job.weights.size == sizeof(floating) and job.weights.repeat >= job.outer
+                                      if weighted else is_native(&job.w))
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_y or direct_w else 0
+    cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
+    if job.form.third and not dense_w and not weighted:
+        most = PIECE
+    cdef Py_ssize_t j, r, rows, n, step, high = k.results.step
+    # Rows of y that start at whole lanes can be stored past the caches.
+    cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
+                         and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
+    # Others are put together in a tile first, if they are one stretch of memory.
+    cdef bint gathers = (job.streams and not streams and direct_y and most == CHUNK and k.columns <= GATHERED // 4
+                         and t.columns == k.columns and k.columns % LANES == 0
+                         and k.positions * job.y.outer == k.columns * job.y.size)
+    cdef bint inside, direct
+    cdef View u, v, w, y
+    cdef line left
+    left.n = 0
+    if gathers:
+        direct_y = False
+        high = min(high, GATHERED // k.columns)
+    if (direct_u and direct_y and not job.gated and (direct_v or not reads_v) and (direct_w or not job.form.third)
+            and t.columns == width):
+        high = t.rows  # nothing is staged
+    for step in range((t.rows + high - 1) // high):
+        r = step * high
+        rows = min(high, t.rows - r)
+        j = 0
+        while j < t.columns:
+            inside = j < width
+            n = min((width if inside else t.columns) - j, most)
+            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            direct = direct_y and inside
+            if direct:
+                y = view(job, k, &job.y, True, True, t.row + r, rows, t.column + j, n, ub)
+            else:
+                y.data, y.stride = <char*> ub, whole(n)  # over a staged u
+                if gathers and direct_u:
+                    y.data += away(y.data, u.data, job.y.data + (t.row + r) * n * job.y.size)
+            v = w = u
+            if reads_v:
+                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+            if job.gated:
+                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
+            if job.form.third and weighted:
+                w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
+            elif job.form.third:
+                w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
+            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), table + t.column + j, k.padded,
+                  streams and direct)
+            if gathers:
+                stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)
+            elif not direct:
+                unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
+            j += n
+    end_line(&left)
+    if streams or gathers:
+        fence()

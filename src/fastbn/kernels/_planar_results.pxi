@@ -1,0 +1,164 @@
+# Results of the planar driver: planes, or pieces of them, in the order of memory.
+
+cdef struct Runs:
+    # How runs of one length are scaled; worked out once for many of them.
+    Py_ssize_t length
+    Py_ssize_t together    # neighbouring channels at most that are staged at once
+    bint converts          # operands, to the type of arithmetic, or gathers
+    bint gathers           # results in a tile, to store lines whole
+    bint reads_v
+    bint direct
+    bint gate_direct
+    Py_ssize_t step_u      # from the operand of a channel to that of the next
+    Job near               # the job as *apply* sees it, with staged operands in tiles
+    Job gate
+
+
+cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
+    cdef bint whole = job.y.inner == job.y.size and length >= LANES
+    r.length = length
+    r.near = job[0]
+    r.reads_v = job.writes_pair or job.gated
+    r.gathers = job.streams and whole and shares_lines(&job.y, k, length)
+    r.converts = r.gathers or not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not r.reads_v)
+                                   and (is_native(&job.w) or not job.form.third))
+    r.together = job.channels
+    if r.converts:
+        r.together = min(side_by_side(&job.u, length), side_by_side(&job.y, length))
+        if r.reads_v:
+            r.together = min(r.together, side_by_side(&job.v, length))
+        if job.form.third:
+            r.together = min(r.together, side_by_side(&job.w, length))
+        r.converts = r.together > 0
+        r.gathers = r.gathers and r.converts
+        r.together = max(r.together, <Py_ssize_t> 1)
+        if r.gathers:
+            r.together = min(r.together, max(<Py_ssize_t> 1, GATHERED // length) if job.y.channel == length * job.y.size else 1)
+    if r.converts:
+        r.near.u = staged(&job.u, length, typed)
+        r.near.v = staged(&job.v, length, typed)
+        r.near.w = staged(&job.w, length, typed)
+        r.near.y = in_tile(length, typed) if r.gathers else staged(&job.y, length, typed)
+        r.near.streams = job.streams and is_native(&job.y) and not r.gathers
+    elif job.streams and shares_lines(&job.y, k, length):
+        r.near.streams = False
+    r.step_u = r.near.u.channel
+    r.gate_direct = False
+    if job.gated:
+        r.gate = gate_of(&r.near)
+        r.gate.y = r.near.u = in_tile(length, typed)
+        r.gate_direct = all_ready(&r.gate, length, typed)
+    r.direct = all_ready(&r.near, length, typed)
+
+
+cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
+                     const floating* table, floating* buffer, line* rest) noexcept nogil:
+    """One run of each of the channels c0..c1 of an image."""
+    cdef const floating* gates = table + 5 * job.channels
+    cdef Py_ssize_t length = r.length, c = c0, i, m
+    cdef const char* u
+    cdef const char* v
+    cdef const char* w
+    cdef const char* g
+    cdef char* y
+    cdef char* z
+    cdef char* tile = NULL
+    while c < c1:
+        m = min(c1 - c, r.together)
+        u = at(&job.u, n, c, s0)
+        v = at(&job.v, n, c, s0)
+        w = at(&job.w, n, c, s0)
+        y = z = at(&job.y, n, c, s0)
+        if r.converts:
+            u = convert(&job.u, u, m * length, buffer)
+            if r.reads_v:
+                v = convert(&job.v, v, m * length, buffer + TILE)
+            if job.form.third:
+                w = convert(&job.w, w, m * length, buffer + 2 * TILE)
+            if r.gathers or not is_native(&job.y):
+                y = <char*> buffer  # over u, which is of the same type
+                if is_native(&job.u) and is_native(&job.y):
+                    y += away(y, u, z)
+                tile = y
+        for i in range(c, c + m):
+            g = u
+            if job.gated:
+                g = <const char*> (buffer + 3 * TILE)
+                gate_run(&r.gate, r.gate_direct, u, v, w, <char*> g, length, gates + i, buffer + 4 * TILE)
+            apply_any(&r.near, r.direct, g, v, w, y, length, table[i], table[job.channels + i],
+                      table[2 * job.channels + i], table[3 * job.channels + i], table[4 * job.channels + i], buffer)
+            u += r.step_u
+            v += r.near.v.channel
+            w += r.near.w.channel
+            y += r.near.y.channel
+        if r.gathers and is_native(&job.y):
+            stream_lines(rest, z, tile, m * length * job.y.size)
+        elif r.gathers:
+            give(&job.y, buffer, 1, m * length, <char*> (buffer + TILE), job.y.size)
+            stream_lines(rest, z, <char*> (buffer + TILE), m * length * job.y.size)
+        elif r.converts and not is_native(&job.y):
+            give(&job.y, buffer, 1, m * length, z, job.y.size)
+        c += m
+
+
+cdef void apply_weighted_runs(const Job* job, const Cut* k, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1,
+                              Py_ssize_t s0, const floating* table, floating* buffer) noexcept nogil:
+    """`apply_runs` of a gradient whose third operand are weights."""
+    cdef Job near = job[0]
+    cdef floating* weights = buffer + 2 * TILE
+    cdef bint direct = (ready(&job.u, length, table) and ready(&job.v, length, table) and ready(&job.y, length, table))
+    # As wide as arithmetic, and side by side: then they are read where they are.
+    cdef bint unstaged = (job.form.third and job.weights.size == sizeof(floating)
+                          and job.weights.inner == sizeof(floating) and length >= LANES)
+    cdef const char* w = <const char*> weights
+    cdef Py_ssize_t c
+    near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
+    if not is_native(&job.y):
+        near.w.kind = FLOAT
+    near.streams = job.streams and not shares_lines(&job.y, k, length)
+    for c in range(c0, c1):
+        if unstaged:
+            w = weights_at(&job.weights, n, c, s0)
+        elif job.form.third and (c == c0 or job.weights.channel != 0):
+            take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, length, weights)
+        apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), length, table[c],
+                  table[job.channels + c], table[2 * job.channels + c], table[3 * job.channels + c],
+                  table[4 * job.channels + c], buffer)
+
+
+cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
+                       const floating* table, floating* buffer) noexcept nogil:
+    """Pieces first..last of the memory of channels c0..c1, in its order; a piece is a cut of a plane."""
+    cdef Runs runs
+    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT
+    cdef Py_ssize_t piece = first, s0, plane, n, c, m, length
+    cdef line rest
+    runs.length = 0
+    rest.n = 0
+    while piece < last:
+        s0 = piece % k.cuts * k.cut
+        plane = piece // k.cuts
+        n, c = plane // (c1 - c0), c0 + plane % (c1 - c0)
+        m = min(c1 - c, last - piece) if k.cuts == 1 else 1
+        length = min(k.cut, job.inner - s0)
+        if weighted:
+            apply_weighted_runs(job, k, length, n, c, c + m, s0, table, buffer)
+        else:
+            if runs.length != length:
+                prepare(job, k, length, &runs, table)
+            apply_runs(job, &runs, n, c, c + m, s0, table, buffer, &rest)
+        piece += m
+    end_line(&rest)
+
+
+cdef void apply_rest(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
+                     const floating* table, floating* buffer) noexcept nogil:
+    """`apply_planes` to what is left to do: a gradient that was kept has come through its gate already."""
+    cdef Job rest
+    if job.gated and job.kept.data != NULL:
+        rest = behind_gate(job)
+        apply_planes(&rest, k, first, last, c0, c1, table, buffer)
+    else:
+        apply_planes(job, k, first, last, c0, c1, table, buffer)
+    if job.streams:
+        fence()

@@ -1,0 +1,86 @@
+"""Packs: vectors of the width of a level, whose arithmetic is element by element (lanes.h).
+
+Lanes are handled in packs. Plain loops over an array of lanes were tried first: GCC 12 vectorized the sums, but walked across
+rows with gathers in *apply_rows* and left the sums over two operands scalar (4 to 8 times slower).
+"""
+from cython cimport floating
+from libc.stdint cimport int64_t, uint8_t
+
+
+cdef extern from "lanes.h" nogil:
+    ctypedef double vd "fastbn_vd"  # for Cython a number: its arithmetic is written as C arithmetic
+    ctypedef float vf "fastbn_vf"
+    enum:
+        LANES "FASTBN_LANES"
+        VD "FASTBN_VD"  # doubles in a pack
+        VF "FASTBN_VF"
+        ND "FASTBN_ND"  # packs of doubles in all lanes
+        NF "FASTBN_NF"
+    vd splat_d "fastbn_splat_d"(double x)
+    vf splat_f "fastbn_splat_f"(float x)
+    vd widen_f "fastbn_widen_f"(const float* x)
+    vd widen_d "fastbn_widen_d"(const double* x)
+    vd add_exact_product "fastbn_add_exact_product"(vd t, vd x, vd y)
+    void stream_d "fastbn_stream_d"(double* y, vd z)
+    void stream_f "fastbn_stream_f"(float* y, vf z)
+    void prefetch "fastbn_prefetch"(const void* x)
+    void prefetch_second "fastbn_prefetch_second"(const void* x)
+    void prefetch_once "fastbn_prefetch_once"(const void* x)
+    vd select_d "fastbn_select_d"(vd x, vd y, vd yes, vd no)
+    vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
+    vd power_d "fastbn_power_d"(vd n)
+    vf power_f "fastbn_power_f"(vf n)
+    const double[12] series "fastbn_series"
+    vd masked "fastbn_masked"(vd x, const int64_t* mask)
+    const int64_t[32] last_masks "fastbn_last"
+    const uint8_t[32] last_marks "fastbn_last_marks"
+    ctypedef struct vk "fastbn_vk":  # which values of all lanes count
+        pass
+    ctypedef struct vc "fastbn_vc":  # how often those of each lane did, up to 255 times
+        pass
+    vk marked "fastbn_marked"(const uint8_t* m)
+    vk numbers_f "fastbn_numbers_f"(const float* x)
+    vk numbers_d "fastbn_numbers_d"(const double* x)
+    vk both "fastbn_both"(vk a, vk b)
+    int how_many "fastbn_how_many"(vk k)
+    vd kept "fastbn_kept"(vd x, vk k, int j)  # pack j
+    double largest_f "fastbn_largest_f"(const float* x, Py_ssize_t n)
+    double largest_d "fastbn_largest_d"(const double* x, Py_ssize_t n)
+    vc load_counts "fastbn_load_counts"(const uint8_t* at)
+    vc count "fastbn_count"(vc c, vk k)
+    void store_counts "fastbn_store_counts"(uint8_t* at, vc c)
+
+
+ctypedef fused pack:
+    vf
+    vd
+
+
+cdef inline vd widen(const floating* x) noexcept nogil:
+    """A pack of doubles from values of either type."""
+    if floating is float:
+        return widen_f(x)
+    else:
+        return widen_d(x)
+
+
+cdef inline pack splat(double x, pack like) noexcept nogil:
+    if pack is vf:
+        return splat_f(<float> x)
+    else:
+        return splat_d(x)
+
+
+cdef inline pack select(pack x, pack y, pack yes, pack no) noexcept nogil:
+    """x <= y ? yes : no"""
+    if pack is vf:
+        return select_f(x, y, yes, no)
+    else:
+        return select_d(x, y, yes, no)
+
+
+cdef inline pack power(pack n) noexcept nogil:
+    if pack is vf:
+        return power_f(n)
+    else:
+        return power_d(n)
