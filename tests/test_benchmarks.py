@@ -25,7 +25,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PREFIXES = ("time_", "timeraw_", "peakmem_", "mem_", "track_")
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import accuracy, builds, cases, compare, limit, operations, overhead, picture, regress, speed, sweep  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    builds,
+    cases,
+    compare,
+    limit,
+    operations,
+    overhead,
+    picture,
+    regress,
+    speed,
+    sweep,
+    weights,
+)
 
 SUITE = [
     (suite, name)
@@ -293,6 +306,31 @@ def test_lines_of_a_sweep():
     assert lines["fastbn"] == pytest.approx([1.024, 2.048])
     assert lines["NumPy"][0] == pytest.approx(0.512)
     assert math.isnan(lines["NumPy"][1])
+
+
+def test_costs_of_weights_are_those_of_different_sums():
+    """The plain calls compute what the reference does, and no form what another one does."""
+    case = cases.Case((6, 5, 4, 7), "planar", "float32")
+    forms = weights.calls(case)
+    assert {*forms["train"]} == {*forms["backward"]} == {"plain", *weights.FORMS}
+    results = {}
+    for form in forms["train"]:
+        y = forms["train"][form]().copy()
+        results[form] = y, *(a.copy() for a in forms["backward"][form]())
+    wanted = [expected("train", case, "fastbn")[0], *expected("backward", case, "fastbn")]
+    check(results["plain"], wanted)
+    digests = {tuple(a.tobytes() for a in result) for result in results.values()}
+    assert len(digests) == len(results)
+
+
+def test_costs_of_weights_are_printed(capsys):
+    weights.main(["--cases", "conv5", "--rounds", "2", "--seconds", "0.001"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6
+    assert [row.split(" | ")[0] for row in printed[2:]] == ["| train", "| backward"] * 2
+    assert all(float(cell) > 0.1 for row in printed[2:] for cell in row.strip("| ").split(" | ")[4:])
+    weights.main(["--cases", "dense", "--rounds", "1", "--seconds", "0.001", "--json"])
+    assert {*weights.FORMS} < {*json.loads(capsys.readouterr().out)[0]}
 
 
 def test_accuracy_is_measured_and_drawn(tmp_path, capsys):

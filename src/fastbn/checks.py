@@ -122,11 +122,16 @@ def required(value: Any, name: str, shape: tuple[int, ...]) -> Array:
     return array
 
 
+def _written(value: Any, name: str, requirement: str) -> Array:
+    """Return an array, not a copy of what is none."""
+    if type(value) is not np.ndarray and (isinstance(value, list | tuple) or np.isscalar(value)):
+        raise TypeError(must(name, requirement, type(value).__name__))
+    return as_array(value, name)
+
+
 def moving(value: Any, name: str, shape: tuple[int, ...]) -> Array:
     """Return a moving array that will be updated in place: float32 or float64, writable, of the right shape."""
-    if type(value) is not np.ndarray and (isinstance(value, list | tuple) or np.isscalar(value)):
-        raise TypeError(must(name, "be an array, which is updated in place", type(value).__name__))
-    array = as_array(value, name)
+    array = _written(value, name, "be an array, which is updated in place")
     if array.dtype not in _DATA_TYPES:
         raise TypeError(must(name, "be float32 or float64 in native byte order", array.dtype))
     if array.shape != shape:
@@ -151,9 +156,7 @@ def writable(array: Array, name: str) -> None:
 
 def output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> Array:
     """Return an array that results may be written to."""
-    if type(value) is not np.ndarray and (isinstance(value, list | tuple) or np.isscalar(value)):
-        raise TypeError(must(name, "be an array", type(value).__name__))
-    array = as_array(value, name)
+    array = _written(value, name, "be an array")
     if array.dtype != dtype:
         raise TypeError(must(name, f"have dtype {dtype}", array.dtype))
     if array.shape != shape:

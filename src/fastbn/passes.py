@@ -418,7 +418,7 @@ def store_moving(
         _channels.update_moving(mean, variance, *statistics, divisor, momentum)
     else:
         counts = count if isinstance(count, np.ndarray) else weighting.per_channel(count, len(mean))
-        counts = counts.astype(np.float64, copy=False)
+        counts = np.ascontiguousarray(counts, np.float64)
         _channels.update_moving_counted(mean, variance, *statistics, counts, ddof, momentum)
     for target, flat in ((moving_mean, mean), (moving_variance, variance)):
         if not np.may_share_memory(flat, target):  # several axes whose strides cannot be walked as one

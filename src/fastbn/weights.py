@@ -103,22 +103,14 @@ def resolved(
     kept = None if mask is None else spread(_mask(mask), "mask", x.shape, axes)
     if sample_weight is None:
         assert kept is not None
-        return Weights(_as_wide(kept, x.shape), omits)
+        return Weights(np.broadcast_to(kept, x.shape), omits)
     weights = spread(_weights(sample_weight), "sample_weight", x.shape, axes)
     if later and kept is None and weights.size == x.size and weights.dtype.kind == "f":
         return Weights(weights, omits, 1.0, False, False)
     weights, scale = _checked(weights)
     if kept is not None:
         weights = np.where(kept, weights, weights.dtype.type(0))
-    return Weights(_as_wide(weights, x.shape), omits, scale, False)
-
-
-def _as_wide(array: Array, shape: tuple[int, ...]) -> Array:
-    """Return what np.broadcast_to does, of an array with as many axes, in a tenth of the time."""
-    if array.shape == shape or not array.flags.c_contiguous or not array.size:
-        return np.broadcast_to(array, shape)
-    strides = tuple(stride if n > 1 else 0 for n, stride in zip(array.shape, array.strides))
-    return np.ndarray(shape, array.dtype, array, 0, strides)
+    return Weights(np.broadcast_to(weights, x.shape), omits, scale, False)
 
 
 def given(mask: Any, sample_weight: Any) -> dict[str, Array]:
