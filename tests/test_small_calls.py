@@ -139,7 +139,40 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
+WEIGHTS = np.linspace(0, 1, 16)
+UNFIT_WEIGHTS = {
+    "both": lambda: {"mask": WEIGHTS > 0, "sample_weight": WEIGHTS},
+    "list": lambda: {"mask": (WEIGHTS > 0).tolist()},
+    "mask of numbers": lambda: {"mask": WEIGHTS},
+    "integers": lambda: {"sample_weight": np.arange(16)},
+    "booleans": lambda: {"sample_weight": WEIGHTS > 0},
+    "strided": lambda: {"sample_weight": np.repeat(WEIGHTS, 2)[::2]},
+    "broadcast": lambda: {"sample_weight": np.broadcast_to(WEIGHTS[:, None], X.shape)},
+    "short": lambda: {"sample_weight": WEIGHTS[:15]},
+    "per channel": lambda: {"mask": np.ones(4, bool)},
+    "transposed": lambda: {"mask": np.ones((4, 16), bool)},
+    "one row": lambda: {"mask": np.ones((1, 4), bool)},
+    "too many axes": lambda: {"mask": np.ones((16, 4, 1), bool)},
+    "negative": lambda: {"sample_weight": -WEIGHTS},
+    "negative per value": lambda: {"sample_weight": -np.ones_like(X)},
+    "infinite": lambda: {"sample_weight": WEIGHTS / 0.0},
+    "NaN per value": lambda: {"sample_weight": X * np.nan},
+    "large": lambda: {"sample_weight": WEIGHTS * 1e30},
+    "tiny": lambda: {"sample_weight": WEIGHTS * 1e-30},
+    "raise": lambda: {"nan_policy": "raise"},
+    "raise, of a mask": lambda: {"mask": WEIGHTS > 0, "nan_policy": "raise"},
+    "unknown policy": lambda: {"nan_policy": "drop"},
+    "policy is none": lambda: {"nan_policy": None},
+    "inference": lambda: {"mask": WEIGHTS > 0, "training": False},
+    "out is the weights": lambda: {"sample_weight": LONG[:64].reshape(16, 4), "out": LONG[:64].reshape(16, 4)},
+    "out overlaps the mask": lambda: {"mask": LONG[20:24].view(bool), "out": LONG[:64].reshape(16, 4)},
+    "moving_mean overlaps": lambda: {"sample_weight": LONG[:16], "moving_mean": LONG[12:16]},
+    "moving_variance overlaps": lambda: {"mask": LONG[:16].view(bool).reshape(16, 4), "moving_variance": LONG[12:16]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("change", [*UNFIT.values(), *UNFIT_WEIGHTS.values()], ids=[*UNFIT, *UNFIT_WEIGHTS])
 def test_what_does_not_plainly_fit_is_left_to_the_checks(direct, change):
     def run():
         LONG[:] = np.arange(100)
@@ -179,3 +212,142 @@ def test_a_layer_of_a_batch_that_is_its_own_statistics_is_left_to_the_checks(dir
             training=True,
         )
     assert direct.taken == 0
+
+
+def weighted(shape, axis, form):
+    """Arguments that make values of a batch of that shape count in one form."""
+    rng = np.random.default_rng(3)
+    at = axis % len(shape)
+    short = tuple(n for a, n in enumerate(shape) if a != at)
+    kind, place = form.split(" per ")
+    extent = {
+        "sample": shape[:1],
+        "position": short,
+        "long position": tuple(1 if a == at else n for a, n in enumerate(shape)),
+        "value": shape,
+    }[place]
+    drawn = rng.uniform(0, 2, extent)
+    if kind == "mask":
+        return {"mask": drawn > 0.7}
+    drawn[drawn < 0.3] = 0
+    return {"sample_weight": drawn.astype(kind)}
+
+
+WEIGHTED_SHAPES = [
+    ((32, 16), -1),
+    ((5, 3, 7, 7), 1),
+    ((4, 9, 5), -1),
+    ((6, 2, 33), 0),
+    ((40, 5, 3), -1),
+    ((8, 3, 4), 1),
+]
+FORMS = [
+    f"{kind} per {place}"
+    for kind in ("mask", "float32", "float64")
+    for place in ("sample", "position", "long position", "value")
+]
+
+
+def outcome_of_weights(x, axis, arguments):
+    """Everything there is to compare of a call on a batch whose values do not count alike."""
+    dy = normal(x.shape, x.dtype, seed=2)
+    channels = x.shape[axis]
+    gamma, beta = parameters(channels, x.dtype)
+    moving = [np.full(channels, 0.5, np.float32), np.full(channels, 2.0)]
+    kw = {"gamma": gamma, "beta": beta, "training": True, "axis": axis, "momentum": 0.9, "ddof": 1, **arguments}
+    kw |= dict(zip(("moving_mean", "moving_variance"), moving))
+    y = fastbn.batch_norm(x, **kw)
+    y2, cache = fastbn.batch_norm_forward(x, out=np.empty_like(x), **kw)
+    z = x.copy()
+    fastbn.batch_norm(z, out=z, **kw)
+    gradients = fastbn.batch_norm_backward(dy, cache)
+    others = fastbn.batch_norm_backward(dy, cache, out=np.empty_like(x))
+    weights = cache.weights
+    array = np.zeros(1) if weights.array is None else weights.array
+    assert weights.checked
+    assert weights.array is None or array.shape == x.shape
+    assert cache.mode == "train"
+    counted = weights.counts(cache.total)
+    return [y, y2, z, *moving, *gradients, *others, *cache.statistics, counted, array, np.array(weights.omits)]
+
+
+def assert_same_outcome(direct, run, taken):
+    fast = run()
+    assert direct.taken == taken
+    direct.off()
+    for a, b in zip(fast, run(), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("policy", ["propagate", "omit"])
+@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize(("shape", "axis"), WEIGHTED_SHAPES)
+def test_bits_of_weights_are_those_of_the_full_way(direct, shape, axis, form, policy, dtype):
+    if form is None and policy == "propagate":
+        form = "mask per value"
+    if form is not None and form.endswith("sample") and axis == 0:
+        form = form.replace("sample", "value")
+    x = normal(shape, dtype, mean=3, seed=1)
+    arguments = {"nan_policy": policy} | ({} if form is None else weighted(shape, axis, form))
+    if policy == "omit":
+        x[np.random.default_rng(4).random(shape) < 0.2] = np.nan
+    elif "mask" in arguments:
+        x[~np.broadcast_to(fastbn.weights.spread(arguments["mask"], "mask", shape, (axis % len(shape),)), shape)] = (
+            np.inf
+        )
+    assert_same_outcome(direct, lambda: outcome_of_weights(x, axis, arguments), 5)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "omit"])
+def test_where_nothing_counts_moving_statistics_stay(direct, policy):
+    """A channel without a value, and a whole batch without one."""
+    x = normal((9, 3), np.float32, mean=3)
+    mask = np.ones(x.shape, bool)
+    arguments = {"mask": mask, "nan_policy": policy}
+    for some in (mask[:, 1], mask):
+        some[...] = False
+        direct.enabled, direct.taken = True, 0
+        assert_same_outcome(direct, lambda: outcome_of_weights(x, 1, arguments), 5)
+        results = outcome_of_weights(x, 1, arguments)
+        assert results[3][1] == 0.5
+        assert results[4][1] == 2
+    bn = fastbn.BatchNorm(3)
+    bn(x, training=True, mask=mask)
+    assert bn.batches == 0
+
+
+def test_weights_that_sums_cannot_take_are_scaled(direct):
+    x = normal((40, 6), np.float32)
+    w = np.full(x.shape, 1e30)
+    assert_same_outcome(direct, lambda: outcome_of_weights(x, 1, {"sample_weight": w}), 2)  # the gradients
+
+
+@pytest.mark.parametrize("policy", ["propagate", "omit"])
+@pytest.mark.parametrize("form", ["mask per sample", "float32 per value"])
+def test_layers_of_weights_take_the_direct_way_and_agree(direct, form, policy):
+    x, dy = normal((32, 16), np.float32, seed=1), normal((32, 16), np.float32, seed=2)
+    x[3, 4] = np.nan
+
+    def run():
+        bn = fastbn.BatchNorm(16, momentum=0.9, nan_policy=policy)
+        arguments = weighted(x.shape, 1, form)
+        results = [bn(x, training=True, **arguments), bn.backward(dy), bn.grads["gamma"], bn.grads["beta"]]
+        assert bn.batches == 1
+        z = x.copy()
+        bn(z, training=True, out=z, **arguments)
+        with pytest.raises(ValueError, match="out must not be x in a forward call whose gradient is taken"):
+            bn.backward(dy)
+        return [*results, z, bn.moving_mean, bn.moving_variance]
+
+    assert_same_outcome(direct, run, 3)
+
+
+def test_a_gradient_into_the_weights_is_refused(direct):
+    x, w = normal((16, 4), np.float32), np.ones((16, 4), np.float32)
+    _, cache = fastbn.batch_norm_forward(x, training=True, sample_weight=w)
+    assert direct.taken == 1
+    with pytest.raises(ValueError, match="out must not share memory with mask or sample_weight"):
+        fastbn.batch_norm_backward(x.copy(), cache, out=w)
+    assert direct.taken == 1

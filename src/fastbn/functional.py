@@ -13,7 +13,7 @@ from . import layout as layouts
 from . import weights as weighting
 from .errors import must
 from .kernels import _calls, _channels
-from .passes import SERIAL, Cache, Statistics, forward, run, store_moving, team
+from .passes import SERIAL, Cache, Statistics, counting, forward, kept, run, store_moving, team
 
 Array = NDArray[Any]
 
@@ -138,11 +138,11 @@ def batch_norm(
     >>> mean, variance
     (array([ 0.5, 10. ]), array([ 1. , 50.5]))
     """
-    if activation is None and residual is None and weighting.is_plain(mask, sample_weight, nan_policy):
+    if activation is None and residual is None:
         channel = layouts.plain_axis(axis, layout, x)
         plain = _calls.forward(
             x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
-            False, True, team, SERIAL,
+            False, True, team, SERIAL, mask, sample_weight, nan_policy,
         )  # fmt: skip
         if plain is not None:
             return plain  # type: ignore[no-any-return]
@@ -247,14 +247,14 @@ def batch_norm_forward(
     if checks.one_of(save, "save", ("input", "output")) == "output":
         if fused:
             raise ValueError(must("save", 'be "input" with an activation or a residual', repr(save)))
-    elif not fused and weighting.is_plain(mask, sample_weight, nan_policy):
+    elif not fused:
         channel = layouts.plain_axis(axis, layout, x)
         plain = _calls.forward(
             x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
-            True, False, team, SERIAL,
+            True, False, team, SERIAL, mask, sample_weight, nan_policy,
         )  # fmt: skip
         if plain is not None:
-            return plain[0], Cache(*plain[1])
+            return plain[0], kept(plain[1], plain[2], mask, sample_weight, nan_policy)
     y, cache = forward(
         x,
         gamma=gamma,
@@ -352,10 +352,11 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     mean, variance = cache.statistics
     frozen = cache.mode == "inference"
     fused = cache.has_residual or cache.activation is not None
-    if len(cache.axes) == 1 and not fused and cache.weights is None:
+    if len(cache.axes) == 1 and not fused:
         plain = _calls.backward(
-            dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL
-        )
+            dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL,
+            counting(x, cache.axes, cache.weights, cache.total),
+        )  # fmt: skip
         if plain is not None:
             if cache.sign is not None:
                 plain[1][...] *= cache.sign.astype(x.dtype)

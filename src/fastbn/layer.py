@@ -308,9 +308,8 @@ class BatchNorm(Persistent):
         """
         arrays = self._arrays
         plain = self._direct and self.activation is None and residual is None
-        plain = plain and weighting.is_plain(mask, sample_weight, self.nan_policy)
         if plain and arrays is not None and type(x) is np.ndarray and x.size <= passes.SERIAL:
-            y = self._call_small(x, training, arrays, out)
+            y = self._call_small(x, training, arrays, mask, sample_weight, out)
             if y is not None:
                 return y
         mode = self.mode(training)
@@ -363,7 +362,9 @@ class BatchNorm(Persistent):
         self._last.cache = cache
         return y
 
-    def _call_small(self, x: Array, training: Any, arrays: Arrays, out: Any) -> Array | None:
+    def _call_small(
+        self, x: Array, training: Any, arrays: Arrays, mask: Any, sample_weight: Any, out: Any
+    ) -> Array | None:
         """Call, where everything plainly fits; otherwise return None, and nothing has happened.
 
         A small batch holds the lock all the time: two more copies of the statistics would cost more than that.
@@ -378,13 +379,17 @@ class BatchNorm(Persistent):
                 return None
             result = _calls.forward(
                 x, gamma, beta, mean, variance, train, self.momentum, self.epsilon, axis, self.ddof, True, out,
-                True, True, passes.team, passes.SERIAL,
+                True, True, passes.team, passes.SERIAL, mask, sample_weight, self.nan_policy,
             )  # fmt: skip
             if result is None:
                 return None
-            self.batches += train
+            total = result[2]
+            self.batches += train and (total is None or bool(total.any()))
         y: Array
-        y, self._last.cache = result
+        y, cache, _ = result
+        if total is not None:
+            cache = passes.kept(cache, total, mask, sample_weight, self.nan_policy)
+        self._last.cache = cache
         return y
 
     def _call_composite(

@@ -96,6 +96,15 @@ class Cache:
         return f"<fastbn cache of {batch}, mode {self.mode!r}>"
 
 
+def kept(arguments: tuple[Any, ...], total: Array | None, mask: Any, sample_weight: Any, nan_policy: str) -> Cache:
+    """Return the cache of a direct call (`fastbn.kernels._calls.forward`) from what that kept."""
+    cache = Cache(*arguments)
+    if total is not None and cache.x is not None:
+        cache.total = total
+        cache.weights = weighting.fitting(mask, sample_weight, nan_policy, cache.x.shape, cache.axes)
+    return cache
+
+
 def team(size: int) -> int:
     """Return how many threads a call on so many values uses."""
     return 1 if size <= SERIAL else min(get_num_threads(), size // VALUES_PER_THREAD)
@@ -180,20 +189,19 @@ def run(
             kept[...] = kept2
         return done
     u, v = (x, None) if dy is None else (dy, x)
-    counting = None
-    if weights is not None:
-        assert total is not None
-        counting = _counting(x, axes, weights, total)
     return kernels.run(
         plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size), residual, bend,
-        by_output, kept, counting,
+        by_output, kept, counting(x, axes, weights, total),
     )  # fmt: skip
 
 
-def _counting(
-    x: Array, axes: tuple[int, ...], weights: weighting.Weights, total: Array
-) -> tuple[Array | None, tuple[int, ...], bool, Array, bool]:
+def counting(
+    x: Array, axes: tuple[int, ...], weights: weighting.Weights | None, total: Array | None
+) -> tuple[Array | None, tuple[int, ...], bool, Array, bool] | None:
     """Return what drivers want to know of weights."""
+    if weights is None:
+        return None
+    assert total is not None
     array = weights.array
     if array is None:
         return None, (), weights.omits, total, False

@@ -63,11 +63,6 @@ class Weights(NamedTuple):
         return self if self.array is None else self._replace(array=self.array[rows])
 
 
-def is_plain(mask: Any, sample_weight: Any, nan_policy: Any) -> bool:
-    """Whether every value counts alike, and nothing is to be checked."""
-    return mask is None and sample_weight is None and type(nan_policy) is str and nan_policy == "propagate"
-
-
 def resolved(
     mask: Any, sample_weight: Any, nan_policy: Any, x: Array, axes: tuple[int, ...], *, later: bool = False
 ) -> Weights | None:
@@ -111,6 +106,18 @@ def resolved(
     if kept is not None:
         weights = np.where(kept, weights, weights.dtype.type(0))
     return Weights(np.broadcast_to(weights, x.shape), omits, scale, False)
+
+
+def fitting(
+    mask: Array | None, sample_weight: Array | None, nan_policy: str, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> Weights:
+    """Return as weights what is known to be right, and needs no conversion."""
+    array = mask if sample_weight is None else sample_weight
+    omits = nan_policy == "omit"
+    if array is None:
+        return Weights(None, omits)
+    array = np.broadcast_to(spread(array, "mask or sample_weight", shape, axes), shape)
+    return Weights(array, omits, whole=sample_weight is None)
 
 
 def given(mask: Any, sample_weight: Any) -> dict[str, Array]:

@@ -21,6 +21,9 @@ def forward(
     in_place: bool,
     threads: Callable[[int], int],
     serial: int,
+    mask: Any = None,
+    sample_weight: Any = None,
+    nan_policy: Any = "propagate",
 ) -> Any: ...
 def backward(
     dy: Any,
@@ -34,4 +37,5 @@ def backward(
     out: Any,
     threads: Callable[[int], int],
     serial: int,
+    counting: tuple[NDArray[Any] | None, tuple[int, ...], bool, NDArray[Any], bool] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None: ...

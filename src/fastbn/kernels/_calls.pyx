@@ -6,22 +6,23 @@ decide; so there is one place that knows what is allowed, and this module only h
 are ndarrays in C order, native and aligned, of the right shapes, whose memory does not meet where it must not.
 """
 from cpython.bool cimport PyBool_Check
-from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
-from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
+from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.float cimport DBL_MAX
-from libc.math cimport isfinite
+from libc.math cimport INFINITY
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 cimport numpy as cnp
 
 from ._memory cimport empty_like
-from ._plan cimport Pattern, pattern_of, streams
-from .convert cimport DOUBLE, FLOAT
+from ._plan cimport Pattern, bind_weights, pattern_of, streams
 from .job cimport (
-    DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Operand, Parameter, blend, finish, load_all,
-    to_parameter_gradients,
+    DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Parameter, blend, blend_counted, finish, load_all,
+    to_parameter_gradients, weigh_gradient,
+)
+from .plain cimport (
+    apart_from, apart_from_array, bind, in_order, in_range, is_like, is_plain, is_real, same_or_apart, set_shape, set_weights,
 )
 
 cnp.import_array()
@@ -38,100 +39,16 @@ def connect(planar, interleaved):
     drivers[1] = <Driver> PyCapsule_GetPointer(interleaved, DRIVER)
 
 
-cdef inline bint is_plain(object array) noexcept:
-    return cnp.PyArray_CheckExact(array) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array)
-
-
-cdef inline bint is_real(cnp.ndarray array) noexcept:
-    return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
-
-
-cdef bint bind(Parameter* parameter, object array, Py_ssize_t channels) noexcept:
-    """Whether it is None or a vector of a value per channel."""
-    if array is None:
-        parameter.data = NULL
-        return True
-    if not (is_plain(array) and is_real(<cnp.ndarray> array) and cnp.PyArray_NDIM(<cnp.ndarray> array) == 1
-            and cnp.PyArray_DIMS(<cnp.ndarray> array)[0] == channels):
-        return False
-    parameter.data = <char*> cnp.PyArray_DATA(<cnp.ndarray> array)
-    parameter.stride = cnp.PyArray_ITEMSIZE(<cnp.ndarray> array)
-    parameter.wide = parameter.stride == 8
-    return True
-
-
-cdef inline bint apart(const char* a, Py_ssize_t a_bytes, const char* b, Py_ssize_t b_bytes) noexcept:
-    return a + a_bytes <= b or b + b_bytes <= a
-
-
-cdef inline bint apart_from(const char* y, Py_ssize_t bytes, const Parameter* p, Py_ssize_t channels) noexcept:
-    return p.data == NULL or apart(y, bytes, p.data, channels * p.stride)
-
-
-cdef bint in_range(object value, double low, double high, double* number) noexcept:
-    if not PyFloat_CheckExact(value):
-        return False
-    number[0] = PyFloat_AS_DOUBLE(value)
-    return low <= number[0] <= high and isfinite(number[0])
-
-
-cdef bint set_shape(Job* job, cnp.ndarray x, object axis) noexcept:
-    """The canonical form of an array in C order, or False if it is empty or the axis is not one of it."""
-    cdef Py_ssize_t i, at, ndim = cnp.PyArray_NDIM(x)
-    cdef int overflow = 0
-    cdef long given
-    if not PyLong_CheckExact(axis):
-        return False
-    given = PyLong_AsLongAndOverflow(axis, &overflow)
-    if overflow or not -ndim <= given < ndim:
-        return False
-    at = given + ndim if given < 0 else given
-    job.outer = job.inner = 1
-    for i in range(ndim):
-        if i < at:
-            job.outer *= cnp.PyArray_DIMS(x)[i]
-        elif i > at:
-            job.inner *= cnp.PyArray_DIMS(x)[i]
-    job.channels = cnp.PyArray_DIMS(x)[at]
-    return job.outer * job.channels * job.inner > 0
-
-
-cdef inline void in_order(Job* job, Operand* operand, cnp.ndarray array) noexcept:
-    operand.data = <char*> cnp.PyArray_DATA(array)
-    operand.size = cnp.PyArray_ITEMSIZE(array)
-    operand.kind = DOUBLE if operand.size == 8 else FLOAT
-    operand.inner = operand.size
-    operand.channel = job.inner * operand.inner
-    operand.outer = job.channels * operand.channel
-
-
-cdef bint is_like(object array, cnp.ndarray x) noexcept:
-    """Whether it is a plain array of x's shape and type."""
-    cdef Py_ssize_t i
-    if not is_plain(array):
-        return False
-    if cnp.PyArray_TYPE(<cnp.ndarray> array) != cnp.PyArray_TYPE(x):
-        return False
-    if cnp.PyArray_NDIM(<cnp.ndarray> array) != cnp.PyArray_NDIM(x):
-        return False
-    for i in range(cnp.PyArray_NDIM(x)):
-        if cnp.PyArray_DIMS(<cnp.ndarray> array)[i] != cnp.PyArray_DIMS(x)[i]:
-            return False
-    return True
-
-
-cdef inline bint same_or_apart(const char* a, const char* b, Py_ssize_t bytes) noexcept:
-    return a == b or apart(a, bytes, b, bytes)
-
-
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
-    """Hand a job whose operands and parameters are set to the driver of its pattern."""
+    """Hand a job whose operands, parameters and weights are set to the driver of its pattern; 1 if the weights are unfit."""
     cdef Pattern pattern = pattern_of(job.inner)
     cdef Py_ssize_t size = job.outer * job.channels * job.inner
     job.reduces = job.operation != NORMALIZE
     job.applies = True
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
     job.writes_pair = job.form.pair = job.operation == GRADIENT
+    if job.weighs and job.reads_pair:
+        weigh_gradient(job)
     job.streams = streams(job)
     job.threads = 1 if size <= serial else threads(size)
     job.interruptible = True
@@ -142,23 +59,33 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
 
 
 cdef int train(Job* job, bint wide, threads, Py_ssize_t serial, int ddof, double share) except -1:
-    """Carry out a training pass, leave mean and variance in first and second, and update the moving statistics, if any."""
+    """Carry out a training pass, leave mean and variance in first and second, and update the moving statistics, if any.
+
+    1 if weights were unfit: nothing else has been written then.
+    """
     cdef Parameter first, second
     cdef double count = <double> job.outer * <double> job.inner
     cdef Py_ssize_t i
-    carry_out(job, wide, threads, serial)
+    if carry_out(job, wide, threads, serial):
+        return 1
     for i in range(job.channels):
-        job.second[i] = job.second[i] / count
+        if not job.weighs:
+            job.second[i] = job.second[i] / count
+        else:  # a channel without any weight is as if its variance were infinite
+            job.second[i] = job.second[i] / job.total[i] if job.total[i] != 0 else INFINITY
     if job.mean.data != NULL:
         first.data, second.data = <char*> job.first, <char*> job.second
         first.stride = second.stride = sizeof(double)
         first.wide = second.wide = True
-        blend(&job.mean, &job.variance, &first, &second, job.channels, max(count - ddof, 1.0) / count, share)
+        if job.weighs:
+            blend_counted(&job.mean, &job.variance, &first, &second, job.channels, job.total, ddof, share)
+        else:
+            blend(&job.mean, &job.variance, &first, &second, job.channels, max(count - ddof, 1.0) / count, share)
     return 0
 
 
 def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
-            bint keep, bint in_place, threads, Py_ssize_t serial):
+            bint keep, bint in_place, threads, Py_ssize_t serial, mask=None, sample_weight=None, nan_policy="propagate"):
     """Carry out `fastbn.batch_norm`, or return None where the full checks have to decide.
 
     Parameters
@@ -173,20 +100,23 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         Returns the size of the team for large batches, from the number of values.
     serial : int
         Values up to which a batch is worked on by one thread.
+    mask, sample_weight, nan_policy
+        As the user gave them.
 
     Returns
     -------
     ndarray, tuple or None
-        y; with ``keep`` (y, kept), where kept are the arguments of `fastbn.passes.Cache`, with None for an x that was
-        overwritten.
+        y; with ``keep`` (y, kept, total), where kept are the arguments of `fastbn.passes.Cache`, with None for an x that
+        was overwritten, and total is the sum of weights per channel, None where all values count alike.
     """
     cdef Job job
-    cdef cnp.ndarray source, target, mean = None, variance = None
+    cdef cnp.ndarray source, target, mean = None, variance = None, total = None
+    cdef cnp.ndarray given = None
     cdef object result
     cdef Py_ssize_t bytes
     cdef double share
-    cdef bint trains, wide
-    cdef double[2 * ON_STACK] on_stack
+    cdef bint trains, wide, unfit
+    cdef double[3 * ON_STACK] on_stack
     cdef double* statistics = on_stack
     if not (is_plain(x) and is_real(<cnp.ndarray> x) and PyBool_Check(training) and update is True
             and PyLong_CheckExact(ddof) and (ddof == 0 or ddof == 1)):
@@ -195,7 +125,10 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     source = <cnp.ndarray> x
     trains = training is True
     if not (in_range(momentum, 0, 1, &share) and in_range(epsilon, 0, DBL_MAX, &job.epsilon)
-            and set_shape(&job, source, axis)):
+            and set_shape(&job, source, axis)
+            and set_weights(&job, source, axis, mask, sample_weight, nan_policy)):
+        return None
+    if job.weighs and not trains:
         return None
     if not (bind(&job.gamma, gamma, job.channels) and bind(&job.beta, beta, job.channels)
             and bind(&job.mean, moving_mean, job.channels) and bind(&job.variance, moving_variance, job.channels)):
@@ -212,6 +145,11 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     if keep and not (apart_from(job.u.data, bytes, &job.mean, job.channels)
                      and apart_from(job.u.data, bytes, &job.variance, job.channels)):
         return None  # what is kept refers to x
+    if job.weights.data != NULL:
+        given = <cnp.ndarray> (mask if sample_weight is None else sample_weight)
+        if job.mean.data != NULL and not (apart_from_array(job.mean.data, job.channels * job.mean.stride, given)
+                                          and apart_from_array(job.variance.data, job.channels * job.variance.stride, given)):
+            return None
     if out is None:
         target = <cnp.ndarray> empty_like(source)
         in_order(&job, &job.y, target)
@@ -228,15 +166,19 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
             return None
         if job.y.data == job.u.data and not in_place:
             return None
+        if given is not None and not apart_from_array(job.y.data, bytes, given):
+            return None
     job.operation = TRAIN if trains else NORMALIZE
     result = target
     if keep:
         mean = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.NPY_FLOAT64, 0)
         variance = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.NPY_FLOAT64, 0)
+        if job.weighs:
+            total = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.NPY_FLOAT64, 0)
         result = (target, (None if job.y.data == job.u.data else x, (axis if axis >= 0 else axis + source.ndim,),
                            "train" if trains else "inference", (mean, variance),
                            None if gamma is None else cnp.PyArray_NewCopy(<cnp.ndarray> gamma, cnp.NPY_CORDER),
-                           epsilon))
+                           epsilon), total)
     if not trains:
         if keep:
             load_all(&job.mean, 0, job.channels, 0, <double*> cnp.PyArray_DATA(mean))
@@ -244,21 +186,23 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         carry_out(&job, wide, threads, serial)
         return result
     if job.channels > ON_STACK and not keep:
-        statistics = <double*> malloc(2 * job.channels * sizeof(double))
+        statistics = <double*> malloc(3 * job.channels * sizeof(double))
         if statistics == NULL:
             raise MemoryError
-    job.first, job.second = statistics, statistics + job.channels
+    job.first, job.second, job.total = statistics, statistics + job.channels, statistics + 2 * job.channels
     if keep:
         job.first, job.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(variance)
+        if job.weighs:
+            job.total = <double*> cnp.PyArray_DATA(total)
     try:
-        train(&job, wide, threads, serial, ddof, share)
+        unfit = train(&job, wide, threads, serial, ddof, share)
     finally:
         if statistics != on_stack:
             free(statistics)
-    return result
+    return None if unfit else result
 
 
-def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, out, threads, Py_ssize_t serial):
+def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, out, threads, Py_ssize_t serial, counting=None):
     """Carry out `fastbn.batch_norm_backward`, or return None where the full checks have to decide.
 
     Parameters
@@ -273,6 +217,8 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
         Whether the statistics were constants.
     threads, serial
         As in `forward`.
+    counting : tuple, optional
+        Where values do not all count alike; see `fastbn.kernels.run`.
 
     Returns
     -------
@@ -308,6 +254,9 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
         if not (cnp.PyArray_ISWRITEABLE(target) and same_or_apart(job.y.data, job.u.data, bytes)
                 and same_or_apart(job.y.data, job.v.data, bytes)):
             return None
+        if counting is not None and counting[0] is not None and not apart_from_array(job.y.data, bytes, counting[0]):
+            return None
+    bind_weights(&job, counting)
     job.operation = FROZEN if frozen else GRADIENT
     job.epsilon = epsilon
     dgamma = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.PyArray_TYPE(source), 0)

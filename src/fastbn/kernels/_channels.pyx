@@ -4,7 +4,7 @@ cimport numpy as cnp
 import numpy as np
 
 from ._plan cimport bind_parameter
-from .job cimport Job, Parameter, blend, load, reciprocal_deviation, store, to_parameter_gradients
+from .job cimport Job, Parameter, blend, blend_counted, load, reciprocal_deviation, store, to_parameter_gradients
 from .moments cimport merge
 from .weights cimport merge_weighted
 
@@ -30,19 +30,12 @@ def update_moving_counted(moving_mean, moving_variance, mean, variance, double[:
     A count up to ddof leaves the batch variance as it is.
     """
     cdef Parameter old_mean, old_variance, new_mean, new_variance
-    cdef Py_ssize_t c
     bind_parameter(&old_mean, moving_mean)
     bind_parameter(&old_variance, moving_variance)
     bind_parameter(&new_mean, mean)
     bind_parameter(&new_variance, variance)
-    for c in range(counts.shape[0]):
-        if counts[c] > 0:
-            blend(&old_mean, &old_variance, &new_mean, &new_variance, 1,
-                  (counts[c] - ddof) / counts[c] if counts[c] > ddof else 1, momentum)
-        old_mean.data += old_mean.stride
-        old_variance.data += old_variance.stride
-        new_mean.data += new_mean.stride
-        new_variance.data += new_variance.stride
+    if counts.shape[0]:
+        blend_counted(&old_mean, &old_variance, &new_mean, &new_variance, counts.shape[0], &counts[0], ddof, momentum)
 
 
 def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):

@@ -31,8 +31,8 @@ from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .packs cimport LANES
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest_of, mark, merge_weighted, take_weights,
-    weigh_rows, weight, weight_at, weights_at,
+    Walk, are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest_of, mark, merge_weighted, take_weights,
+    walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
 )
 
 cdef inline bint dense(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:

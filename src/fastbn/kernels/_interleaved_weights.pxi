@@ -13,9 +13,10 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
     """The weights of some columns of some rows: in place, or in the type of the buffer and padded with zeros."""
     cdef View w
     cdef Py_ssize_t m = whole(columns), width = job.channels * job.inner
-    cdef Py_ssize_t r, j, c, n, position
+    cdef Py_ssize_t r, j, c, n
     cdef const char* x
     cdef weight* y
+    cdef Walk walk
     if direct:
         w.data = <char*> weights_at(&job.weights, row * k.positions, 0, 0) + column * job.weights.size
         w.stride = k.positions * job.weights.minor // <Py_ssize_t> sizeof(weight)
@@ -28,21 +29,21 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
             x = weights_at(&job.weights, (row + r) * k.positions, 0, 0) + column * job.weights.size
             take_weights(&job.weights, x, job.weights.size, columns, y)
         else:  # one position after the other, and of a position one channel after the other
-            position = (row + r) * k.positions + column // width
+            walk = walk_from(&job.weights, (row + r) * k.positions + column // width)
             j = column % width
             while y < buffer + r * m + columns:
                 n = min(width - j, <Py_ssize_t> (buffer + r * m + columns - y))
                 if job.weights.channel == 0 and (job.inner == 1 or job.weights.inner == 0):
-                    take_weights(&job.weights, weights_at(&job.weights, position, 0, 0), 0, n, y)
+                    take_weights(&job.weights, walk.at, 0, n, y)
                 elif job.inner == 1:
-                    take_weights(&job.weights, weights_at(&job.weights, position, j, 0), job.weights.channel, n, y)
+                    take_weights(&job.weights, walk.at + j * job.weights.channel, job.weights.channel, n, y)
                 else:
-                    for c in range(n):
-                        y[c] = <weight> weight_at(&job.weights, weights_at(&job.weights, position, (j + c) // job.inner,
-                                                                             (j + c) % job.inner))
+                    for c in range(j, j + n):
+                        x = walk.at + c // job.inner * job.weights.channel + c % job.inner * job.weights.inner
+                        y[c - j] = <weight> weight_at(&job.weights, x)
                 y += n
                 j = 0
-                position += 1
+                walk_on(&job.weights, &walk)
         for j in range(columns, m):
             buffer[r * m + j] = 0
     return w
@@ -63,8 +64,10 @@ cdef inline Py_ssize_t choose_rows(const Job* job, Py_ssize_t row, Py_ssize_t ro
                                    double* most) noexcept nogil:
     """The rows that have a weight, and it; how many there are. Also the largest weight, of unchecked ones."""
     cdef Py_ssize_t r, n = 0
+    cdef Walk walk = walk_from(&job.weights, row)
     for r in range(rows):
-        ws[n] = weight_at(&job.weights, weights_at(&job.weights, row + r, 0, 0))
+        ws[n] = weight_at(&job.weights, walk.at)
+        walk_on(&job.weights, &walk)
         if job.weights.unchecked:
             most[0] = larger(most[0], largest_of(<const char*> (ws + n), 1, True))
         chosen[n] = r

@@ -2,8 +2,8 @@
 cimport numpy as cnp
 
 from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
-from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter
-from .lanes cimport BENT, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form
+from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter, weigh_gradient
+from .lanes cimport BENT, SMOOTH, STRAIGHT, Form
 
 cnp.import_array()
 
@@ -127,11 +127,7 @@ cdef int bind_weights(Job* job, counting) except -1:
         job.weights.unchecked = unchecked
         job.weights.repeat, job.weights.major, job.weights.minor, job.weights.channel, job.weights.inner = form
     if job.reads_pair:
-        job.writes_pair = job.form.pair = True
-        job.form.third = weights is not None
-        job.form.bend = PRESENT if job.operation == FROZEN else WEIGHTED
-        job.form.numbers[0] = 0 if omits else 1
-        job.form.numbers[1] = job.form.numbers[2] = 0
+        weigh_gradient(job)
     return 0
 
 

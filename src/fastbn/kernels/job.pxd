@@ -2,7 +2,7 @@
 from cython cimport floating
 from libc.math cimport INFINITY, sqrt
 
-from .lanes cimport Form
+from .lanes cimport PRESENT, WEIGHTED, Form
 
 cdef enum Operation:
     MOMENTS    # x -> (mean, m2)
@@ -178,6 +178,22 @@ cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance,
         c += n
 
 
+cdef inline void blend_counted(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
+                               const Parameter* variance, Py_ssize_t channels, const double* counts, double ddof,
+                               double momentum) noexcept nogil:
+    """The same where counts differ: a channel without any keeps what it has, and one up to ddof its batch variance."""
+    cdef Parameter old[2]
+    cdef Parameter new[2]
+    cdef Py_ssize_t c, i
+    old[0], old[1], new[0], new[1] = old_mean[0], old_variance[0], mean[0], variance[0]
+    for c in range(channels):
+        if counts[c] > 0:
+            blend(old, old + 1, new, new + 1, 1, (counts[c] - ddof) / counts[c] if counts[c] > ddof else 1, momentum)
+        for i in range(2):
+            old[i].data += old[i].stride
+            new[i].data += new[i].stride
+
+
 cdef inline void to_parameter_gradients(const Job* job, const Parameter* dgamma, const Parameter* dbeta) noexcept nogil:
     """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon)."""
     cdef double[BATCH] scale
@@ -271,6 +287,15 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
                 p[i] = <floating> mean[i]
                 shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
         c += n
+
+
+cdef inline void weigh_gradient(Job* job) noexcept nogil:
+    """Let x count by weights in the gradient, which reads both operands then."""
+    job.writes_pair = job.form.pair = True
+    job.form.third = job.weights.data != NULL
+    job.form.bend = PRESENT if job.operation == FROZEN else WEIGHTED
+    job.form.numbers[0] = 0 if job.omits else 1
+    job.form.numbers[1] = job.form.numbers[2] = 0
 
 
 cdef inline Job gate_of(const Job* job) noexcept nogil:
