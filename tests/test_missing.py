@@ -179,6 +179,22 @@ def test_inf_is_not_missing():
     moments(x, nan_policy="raise")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), [((40, 20), 1), ((8, 3, 40), 1)])
+def test_gradient_of_a_channel_with_inf_is_nan_where_nan_is_missing(shape, axis, dtype):
+    """The mean of such a channel is no number: that must not make all of its values missing."""
+    x, dy = cases.normal(shape, dtype, seed=1), cases.normal(shape, dtype, seed=2)
+    x[0, 0] = np.nan
+    wanted = batch_norm_backward(dy, batch_norm_forward(x, training=True, axis=axis, nan_policy="omit")[1])
+    x[1, 1] = np.inf
+    dx, dgamma, dbeta = batch_norm_backward(dy, batch_norm_forward(x, training=True, axis=axis, nan_policy="omit")[1])
+    assert np.isnan(dgamma[1])
+    assert np.isfinite(dgamma[[0, 2]]).all()
+    for got, expected in ((dgamma, wanted[1]), (dbeta, wanted[2])):
+        ref.assert_same_bits(np.delete(got, 1), np.delete(expected, 1))
+    ref.assert_same_bits(np.delete(dx, 1, axis), np.delete(wanted[0], 1, axis))
+
+
 def test_raise():
     x = cases.normal((10, 3))
     assert moments(x, nan_policy="raise") == moments(x)

@@ -28,10 +28,11 @@ from .job cimport (
 )
 from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows, reduce_rows
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
+from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .packs cimport LANES
 from .weights cimport (
-    Walk, are_finite, choose, fits, from_weighted_sums, hide, keep_rows, larger, largest_of, mark, merge_weighted, take_weights,
+    Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_of, mark, merge_weighted, take_weights,
     walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
 )
 
@@ -135,21 +136,24 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
 
 
 cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
-                   const double* q, bint pair, bint shifted, double* first, double* second,
+                   const double* q, bint pair, bint shifted, bint omits, double* first, double* second,
                    const floating* typed) noexcept nogil:
-    """*reduce* of views. Float64 data are always relative to a shift."""
-    if shifted or floating is double:
+    """*reduce* of views. Float64 data are always relative to a shift, and so is a gradient of which some is missing."""
+    if omits:
+        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, True, True,
+                    first, second)
+    elif shifted or floating is double:
         if pair:
             reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, True,
-                        first, second)
+                        False, first, second)
         else:
             reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, True,
-                        first, second)
+                        False, first, second)
     elif pair:
-        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, False,
+        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, False, False,
                     first, second)
     else:
-        reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, False,
+        reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, False, False,
                     first, second)
 
 
@@ -190,7 +194,8 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
                 v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if job.gated:
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
-            add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted, first + j, second + j, gates)
+            add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
+                     job.reads_pair and job.omits, first + j, second + j, gates)
             j += n
 
 
@@ -229,8 +234,13 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
             if s == job.inner:
                 s = 0
                 c = c + 1 if c + 1 < job.channels else 0
-    if job.omits:  # there is NaN: without looking for it all sums would be found again
+    if job.omits and job.weights.data != NULL:  # there is NaN: without looking for it all sums would be found again
         hide_block(job, k, &t, p, q, part, squares, gates)
+        return
+    if job.omits:
+        sum_rows(job, k, &t, p, q, True, first, second, gates)
+        memcpy(part, first, t.columns * sizeof(double))
+        memcpy(squares, second, t.columns * sizeof(double))
         return
     sum_rows(job, k, &t, p, q, floating is double, first, second, gates)
     if not job.reads_pair:

@@ -25,11 +25,12 @@ from .job cimport (
 )
 from .lanes cimport PRESENT, WEIGHTED, apply_run, reduce_run
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
+from .marks cimport keep_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .packs cimport LANES
 from .planar_cut cimport GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, keep_run, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
+    are_finite, choose, fits, from_weighted_sums, hide, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
     weight, weight_at, weights_at,
 )
 
@@ -74,15 +75,17 @@ cdef inline void reduce_any(const Job* job, bint direct, const char* x, const ch
             v = stage(&job.v, x2, n, 0, tile + TILE)
         n = max(n, <Py_ssize_t> LANES)
     if shifted:
-        if job.reads_pair:
-            reduce_run(u, su, v, sv, runs, n, p, q, True, True, next_u, next_v, first, second)
+        if job.reads_pair and job.omits:
+            reduce_run(u, su, v, sv, runs, n, p, q, True, True, True, next_u, next_v, first, second)
+        elif job.reads_pair:
+            reduce_run(u, su, v, sv, runs, n, p, q, True, True, False, next_u, next_v, first, second)
         else:
-            reduce_run(u, su, u, su, runs, n, p, p, False, True, next_u, next_v, first, second)
+            reduce_run(u, su, u, su, runs, n, p, p, False, True, False, next_u, next_v, first, second)
     elif floating is float:
         if job.reads_pair:
-            reduce_run(u, su, v, sv, runs, n, 0, 0, True, False, next_u, next_v, first, second)
+            reduce_run(u, su, v, sv, runs, n, 0, 0, True, False, False, next_u, next_v, first, second)
         else:
-            reduce_run(u, su, u, su, runs, n, 0, 0, False, False, next_u, next_v, first, second)
+            reduce_run(u, su, u, su, runs, n, 0, 0, False, False, False, next_u, next_v, first, second)
 
 
 cdef inline void apply_any(const Job* job, bint direct, const char* x, const char* x2, const char* x3, char* y,
@@ -261,7 +264,10 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
         if floating is double and not job.reads_pair:
             p[c] = (<floating*> at(&job.u, t.n0, c0 + c, t.s0))[0]
     if job.omits:  # there is NaN: without looking for it all sums would be found again
-        hide_tile(job, k, tile, c0, c1, q, parts, buffer)
+        if job.weights.data != NULL:
+            hide_tile(job, k, tile, c0, c1, q, parts, buffer)
+        else:
+            sum_tile(job, k, tile, c0, c1, p, q, True, parts, gates, buffer)
         return
     sum_tile(job, k, tile, c0, c1, p, q, floating is double, parts, gates, buffer)
     if job.gated and job.kept.data != NULL:

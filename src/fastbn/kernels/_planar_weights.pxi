@@ -40,13 +40,17 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
     cdef const char* x
     cdef const floating* u
     cdef bint counted = True
-    cdef Py_ssize_t c, n, i, m, next_u
+    cdef Py_ssize_t c, i, m, next_u, images, n = t.n0, most = 1
     # Padding is not marked, or missing.
     cdef floating pad = NAN if job.weights.data == NULL or job.weights.inner == 0 else 0
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     memset(counts, 0, sizeof(counts))
-    for n in range(t.n0, t.n1):
+    if (t.length < SMALL_RUN and ready(&job.u, t.length, buffer)
+            and (job.weights.data == NULL or (job.weights.inner == 1 and job.weights.repeat >= job.outer))):
+        most = IMAGES
+    while n < t.n1:
+        images = min(most, t.n1 - n)
         for c in range(c1 - c0):
             if job.weights.data != NULL and (c == 0 or job.weights.channel != 0):
                 at_w = weights_at(&job.weights, n, c0 + c, t.s0)
@@ -71,7 +75,9 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
             else:
                 u = stage(&job.u, x, t.length, pad, buffer)
                 next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
-                counts[c] += keep_run(u, marks, m, p[c], job.omits, shifted, next_u, first + c * LANES, second + c * LANES)
+                counts[c] += keep_run(u, job.u.outer // <Py_ssize_t> sizeof(floating), marks, job.weights.minor, images, m, p[c],
+                                      job.omits, shifted, next_u, first + c * LANES, second + c * LANES)
+        n += images
     put_parts(k, tile, c0, c1, first, second, parts)
     for c in range(c1 - c0):
         total_of(job, k, tile, c0 + c, parts)[0] = counts[c]

@@ -47,6 +47,8 @@ static inline fastbn_vd fastbn_widen_f(const float *x) {
 static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) {
     return (fastbn_vd) ((fastbn_vm) x & *(const fastbn_vm *) mask);
 }
+/* x, but 0 where v is NaN. */
+static inline fastbn_vd fastbn_present(fastbn_vd x, fastbn_vd v) { return (fastbn_vd) ((fastbn_vm) x & (fastbn_vm) (v == v)); }
 /* x <= y ? yes : no, and so "no" where x or y is NaN. C has no conditional operator for vectors: where there is no
  * instruction that blends, masks and bits. */
 static inline fastbn_vd fastbn_select_d(fastbn_vd x, fastbn_vd y, fastbn_vd yes, fastbn_vd no) {
@@ -85,6 +87,7 @@ typedef float fastbn_vf;
 #define fastbn_splat_f(x) (x)
 static inline fastbn_vd fastbn_widen_f(const float *x) { return *x; }
 static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) { return *mask ? x : 0; }
+static inline fastbn_vd fastbn_present(fastbn_vd x, fastbn_vd v) { return v == v ? x : 0; }
 #define fastbn_select_d(x, y, yes, no) ((x) <= (y) ? (yes) : (no))
 #define fastbn_select_f(x, y, yes, no) ((x) <= (y) ? (yes) : (no))
 static inline fastbn_vd fastbn_power_d(fastbn_vd n) {

@@ -20,7 +20,7 @@ from libc.stdint cimport int64_t
 
 from .activations cimport bent, smooth
 from .packs cimport (
-    LANES, ND, NF, VD, VF, add_exact_product, last_masks, masked, pack, prefetch, prefetch_second, select, splat, splat_d,
+    LANES, ND, NF, VD, VF, add_exact_product, last_masks, masked, pack, prefetch, prefetch_second, present, select, splat, splat_d,
     splat_f, stream_d, stream_f, vd, vf, widen,
 )
 
@@ -56,10 +56,17 @@ cdef inline vd relative(const floating* x, vd shift, bint shifted) noexcept nogi
     return widen(x)
 
 
+cdef inline vd there(vd x, const floating* v, bint omits) noexcept nogil:
+    """x, but 0 where it omits what is missing in v."""
+    return present(x, widen(v)) if omits else x
+
+
 cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t runs, Py_ssize_t n,
-                            double p, double q, bint pair, bint shifted, Py_ssize_t next_u, Py_ssize_t next_v, double* first,
-                            double* second) noexcept nogil:
+                            double p, double q, bint pair, bint shifted, bint omits, Py_ssize_t next_u, Py_ssize_t next_v,
+                            double* first, double* second) noexcept nogil:
     """Add runs of n >= LANES values of one channel, su and sv values apart, to LANES pairs of sums.
+
+    Where it omits, pairs whose v is NaN add nothing.
 
     The runs that come next, so many values further on, are fetched meanwhile: the processor's own prefetching would
     start anew with every run.
@@ -84,7 +91,8 @@ cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v,
                 prefetch(v + next_v + i)
             for j in range(ND):
                 du = relative(u + i + j * VD, ps, shifted)
-                add_pack(s + j, t + j, du, relative(v + i + j * VD, qs, shifted) if pair else du, shifted)
+                dv = relative(v + i + j * VD, qs, shifted) if pair else du
+                add_pack(s + j, t + j, there(du, v + i + j * VD, omits), there(dv, v + i + j * VD, omits), shifted)
         if rest:
             i = n - LANES
             for j in range(ND):
@@ -93,7 +101,7 @@ cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v,
                     dv = du
                     if pair:
                         dv = masked(relative(v + i + j * VD, qs, shifted), mask + j * VD)
-                    add_pack(s + j, t + j, du, dv, shifted)
+                    add_pack(s + j, t + j, there(du, v + i + j * VD, omits), there(dv, v + i + j * VD, omits), shifted)
         u += su
         v += sv
     for j in range(ND):
@@ -117,16 +125,18 @@ cdef inline Py_ssize_t pitch(Py_ssize_t stride, Py_ssize_t width) noexcept nogil
 
 cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv,
                              Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, const double* q,
-                             bint pair, bint shifted, double* first, double* second) noexcept nogil:
+                             bint pair, bint shifted, bint omits, double* first, double* second) noexcept nogil:
     """Add rows to one pair of sums per column; su and sv are the distances between rows in values.
 
-    The width is a multiple of LANES.
+    Where it omits, pairs whose v is NaN add nothing. The width is a multiple of LANES.
     """
     cdef vd s[ND]
     cdef vd t[ND]
     cdef vd ps[ND]
     cdef vd qs[ND]
     cdef vd du
+    cdef vd dv
+    cdef const floating* at
     cdef Py_ssize_t i, j, k, r, pu = pitch(su, width), pv = pitch(sv, width)
     cdef const floating* next_u
     cdef const floating* next_v
@@ -147,7 +157,9 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
                 prefetch(next_u + r * pu)
             for j in range(ND):
                 du = relative(u + r * su + i + j * VD, ps[j], shifted)
-                add_pack(s + j, t + j, du, relative(v + r * sv + i + j * VD, qs[j], shifted) if pair else du, shifted)
+                dv = relative(v + r * sv + i + j * VD, qs[j], shifted) if pair else du
+                at = v + r * sv + i + j * VD
+                add_pack(s + j, t + j, there(du, at, omits), there(dv, at, omits), shifted)
         for j in range(ND):
             (<vd*> (first + i))[j] = s[j]
             (<vd*> (second + i))[j] = t[j]

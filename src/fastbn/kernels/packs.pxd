@@ -32,6 +32,7 @@ cdef extern from "lanes.h" nogil:
     vf power_f "fastbn_power_f"(vf n)
     const double[12] series "fastbn_series"
     vd masked "fastbn_masked"(vd x, const int64_t* mask)
+    vd present "fastbn_present"(vd x, vd v)  # x, but 0 where v is NaN
     const int64_t[32] last_masks "fastbn_last"
     const uint8_t[32] last_marks "fastbn_last_marks"
     ctypedef struct vk "fastbn_vk":  # which values of all lanes count

@@ -4,13 +4,14 @@
     first += u,   second += u * (v - q)         the gradient, over all values that are not missing
 
 w is a weight, 0 or more, given for each value (EACH_WEIGHT) or for a whole run or row (ONE_WEIGHT). Of a mask, and where NaN
-is missing, w is 0 or 1: then x - p is 0 in the plain sums where a value does not count (`keep_run`, `keep_rows`), and what
-counts is counted. In the gradient what has no weight and is not finite is missing; what has none and
-is finite got a y, so its dy counts.
+is missing, w is 0 or 1: then x - p is 0 in the plain sums where a value does not count (marks.pxd), and what counts is
+counted. In the gradient what has no weight and is not finite is missing; what has none and is finite got a y, so its dy
+counts.
 
 Values of weight 0 do no harm, NaN and inf neither: they are left out. While everything is finite a product with 0 comes to
 the same, to the bit; so a part with weights is first summed as it is, and again if its sums are not finite, staged
-(`choose`). The gradient's first sums are the plain ones, unless NaN is missing.
+(`choose`). The gradient's first sums are the plain ones, unless NaN is missing; where there are weights too, what is
+missing is left out of them staged (`hide`).
 
 Accuracy     a part is summed as it is (p = 0); where its mean is large beside its deviation it is summed again relative to
              its mean. Products of two float32 values are exact in float64, others are rounded and never fused. No value
@@ -24,11 +25,10 @@ from libc.stdint cimport int32_t, int64_t
 
 from .convert cimport DOUBLE, FLOAT
 from .job cimport Weights
-from .lanes cimport add_pack, later, pitch, relative
+from .lanes cimport later, pitch
 from .moments cimport CANCELLED
 from .packs cimport (
-    LANES, ND, VD, add_exact_product, both, count, how_many, kept, largest_d, largest_f, last_marks, last_masks, load_counts, marked,
-    masked, numbers_d, numbers_f, prefetch, prefetch_once, splat_d, store_counts, vc, vd, vk, widen,
+    LANES, ND, VD, add_exact_product, largest_d, largest_f, last_masks, masked, prefetch, prefetch_once, splat_d, vd, widen,
 )
 
 
@@ -168,132 +168,6 @@ cdef inline double larger(double a, double b) noexcept nogil:
 cdef inline bint fits(double most) noexcept nogil:
     """Whether weights up to that one can be summed as they are: sums of others could leave the range of the data's type."""
     return most == 0 or (most >= 2.0**-40 and most <= 2.0**40)
-
-
-# -- sums of what counts -----------------------------------------------------------------------------------------------
-
-
-cdef inline vk counting(const floating* x, const mark* m, bint has_marks, bint omits) noexcept nogil:
-    """Which of LANES values count."""
-    if not omits:
-        return marked(m)
-    if floating is float:
-        return both(marked(m), numbers_f(x)) if has_marks else numbers_f(x)
-    else:
-        return both(marked(m), numbers_d(x)) if has_marks else numbers_d(x)
-
-
-cdef inline Py_ssize_t keep_run_as(const floating* u, const mark* m, Py_ssize_t n, double p, bint has_marks, bint omits,
-                                   bint shifted, Py_ssize_t next_u, double* first, double* second) noexcept nogil:
-    cdef vd s[ND]
-    cdef vd t[ND]
-    cdef vd du
-    cdef vd ps = splat_d(p)
-    cdef vk k
-    cdef Py_ssize_t _, i = 0, j, rest = n % LANES, total = 0
-    for j in range(ND):
-        s[j] = (<vd*> first)[j]
-        t[j] = (<vd*> second)[j]
-    for _ in range(n // LANES):
-        prefetch(u + next_u + i)
-        k = counting(u + i, m + i, has_marks, omits)
-        total += how_many(k)
-        for j in range(ND):
-            du = kept(relative(u + i + j * VD, ps, shifted), k, <int> j)
-            add_pack(s + j, t + j, du, du, shifted)
-        i = i + LANES
-    if rest:
-        i = n - LANES
-        k = both(counting(u + i, m + i, has_marks, omits), marked(last_marks + rest))
-        total += how_many(k)
-        for j in range(ND):
-            du = kept(relative(u + i + j * VD, ps, shifted), k, <int> j)
-            add_pack(s + j, t + j, du, du, shifted)
-    for j in range(ND):
-        (<vd*> first)[j] = s[j]
-        (<vd*> second)[j] = t[j]
-    return total
-
-
-cdef inline void keep_rows_as(const floating* u, Py_ssize_t su, const mark* m, Py_ssize_t sm, const Py_ssize_t* chosen,
-                              Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint has_marks,
-                              bint omits, bint shifted, mark* seen, double* first, double* second) noexcept nogil:
-    cdef vd s[ND]
-    cdef vd t[ND]
-    cdef vd ps[ND]
-    cdef vd du
-    cdef vk which
-    cdef vc counts
-    cdef Py_ssize_t i, j, k, n, row, pu = pitch(su, width)
-    cdef const floating* next_u
-    for k in range(width // LANES):
-        i = k * LANES
-        next_u = later(u, su, rows, ahead, width, k)
-        counts = load_counts(seen + i)
-        for j in range(ND):
-            s[j] = (<vd*> (first + i))[j]
-            t[j] = (<vd*> (second + i))[j]
-            ps[j] = (<vd*> (p + i))[j]
-        for n in range(rows):
-            prefetch(next_u + n * pu)
-            row = chosen[n]
-            which = counting(u + row * su + i, m + row * sm + i, has_marks, omits)
-            counts = count(counts, which)
-            for j in range(ND):
-                du = kept(relative(u + row * su + i + j * VD, ps[j], shifted), which, <int> j)
-                add_pack(s + j, t + j, du, du, shifted)
-        store_counts(seen + i, counts)
-        for j in range(ND):
-            (<vd*> (first + i))[j] = s[j]
-            (<vd*> (second + i))[j] = t[j]
-
-
-cdef inline Py_ssize_t keep_run_by(const floating* u, const mark* m, Py_ssize_t n, double p, bint has_marks, bint omits,
-                                   bint shifted, Py_ssize_t next_u, double* first, double* second) noexcept nogil:
-    if shifted:
-        return keep_run_as(u, m, n, p, has_marks, omits, True, next_u, first, second)
-    elif floating is float:
-        return keep_run_as(u, m, n, p, has_marks, omits, False, next_u, first, second)
-    else:
-        return 0
-
-
-cdef inline Py_ssize_t keep_run(const floating* u, const mark* m, Py_ssize_t n, double p, bint omits, bint shifted,
-                                Py_ssize_t next_u, double* first, double* second) noexcept nogil:
-    """Add what counts of a run of n >= LANES values to LANES pairs of sums, as `reduce_run`; how much does.
-
-    m is NULL where there is no mask.
-    """
-    if m == NULL:
-        return keep_run_by(u, m, n, p, False, True, shifted, next_u, first, second)
-    if omits:
-        return keep_run_by(u, m, n, p, True, True, shifted, next_u, first, second)
-    return keep_run_by(u, m, n, p, True, False, shifted, next_u, first, second)
-
-
-cdef inline void keep_rows_by(const floating* u, Py_ssize_t su, const mark* m, Py_ssize_t sm, const Py_ssize_t* chosen,
-                              Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint has_marks,
-                              bint omits, bint shifted, mark* seen, double* first, double* second) noexcept nogil:
-    if shifted:
-        keep_rows_as(u, su, m, sm, chosen, rows, ahead, width, p, has_marks, omits, True, seen, first, second)
-    elif floating is float:
-        keep_rows_as(u, su, m, sm, chosen, rows, ahead, width, p, has_marks, omits, False, seen, first, second)
-
-
-cdef inline void keep_rows(const floating* u, Py_ssize_t su, const mark* m, Py_ssize_t sm, const Py_ssize_t* chosen,
-                           Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint omits, bint shifted,
-                           mark* seen, double* first, double* second) noexcept nogil:
-    """Add what counts of the rows that are chosen to one pair of sums per column, as `reduce_rows`.
-
-    How much of a column was seen to count is at most 255. m is NULL where there is no mask, and sm the distance between its
-    rows.
-    """
-    if m == NULL:
-        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, False, True, shifted, seen, first, second)
-    elif omits:
-        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, True, True, shifted, seen, first, second)
-    else:
-        keep_rows_by(u, su, m, sm, chosen, rows, ahead, width, p, True, False, shifted, seen, first, second)
 
 
 # -- sums with weights -------------------------------------------------------------------------------------------------
