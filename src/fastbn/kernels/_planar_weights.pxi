@@ -83,12 +83,17 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
         total_of(job, k, tile, c0 + c, parts)[0] = counts[c]
 
 
+cdef inline bint in_place(const Job* job, Py_ssize_t n, bint wide) noexcept nogil:
+    """Whether n weights of a run need not be copied to be summed."""
+    cdef Py_ssize_t size = sizeof(double) if wide else sizeof(float)
+    return job.weights.size == size and job.weights.inner == size and n >= LANES
+
+
 cdef const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, bint copied,
                                        weight* room) noexcept nogil:
     """n weights side by side, where they are or copied; then, or where there are few, LANES at least, 0 behind them."""
-    cdef bint direct = job.weights.size == sizeof(weight) and job.weights.inner == sizeof(weight) and n >= LANES
     cdef Py_ssize_t i
-    if direct and not copied:
+    if in_place(job, n, weight is double) and not copied:
         return at_w
     take_weights(&job.weights, at_w, job.weights.inner, n, room)
     for i in range(n, LANES):
@@ -118,11 +123,15 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef double one = 1
     cdef double most = 0
     cdef floating pad
-    cdef Py_ssize_t c, n, m, next_u, next_w = 1024  # bytes, in the order of memory
+    cdef Py_ssize_t c, i, m, images, next_u, n = t.n0, most_images = 1, next_w = 1024  # bytes, in the order of memory
+    if (t.length < SMALL_RUN and ready(&job.u, t.length, buffer) and each and not stages
+            and in_place(job, t.length, wide) and job.weights.repeat >= job.outer):
+        most_images = IMAGES
     memset(sums, 0, (c1 - c0) * LANES * sizeof(double))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
-    for n in range(t.n0, t.n1):
+    while n < t.n1:
+        images = min(most_images, t.n1 - n)
         for c in range(c1 - c0):
             if c == 0 or job.weights.channel != 0 or stages:
                 at_w = weights_at(&job.weights, n, c0 + c, t.s0)
@@ -150,10 +159,12 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
                 m = padded(buffer + TILE, t.length, <floating> p[c])
                 u = buffer + TILE
             next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
-            weigh_run(u, w, one, m, p[c], each, wide, shifted, c == 0 or own, next_u, next_w, sums + c * LANES,
-                      first + c * LANES, second + c * LANES)
+            weigh_run(u, job.u.outer // <Py_ssize_t> sizeof(floating), w, job.weights.minor, one, images, m, p[c], each, wide,
+                      shifted, c == 0 or own, next_u, next_w, sums + c * LANES, first + c * LANES, second + c * LANES)
             if each and checks and not stages:  # now they are in a first level cache
-                most = larger(most, largest_of(w, t.length, wide))
+                for i in range(images):
+                    most = larger(most, largest_of(w + i * job.weights.minor, t.length, wide))
+        n += images
     put_parts(k, tile, c0, c1, first, second, parts)
     for c in range(c1 - c0):
         total_of(job, k, tile, c0 + c, parts)[0] = fold(sums + (c * LANES if own else 0))

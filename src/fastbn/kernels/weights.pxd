@@ -194,10 +194,10 @@ cdef inline vd weight_pack(const char* w, Py_ssize_t i, bint wide) noexcept nogi
     return widen(<const float*> w + i)
 
 
-cdef inline void weigh_run_as(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
-                              bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
-                              double* second) noexcept nogil:
-    """Add a run of n >= LANES values of one channel to LANES sets of sums; see `reduce_run`."""
+cdef inline void weigh_run_as(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
+                              Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
+                              Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
+    """Add runs of n >= LANES values of one channel to LANES sets of sums; see `reduce_run`."""
     cdef vd r[ND]
     cdef vd s[ND]
     cdef vd t[ND]
@@ -205,29 +205,32 @@ cdef inline void weigh_run_as(const floating* u, const char* w, double one, Py_s
     cdef vd ps = splat_d(p)
     cdef vd ws = splat_d(one)
     cdef bint exact = floating is float and not wide and not shifted
-    cdef Py_ssize_t i, j, k, rest = n % LANES
+    cdef Py_ssize_t i, j, k, _r, rest = n % LANES
     cdef const int64_t* mask = last_masks + rest
     for j in range(ND):
         r[j] = (<vd*> total)[j]
         s[j] = (<vd*> first)[j]
         t[j] = (<vd*> second)[j]
-    for k in range(n // LANES):
-        i = k * LANES
-        prefetch(u + next_u + i)
-        if each:
-            prefetch_once(w + next_w + i * (8 if wide else 4))
-        for j in range(ND):
-            dw = weight_pack(w, i + j * VD, wide) if each else ws
-            du = widen(u + i + j * VD)
-            add_weighted(r + j, s + j, t + j, dw, du - ps if shifted else du, exact, counts)
-    if rest:  # what was added already has no weight, and is 0
-        i = n - LANES
-        for j in range(ND):
-            if (j + 1) * VD > LANES - rest:
-                dw = masked(weight_pack(w, i + j * VD, wide) if each else ws, mask + j * VD)
+    for _r in range(runs):
+        for k in range(n // LANES):
+            i = k * LANES
+            prefetch(u + next_u + i)
+            if each:
+                prefetch_once(w + next_w + i * (8 if wide else 4))
+            for j in range(ND):
+                dw = weight_pack(w, i + j * VD, wide) if each else ws
                 du = widen(u + i + j * VD)
-                du = masked(du - ps if shifted else du, mask + j * VD)
-                add_weighted(r + j, s + j, t + j, dw, du, exact, counts)
+                add_weighted(r + j, s + j, t + j, dw, du - ps if shifted else du, exact, counts)
+        if rest:  # what was added already has no weight, and is 0
+            i = n - LANES
+            for j in range(ND):
+                if (j + 1) * VD > LANES - rest:
+                    dw = masked(weight_pack(w, i + j * VD, wide) if each else ws, mask + j * VD)
+                    du = widen(u + i + j * VD)
+                    du = masked(du - ps if shifted else du, mask + j * VD)
+                    add_weighted(r + j, s + j, t + j, dw, du, exact, counts)
+        u += su
+        w += sw
     for j in range(ND):
         (<vd*> total)[j] = r[j]
         (<vd*> first)[j] = s[j]
@@ -287,34 +290,37 @@ cdef inline void weigh_rows_as(const floating* u, Py_ssize_t su, const char* w, 
 # What is constant there is decided one after the other.
 
 
-cdef inline void weigh_run_to(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
-                              bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
-                              double* second) noexcept nogil:
+cdef inline void weigh_run_to(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
+                              Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
+                              Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
     if counts:
-        weigh_run_as(u, w, one, n, p, each, wide, shifted, True, next_u, next_w, total, first, second)
+        weigh_run_as(u, su, w, sw, one, runs, n, p, each, wide, shifted, True, next_u, next_w, total, first, second)
     else:
-        weigh_run_as(u, w, one, n, p, each, wide, shifted, False, next_u, next_w, total, first, second)
+        weigh_run_as(u, su, w, sw, one, runs, n, p, each, wide, shifted, False, next_u, next_w, total, first, second)
 
 
-cdef inline void weigh_run_by(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
-                              bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
-                              double* second) noexcept nogil:
+cdef inline void weigh_run_by(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
+                              Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
+                              Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
     if shifted:
-        weigh_run_to(u, w, one, n, p, each, wide, True, counts, next_u, next_w, total, first, second)
+        weigh_run_to(u, su, w, sw, one, runs, n, p, each, wide, True, counts, next_u, next_w, total, first, second)
     else:
-        weigh_run_to(u, w, one, n, p, each, wide, False, counts, next_u, next_w, total, first, second)
+        weigh_run_to(u, su, w, sw, one, runs, n, p, each, wide, False, counts, next_u, next_w, total, first, second)
 
 
-cdef inline void weigh_run(const floating* u, const char* w, double one, Py_ssize_t n, double p, bint each, bint wide,
-                           bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total, double* first,
-                           double* second) noexcept nogil:
-    """A run whose values have a weight each, double where they are wide, else float; or all the same one."""
+cdef inline void weigh_run(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
+                           Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
+                           Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
+    """Runs whose values have a weight each, double where they are wide, else float; or all the same one.
+
+    su values and sw bytes lie between one run and the next.
+    """
     if not each:  # it may be a double
-        weigh_run_by(u, w, one, n, p, False, True, shifted, counts, next_u, next_w, total, first, second)
+        weigh_run_by(u, su, w, sw, one, runs, n, p, False, True, shifted, counts, next_u, next_w, total, first, second)
     elif wide:
-        weigh_run_by(u, w, one, n, p, True, True, shifted, counts, next_u, next_w, total, first, second)
+        weigh_run_by(u, su, w, sw, one, runs, n, p, True, True, shifted, counts, next_u, next_w, total, first, second)
     else:
-        weigh_run_by(u, w, one, n, p, True, False, shifted, counts, next_u, next_w, total, first, second)
+        weigh_run_by(u, su, w, sw, one, runs, n, p, True, False, shifted, counts, next_u, next_w, total, first, second)
 
 
 cdef inline void weigh_rows_by(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
