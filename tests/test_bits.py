@@ -19,7 +19,14 @@ import fastbn
 pytestmark = pytest.mark.kernels
 
 # Large enough for several blocks and for a parallel region, in both patterns; and small remainders.
-BIG = (((24, 6, 40, 41), 1), ((2, 2, 300, 301), 1), ((400, 33, 7, 7), 1), ((90_001, 3), -1), ((9001, 70), -1))
+BIG = (
+    ((24, 6, 40, 41), 1),
+    ((2, 2, 300, 301), 1),
+    ((400, 33, 7, 7), 1),
+    ((90_001, 3), -1),
+    ((9001, 70), -1),
+    ((600, 2000), -1),
+)
 
 
 def inputs(shape, axis, dtype):
@@ -197,7 +204,7 @@ def test_in_place_or_not(case, dtype):
 
 
 # A little more than what is stored past the caches, by runs that share lines of memory, and by rows.
-LARGE = (((65, 1001, 10, 10), 1), ((5, 7, 461, 461), 1), ((100_000, 67), -1), ((420_000, 16), -1))
+LARGE = (((65, 1001, 10, 10), 1), ((5, 7, 461, 461), 1), ((100_000, 67), -1), ((420_000, 16), -1), ((4600, 2096), -1))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -21,7 +21,7 @@ from libc.string cimport memcpy, memset
 
 from ._plan cimport Plan, bind_weights
 from .convert cimport give, is_native, take
-from .interleaved_cut cimport CHUNK, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, tile_of, whole
+from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, tile_of, whole
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
     is_interrupted, load,
@@ -100,10 +100,10 @@ cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, b
 
 
 cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, Py_ssize_t rows,
-                Py_ssize_t columns, bint large, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
+                Py_ssize_t columns, bint large, Py_ssize_t ahead, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
     """*apply* to views. Not inline: its many forms are compiled once, whoever calls it."""
     apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride,
-               <floating*> y.data, y.stride, rows, columns, large, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
+               <floating*> y.data, y.stride, rows, columns, large, ahead, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
                form, stream)
 
 
@@ -128,7 +128,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
                  buffer + STAGED)
         if job.by_output:
             source = &w
-    scale(&job.gate, u, source, &w, &g, rows, whole(columns), False, gates + column, k.padded, False)
+    scale(&job.gate, u, source, &w, &g, rows, whole(columns), False, 0, gates + column, k.padded, False)
     if job.kept.data != NULL and not direct:
         unstage(job, k, &job.kept, dense_kept, <floating*> g.data, row, rows, column, columns)
         g = view(job, k, &job.kept, dense_kept, False, row, rows, column, columns, buffer)

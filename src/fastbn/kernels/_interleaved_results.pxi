@@ -63,8 +63,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
             elif job.form.third:
                 w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), table + t.column + j, k.padded,
-                  streams and direct)
+            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), FETCHED if n < k.columns else 0,
+                  table + t.column + j, k.padded, streams and direct)
             if gathers:
                 stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)
             elif not direct:

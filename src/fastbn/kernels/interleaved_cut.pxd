@@ -10,12 +10,14 @@ cdef enum:
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together
     LARGE = 1 << 20    # values: what is larger is not in a second level cache
-    CHUNK = 1024       # columns of a task at most: their sums fit a first level cache
+    CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
+    HALF = 512         # of other sums, and of other results
     PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
-    STAGED = STEP * (PIECE + LANES)  # values of either, in whole lanes
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
-    LEAST = 4          # but so many while those of one are no more
-    AHEAD = 2048       # values of each that are fetched in advance
+    LEAST = 4          # but so many while those of one are no more; in sums of one operand twice as many
+    STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
+    AHEAD = 2048       # values of each that are fetched in advance,
+    FETCHED = 2        # or rows in results, where chunks of them are apart
     SHARE = 256        # channels that one thread finishes at a time
     WAVE = 1 << 26     # values between two looks for signals
 
@@ -57,14 +59,20 @@ cdef inline Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) n
     return k if outer >= FEW * k else 1
 
 
-cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssize_t operands) noexcept nogil:
+cdef inline Py_ssize_t evenly(Py_ssize_t columns, Py_ssize_t most) noexcept nogil:
+    """Columns of a chunk, whole lanes, if all are to have as many."""
+    cdef Py_ssize_t n = (columns + most - 1) // most
+    return min(columns, whole((columns + n - 1) // n))
+
+
+cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssize_t operands, Py_ssize_t least) noexcept nogil:
     cdef Grid g
     g.height = height
     g.blocks = (k.rows + height - 1) // height + (1 if k.rest else 0)
     g.chunk = chunk
     g.chunks = (k.columns + chunk - 1) // chunk
     # Sums of some columns are in registers for so many rows; so many are staged together.
-    g.step = max(min(<Py_ssize_t> LEAST, TOGETHER // chunk), min(<Py_ssize_t> STEP, TOGETHER // (operands * chunk)))
+    g.step = max(min(least, least // LEAST * TOGETHER // chunk), min(<Py_ssize_t> STEP, TOGETHER // (operands * chunk)))
     g.wave = max(<Py_ssize_t> 1, WAVE // (height * chunk))
     return g
 
@@ -72,7 +80,8 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t columns = job.channels * job.inner
-    cdef Py_ssize_t height, blocks, chunk, operands = 2 if job.reads_pair else 1
+    cdef Py_ssize_t height, blocks, chunk, scaled, operands = 2 if job.reads_pair else 1
+    cdef Py_ssize_t least = LEAST if job.reads_pair else 2 * LEAST
     k.positions = positions_per_row(job.outer, columns)
     k.columns = k.positions * columns
     # Never a power of two: five tables at the same place of a page would drive one another, and data, out of a cache.
@@ -84,19 +93,22 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD // k.columns, <Py_ssize_t> (LEAST if k.large else 0))
     height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
-    chunk = min(k.columns, <Py_ssize_t> CHUNK)
+    chunk = evenly(k.columns, CHUNK if job.reads_pair else HALF)
+    scaled = evenly(k.columns, HALF if job.writes_pair else CHUNK)
     if k.rows * k.columns < SHARED:
-        k.sums = k.results = grid(&k, height, chunk, operands)
+        k.sums = grid(&k, height, chunk, operands, least)
+        k.results = grid(&k, height, scaled, operands, LEAST)
         return k
     blocks = (k.rows + height * EVEN - 1) // (height * EVEN) * EVEN
     height = max(<Py_ssize_t> MIN_ROWS, (k.rows + blocks - 1) // blocks)
-    k.sums = k.results = grid(&k, height, chunk, operands)
+    k.sums = grid(&k, height, chunk, operands, least)
+    k.results = grid(&k, height, scaled, operands, LEAST)
     blocks = (k.rows + height - 1) // height
     if blocks < EVEN:
         # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
         k.sums = grid(&k, height, max(<Py_ssize_t> PIECE, min(chunk, whole((k.columns * blocks + EVEN - 1) // EVEN))),
-                      operands)
-        k.results = grid(&k, (k.rows + EVEN - 1) // EVEN, chunk, operands)
+                      operands, least)
+        k.results = grid(&k, (k.rows + EVEN - 1) // EVEN, scaled, operands, LEAST)
     return k
 
 

@@ -358,23 +358,44 @@ cdef inline void lanes_as(const floating* u, const floating* v, const floating* 
         apply_lanes(u, v, w, y, p, a, c, q, b, numbers, VD, pair, third, bend, stream, zd)
 
 
+cdef inline void in_order_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                             Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width,
+                             Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
+                             const floating* b, const double* numbers, bint pair, bint third, int bend, bint stream,
+                             bint apart) noexcept nogil:
+    """Rows in one loop. Where they lie apart, their places some rows ahead are fetched: what the processor fetches by itself
+    ends with every row."""
+    cdef Py_ssize_t i = 0, _k, end
+    for _k in range(rows * (width // LANES)):
+        if apart:
+            prefetch_second(u + ahead * su)
+            if pair:
+                prefetch_second(v + ahead * sv)
+            if third:
+                prefetch_second(w + ahead * sw)
+            if not stream:
+                prefetch_second(y + ahead * sy)
+        lanes_as(u, v, w, y, p + i, a + i, c + i, q + i, b + i, numbers, pair, third, bend, stream)
+        i += LANES
+        end = -<Py_ssize_t> (i == width)  # all bits at the end of a row: arithmetic, no branch
+        u += LANES + (end & (su - width))
+        v += LANES + (end & (sv - width))
+        w += LANES + (end & (sw - width))
+        y += LANES + (end & (sy - width))
+        i &= ~end
+
+
 cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
                          Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint large,
-                         const floating* p, const floating* a, const floating* c, const floating* q,
+                         Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
                          const floating* b, const double* numbers, bint pair, bint third, int bend,
                          bint stream) noexcept nogil:
-    """Rows in the order of memory, in one loop or in one for each row."""
-    cdef Py_ssize_t i = 0, k, _k, r, end
-    if large:
-        for _k in range(rows * (width // LANES)):
-            lanes_as(u, v, w, y, p + i, a + i, c + i, q + i, b + i, numbers, pair, third, bend, stream)
-            i += LANES
-            end = -<Py_ssize_t> (i == width)  # all bits at the end of a row: arithmetic, no branch
-            u += LANES + (end & (su - width))
-            v += LANES + (end & (sv - width))
-            w += LANES + (end & (sw - width))
-            y += LANES + (end & (sy - width))
-            i &= ~end
+    """Rows in the order of memory, in one loop or in one for each row; ahead is 0 where nothing is to be fetched."""
+    cdef Py_ssize_t i, k, r
+    if large and ahead:
+        in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, ahead, p, a, c, q, b, numbers, pair, third, bend, stream, True)
+    elif large:
+        in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, 0, p, a, c, q, b, numbers, pair, third, bend, stream, False)
     else:
         for r in range(rows):
             for k in range(width // LANES):
@@ -385,7 +406,7 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
 
 cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
                             Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint large,
-                            const floating* p, const floating* a, const floating* c, const floating* q,
+                            Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
                             const floating* b, const Form* f, bint stream) noexcept nogil:
     """Scale and shift rows with one set of coefficients per column; the width is a multiple of LANES.
 
@@ -395,62 +416,62 @@ cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v,
     if f.bend == STRAIGHT:
         if f.pair:
             if stream:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, STRAIGHT, True)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, STRAIGHT, True)
             else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, STRAIGHT, False)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, STRAIGHT, False)
         elif f.third:
             if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, STRAIGHT, True)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, STRAIGHT, True)
             else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, STRAIGHT, False)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, STRAIGHT, False)
         elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, STRAIGHT, True)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, STRAIGHT, True)
         else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, STRAIGHT, False)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, STRAIGHT, False)
     elif f.bend == BENT:
         if f.pair:
             if f.third:
-                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, BENT, False)
+                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, BENT, False)
             else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, BENT, False)
+                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, BENT, False)
         elif f.third:
             if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, BENT, True)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, BENT, True)
             else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, BENT, False)
+                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, BENT, False)
         elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, BENT, True)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, BENT, True)
         else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, BENT, False)
+            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, BENT, False)
     elif f.bend == WEIGHTED:
         if f.third and stream:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, WEIGHTED, True)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, WEIGHTED, True)
         elif f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, WEIGHTED, False)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, WEIGHTED, False)
         elif stream:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, WEIGHTED, True)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, WEIGHTED, True)
         else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, WEIGHTED, False)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, WEIGHTED, False)
     elif f.bend == PRESENT:
         if f.third and stream:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, PRESENT, True)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, PRESENT, True)
         elif f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, PRESENT, False)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, PRESENT, False)
         elif stream:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, PRESENT, True)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, PRESENT, True)
         else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, PRESENT, False)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, PRESENT, False)
     elif f.pair:
         if f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, True, True, SMOOTH, False)
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, SMOOTH, False)
         else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, p, a, c, q, b, k, True, False, SMOOTH, False)
+            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, SMOOTH, False)
     elif f.third:
         if stream:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, SMOOTH, True)
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, SMOOTH, True)
         else:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, p, a, c, q, b, k, False, True, SMOOTH, False)
+            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, SMOOTH, False)
     elif stream:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, SMOOTH, True)
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, SMOOTH, True)
     else:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, p, a, c, q, b, k, False, False, SMOOTH, False)
+        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, SMOOTH, False)
