@@ -245,6 +245,23 @@ def test_past_the_caches_into_rows_of_whole_lines(weights):
     ref.assert_same_bits(y, x)
 
 
+@pytest.mark.parametrize("odd", [0, 1])
+def test_past_the_caches_into_padded_rows(odd):
+    """Rows that start at a line; where they end within lanes, the last ones overlap those before and never stream."""
+    rows, channels, width = 4700, 2000 + odd, 2016
+    rng = np.random.default_rng(10)
+    x, dy = (rng.standard_normal((rows, channels), dtype=np.float32) for _ in "xy")
+    memory = np.empty(2 * rows * width + 16, np.float32)
+    memory = memory[-memory.ctypes.data % 64 // 4 :]
+    y, dx = memory[: 2 * rows * width].reshape(2, rows, width)[..., :channels]
+    _, cache = fastbn.batch_norm_forward(x, training=True, out=y)
+    fastbn.batch_norm_backward(dy, cache, out=dx)
+    fastbn.batch_norm_backward(dy, cache, out=dy)
+    ref.assert_same_bits(dx, dy)
+    fastbn.batch_norm(x, training=True, out=x)
+    ref.assert_same_bits(y, x)
+
+
 def test_run_after_run():
     for shape, axis in BIG:
         x, dy, gamma, beta = inputs(shape, axis, np.float32)

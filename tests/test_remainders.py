@@ -123,6 +123,7 @@ def test_around_powers_of_two(dtype):
     for n in (127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025, 4095, 4097):
         check((n, 5), -1, dtype)
         check((3, n), -1, dtype)
+        check((40, n), -1, dtype)
         check((2, 3, n), 1, dtype)
 
 
@@ -154,3 +155,34 @@ def test_strided_remainders(dtype):
                 gaps = np.ones(big.shape, bool)
                 gaps[::2, 1:-1, ::2] = False
                 assert np.isnan(out_big[gaps]).all()
+
+
+@pytest.mark.levels
+@DTYPE
+@pytest.mark.parametrize("columns", [67, 100, 333, 530, 1001, 1030])
+def test_wide_rows_that_leave_lanes(columns, dtype):
+    """The last lanes overlap those before, or are staged: in place, and where columns have gaps between them."""
+    for rows in (1, 7, 40, 300):
+        x, dy, residual = (cases.normal((rows, columns), dtype, mean=3, seed=i) for i in range(3))
+        wide = np.full((rows, 2 * columns), np.nan, dtype)
+        gaps = wide[:, ::2]
+        gaps[...] = x
+        options = {"training": True, "activation": "relu"}
+        y, cache = batch_norm_forward(x, residual=residual, **options)
+        ref.assert_same_bits(batch_norm(gaps, residual=residual, **options), y)
+        for source in (x, residual):
+            target = source.copy()
+            given = {"x": target, "residual": residual} if source is x else {"x": x, "residual": target}
+            ref.assert_same_bits(batch_norm(given.pop("x"), out=target, **given, **options), y)
+        apart = batch_norm_backward(dy, batch_norm_forward(gaps, residual=residual, **options)[1])
+        for a, b in zip(batch_norm_backward(dy, cache), apart, strict=True):
+            ref.assert_same_bits(np.ascontiguousarray(b), a)
+        _, cache = batch_norm_forward(x, training=True)
+        dx, dgamma, dbeta = batch_norm_backward(dy, cache)
+        ref.assert_same_bits(batch_norm_backward(dy.copy(), cache, out=dy.copy())[0], dx)
+        within = dy.copy()
+        for a, b in zip(batch_norm_backward(within, cache, out=within), (dx, dgamma, dbeta), strict=True):
+            ref.assert_same_bits(a, b)
+        a, b = moments(x), moments(gaps)
+        ref.assert_same_bits(a.mean, b.mean)
+        ref.assert_same_bits(a.m2, b.m2)

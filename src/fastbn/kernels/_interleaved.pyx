@@ -175,16 +175,32 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
     if job.gated and not ((job.kept.data == NULL or dense(job, k, &job.kept))
                           and (not (job.by_output or job.gate.third) or dense(job, k, &job.w))):
         most = PIECE
-    cdef Py_ssize_t j, r, rows, n, m, step
+    cdef double edge[4 * LANES]
+    cdef Py_ssize_t j, r, rows, n, m, step, stop = t.columns
     cdef bint inside
     cdef View u, v
     memset(first, 0, whole(t.columns) * sizeof(double))
     memset(second, 0, whole(t.columns) * sizeof(double))
+    if direct_u and (direct_v or not job.reads_pair) and not job.gated and t.columns % LANES and t.columns >= LANES:
+        # The last lanes overlap those before: what is left over needs no staging, and is all that is taken from their sums.
+        stop = width
+        j = t.columns - LANES
+        memcpy(edge, p + j, LANES * sizeof(double))
+        memcpy(edge + LANES, q + j, LANES * sizeof(double))
+        memset(edge + 2 * LANES, 0, 2 * LANES * sizeof(double))
+        u = v = view(job, k, &job.u, True, True, t.row, t.rows, t.column + j, LANES, ub)
+        if job.reads_pair:
+            v = view(job, k, &job.v, True, True, t.row, t.rows, t.column + j, LANES, vb)
+        add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, job.reads_pair and job.omits,
+                 edge + 2 * LANES, edge + 3 * LANES, gates)
+        for j in range(width, t.columns):
+            first[j] = edge[3 * LANES + j - t.columns]
+            second[j] = edge[4 * LANES + j - t.columns]
     for step in range((t.rows + k.sums.step - 1) // k.sums.step):
         r = step * k.sums.step
         rows = min(k.sums.step, t.rows - r)
         j = 0
-        while j < t.columns:
+        while j < stop:
             inside = j < width
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)

@@ -21,7 +21,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
     if job.form.third and not dense_w and not weighted:
         most = PIECE
-    cdef Py_ssize_t j, r, rows, n, step, high = k.results.step
+    cdef Py_ssize_t j, r, rows, n, step, high = k.results.step, start = 0, stop = t.columns
     # Rows of y that start at whole lanes can be stored past the caches.
     cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
                          and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
@@ -30,46 +30,55 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                          and t.columns == k.columns and k.columns % LANES == 0
                          and k.positions * job.y.outer == k.columns * job.y.size)
     cdef bint inside, direct
+    cdef bint overlaps = False  # the last lanes, those before
     cdef View u, v, w, y
     cdef line left
     left.n = 0
     if gathers:
         direct_y = False
         high = min(high, GATHERED // k.columns)
-    if (direct_u and direct_y and not job.gated and (direct_v or not reads_v) and (direct_w or not job.form.third)
-            and t.columns == width):
-        high = t.rows  # nothing is staged
-    for step in range((t.rows + high - 1) // high):
-        r = step * high
-        rows = min(high, t.rows - r)
-        j = 0
-        while j < t.columns:
-            inside = j < width
-            n = min((width if inside else t.columns) - j, most)
-            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
-            direct = direct_y and inside
-            if direct:
-                y = view(job, k, &job.y, True, True, t.row + r, rows, t.column + j, n, ub)
-            else:
-                y.data, y.stride = <char*> ub, whole(n)  # over a staged u
-                if gathers and direct_u:
-                    y.data += away(y.data, u.data, job.y.data + (t.row + r) * n * job.y.size)
-            v = w = u
-            if reads_v:
-                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
-            if job.gated:
-                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
-            if job.form.third and weighted:
-                w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            elif job.form.third:
-                w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-            scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), FETCHED if n < k.columns else 0,
-                  table + t.column + j, k.padded, streams and direct)
-            if gathers:
-                stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)
-            elif not direct:
-                unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
-            j += n
+    if direct_u and direct_y and not job.gated and (direct_v or not reads_v) and (direct_w or not job.form.third):
+        high = t.rows  # nothing is staged but columns that are left over, after all others
+        stop = width
+    while start < t.columns:
+        for step in range((t.rows + high - 1) // high):
+            r = step * high
+            rows = min(high, t.rows - r)
+            j = start
+            while j < stop:
+                inside = j < width
+                n = min((width if inside and not overlaps else stop) - j, most)
+                u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+                direct = direct_y and inside
+                if direct:
+                    y = view(job, k, &job.y, True, True, t.row + r, rows, t.column + j, n, ub)
+                else:
+                    y.data, y.stride = <char*> ub, whole(n)  # over a staged u
+                    if gathers and direct_u:
+                        y.data += away(y.data, u.data, job.y.data + (t.row + r) * n * job.y.size)
+                v = w = u
+                if reads_v:
+                    v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+                if job.gated:
+                    u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
+                if job.form.third and weighted:
+                    w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
+                elif job.form.third:
+                    w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
+                scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), FETCHED if n < k.columns else 0,
+                      table + t.column + j, k.padded, streams and direct and not overlaps)
+                if gathers:
+                    stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)
+                elif not direct:
+                    unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
+                j += n
+        start, stop = stop, t.columns
+        if start < stop:  # columns are left over
+            high = STEP
+            if (width > 0 and job.y.data != job.u.data and (not reads_v or job.y.data != job.v.data)
+                    and job.y.data != job.w.data):
+                overlaps = True
+                start, high = stop - LANES, t.rows
     end_line(&left)
     if streams or gathers:
         fence()

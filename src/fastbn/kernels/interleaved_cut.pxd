@@ -8,7 +8,8 @@ cdef enum:
     SHARED = 32768     # values; of more, there are
     EVEN = 4           # tasks or a multiple, so that threads have as much to do as one another
     STEP = 32          # rows taken together at most
-    FEW = 8            # rows; below, positions are not put together
+    FEW = 8            # rows; below, positions are not put together,
+    MANY = 512         # or, of a staged piece at least, below that
     LARGE = 1 << 20    # values: what is larger is not in a second level cache
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
     HALF = 512         # of other sums, and of other results
@@ -50,13 +51,17 @@ cdef struct Cut:
 
 
 cdef inline Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept nogil:
-    """How many positions make whole lanes, and rows of at least a staged piece; 1 where there are few positions."""
+    """How many positions make whole lanes, and rows of at least a staged piece; 1 where there are few positions.
+
+    Every column has statistics of its own: rows that are wide enough alone are not put together for lanes that a few columns
+    leave empty, unless there are many.
+    """
     cdef Py_ssize_t k = 1
     while k * columns % LANES:  # at most LANES steps
         k += 1
     if k * columns < PIECE:
         k *= (PIECE + k * columns - 1) // (k * columns)
-    return k if outer >= FEW * k else 1
+    return k if outer >= (FEW if columns < PIECE else MANY) * k else 1
 
 
 cdef inline Py_ssize_t evenly(Py_ssize_t columns, Py_ssize_t most) noexcept nogil:
