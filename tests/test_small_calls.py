@@ -81,6 +81,53 @@ def test_bits_are_those_of_the_full_way(direct, shape, axis, dtype, moving, trai
         assert a.tobytes() == b.tobytes()
 
 
+SMALL_TYPES = ["float16", "bfloat16", "uint8", "int8"]
+
+
+def of_small_type(shape, name):
+    """A batch of such a type, and a gradient of the type of its results."""
+    dtype = pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+    x = np.clip(normal(shape, np.float32, mean=30, deviation=20, seed=1), 0, 100).astype(dtype)
+    return x, normal(shape, np.float32, seed=2).astype(np.float32 if "int" in name else dtype)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mask": True}, {"nan_policy": "omit"}], ids=["plain", "mask", "omit"])
+@pytest.mark.parametrize("name", SMALL_TYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((32, 16), -1), ((5, 3, 7, 7), 1), ((40, 5), 1)])
+def test_bits_of_small_types_are_those_of_the_full_way(direct, shape, axis, name, arguments):
+    x, dy = of_small_type(shape, name)
+    gamma, beta = parameters(shape[axis], np.float32)
+    if "mask" in arguments:
+        arguments = {"mask": np.random.default_rng(3).random(shape) > 0.3}
+
+    def run():
+        moving = [np.full(shape[axis], 0.5, np.float32), np.full(shape[axis], 2.0, np.float32)]
+        kw = {"gamma": gamma, "beta": beta, "axis": axis, "moving_mean": moving[0], "moving_variance": moving[1]}
+        y, cache = fastbn.batch_norm_forward(x, training=True, **kw, **arguments)
+        assert y.dtype == dy.dtype
+        gradients = fastbn.batch_norm_backward(dy, cache)
+        others = fastbn.batch_norm_backward(dy, cache, out=np.empty_like(dy))
+        out = fastbn.batch_norm(x, training=True, out=np.empty_like(dy), **kw, **arguments)
+        bn = fastbn.BatchNorm(shape[axis], axis=axis)
+        return [y, out, fastbn.batch_norm(x, **kw), *moving, *gradients, *others, bn(x, training=True), bn.backward(dy)]
+
+    assert_same_outcome(direct, run, 7)
+
+
+@pytest.mark.parametrize("name", ["uint8", "int8"])
+def test_results_are_never_written_over_bytes(direct, name):
+    """x of one byte a value in the memory of y, where it begins or further on."""
+    memory = np.zeros(4 * 24 + 8, np.uint8)
+    for start in (0, 4, 4 * 24 - 24):
+        x, y = memory[start : start + 24].view(name).reshape(6, 4), memory[: 4 * 24].view(np.float32).reshape(6, 4)
+        with pytest.raises(ValueError, match="out must"):
+            fastbn.batch_norm(x, training=True, out=y)
+        _, cache = fastbn.batch_norm_forward(x, training=True)
+        with pytest.raises(ValueError, match="out must"):
+            fastbn.batch_norm_backward(np.ones((6, 4), np.float32), cache, out=y)
+    assert direct.taken == 3
+
+
 def test_layer_takes_the_direct_way_and_agrees(direct):
     def run():
         x, dy = normal((32, 16), np.float32, seed=1), normal((32, 16), np.float32, seed=2)
@@ -114,7 +161,10 @@ UNFIT = {
     "strided x": lambda: {"x": X[::2]},
     "list": lambda: {"x": X.tolist(), "axis": -1, "training": True, "moving_mean": None, "moving_variance": None},
     "masked": lambda: {"x": np.ma.masked_array(X)},
-    "half": lambda: {"x": X.astype(">f4")},
+    "foreign": lambda: {"x": X.astype(">f4")},
+    "foreign half": lambda: {"x": X.astype(">f2")},
+    "short integers": lambda: {"x": X.astype(np.int16)},
+    "out of the type of bytes": lambda: {"x": X.astype(np.uint8), "out": np.empty((16, 4), np.uint8)},
     "empty": lambda: {"x": X[:0]},
     "short gamma": lambda: {"gamma": np.ones(3, np.float32)},
     "integer gamma": lambda: {"gamma": np.ones(4, int)},

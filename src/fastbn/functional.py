@@ -359,7 +359,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         )  # fmt: skip
         if plain is not None:
             if cache.sign is not None:
-                plain[1][...] *= cache.sign.astype(x.dtype)
+                plain[1][...] *= cache.sign.astype(plain[1].dtype)
             return plain
     gradient = checks.like(dy, "dy", x)
     dtype = gradient.dtype

@@ -109,14 +109,14 @@ def resolved(
 
 
 def fitting(
-    mask: Array | None, sample_weight: Array | None, nan_policy: str, shape: tuple[int, ...], axes: tuple[int, ...]
+    mask: Array | None, sample_weight: Array | None, nan_policy: str, x: Array, axes: tuple[int, ...]
 ) -> Weights:
     """Return as weights what is known to be right, and needs no conversion."""
     array = mask if sample_weight is None else sample_weight
-    omits = nan_policy == "omit"
+    omits = nan_policy == "omit" and x.dtype.kind not in "iu"
     if array is None:
         return Weights(None, omits)
-    array = np.broadcast_to(spread(array, "mask or sample_weight", shape, axes), shape)
+    array = np.broadcast_to(spread(array, "mask or sample_weight", x.shape, axes), x.shape)
     return Weights(array, omits, whole=sample_weight is None)
 
 

@@ -22,7 +22,8 @@ from .job cimport (
     to_parameter_gradients, weigh_gradient,
 )
 from .plain cimport (
-    apart_from, apart_from_array, bind, in_order, in_range, is_like, is_plain, is_real, same_or_apart, set_shape, set_weights,
+    apart_from, apart_from_array, bind, in_order, in_range, is_plain, is_result, kind_of, same_or_apart, set_shape, set_weights,
+    type_of_result,
 )
 
 cnp.import_array()
@@ -37,6 +38,13 @@ def connect(planar, interleaved):
     """Take the entries of the driver modules of the chosen level."""
     drivers[0] = <Driver> PyCapsule_GetPointer(planar, DRIVER)
     drivers[1] = <Driver> PyCapsule_GetPointer(interleaved, DRIVER)
+
+
+cdef inline cnp.ndarray result_like(cnp.ndarray x):
+    """A new array for what comes of x."""
+    if cnp.PyArray_TYPE(x) == type_of_result(x):
+        return empty_like(x)
+    return empty_like(x, <cnp.dtype> cnp.PyArray_DescrFromType(type_of_result(x)))
 
 
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
@@ -113,12 +121,12 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     cdef cnp.ndarray source, target, mean = None, variance = None, total = None
     cdef cnp.ndarray given = None
     cdef object result
-    cdef Py_ssize_t bytes
+    cdef Py_ssize_t bytes, y_bytes
     cdef double share
     cdef bint trains, wide, unfit
     cdef double[3 * ON_STACK] on_stack
     cdef double* statistics = on_stack
-    if not (is_plain(x) and is_real(<cnp.ndarray> x) and PyBool_Check(training) and update is True
+    if not (is_plain(x) and kind_of(<cnp.ndarray> x) >= 0 and PyBool_Check(training) and update is True
             and PyLong_CheckExact(ddof) and (ddof == 0 or ddof == 1)):
         return None
     memset(&job, 0, sizeof(job))
@@ -151,22 +159,23 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
                                           and apart_from_array(job.variance.data, job.channels * job.variance.stride, given)):
             return None
     if out is None:
-        target = <cnp.ndarray> empty_like(source)
+        target = result_like(source)
         in_order(&job, &job.y, target)
     else:
-        if not is_like(out, source):
+        if not is_result(out, source):
             return None
         target = <cnp.ndarray> out
+        y_bytes = cnp.PyArray_NBYTES(target)
         in_order(&job, &job.y, target)
-        if not (cnp.PyArray_ISWRITEABLE(target) and same_or_apart(job.y.data, job.u.data, bytes)
-                and apart_from(job.y.data, bytes, &job.gamma, job.channels)
-                and apart_from(job.y.data, bytes, &job.beta, job.channels)
-                and apart_from(job.y.data, bytes, &job.mean, job.channels)
-                and apart_from(job.y.data, bytes, &job.variance, job.channels)):
+        if not (cnp.PyArray_ISWRITEABLE(target) and same_or_apart(job.y.data, y_bytes, job.u.data, bytes)
+                and apart_from(job.y.data, y_bytes, &job.gamma, job.channels)
+                and apart_from(job.y.data, y_bytes, &job.beta, job.channels)
+                and apart_from(job.y.data, y_bytes, &job.mean, job.channels)
+                and apart_from(job.y.data, y_bytes, &job.variance, job.channels)):
             return None
         if job.y.data == job.u.data and not in_place:
             return None
-        if given is not None and not apart_from_array(job.y.data, bytes, given):
+        if given is not None and not apart_from_array(job.y.data, y_bytes, given):
             return None
     job.operation = TRAIN if trains else NORMALIZE
     result = target
@@ -228,10 +237,11 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     cdef Job job
     cdef cnp.ndarray source, target, dgamma, dbeta
     cdef Py_ssize_t bytes
+    cdef int number
     cdef double[2 * ON_STACK] on_stack
     cdef double* sums = on_stack
     cdef Parameter scale, shift
-    if not (is_plain(x) and is_real(<cnp.ndarray> x) and is_like(dy, <cnp.ndarray> x)):
+    if not (is_plain(x) and kind_of(<cnp.ndarray> x) >= 0 and is_result(dy, <cnp.ndarray> x)):
         return None
     memset(&job, 0, sizeof(job))
     source = <cnp.ndarray> x
@@ -240,27 +250,28 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     if not (bind(&job.gamma, gamma, job.channels) and bind(&job.mean, mean, job.channels)
             and bind(&job.variance, variance, job.channels)):
         return None
-    bytes = cnp.PyArray_NBYTES(source)
+    bytes = cnp.PyArray_NBYTES(<cnp.ndarray> dy)
     in_order(&job, &job.u, <cnp.ndarray> dy)
     in_order(&job, &job.v, source)
     if out is None:
-        target = <cnp.ndarray> empty_like(source)
+        target = result_like(source)
         in_order(&job, &job.y, target)
     else:
-        if not is_like(out, source):
+        if not is_result(out, source):
             return None
         target = <cnp.ndarray> out
         in_order(&job, &job.y, target)
-        if not (cnp.PyArray_ISWRITEABLE(target) and same_or_apart(job.y.data, job.u.data, bytes)
-                and same_or_apart(job.y.data, job.v.data, bytes)):
+        if not (cnp.PyArray_ISWRITEABLE(target) and same_or_apart(job.y.data, bytes, job.u.data, bytes)
+                and same_or_apart(job.y.data, bytes, job.v.data, cnp.PyArray_NBYTES(source))):
             return None
         if counting is not None and counting[0] is not None and not apart_from_array(job.y.data, bytes, counting[0]):
             return None
     bind_weights(&job, counting)
     job.operation = FROZEN if frozen else GRADIENT
     job.epsilon = epsilon
-    dgamma = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.PyArray_TYPE(source), 0)
-    dbeta = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.PyArray_TYPE(source), 0)
+    number = cnp.NPY_FLOAT64 if cnp.PyArray_ITEMSIZE(source) == 8 else cnp.NPY_FLOAT32
+    dgamma = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, number, 0)
+    dbeta = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, number, 0)
     bind(&scale, dgamma, job.channels)
     bind(&shift, dbeta, job.channels)
     if job.channels > ON_STACK:

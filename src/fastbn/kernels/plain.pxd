@@ -2,10 +2,11 @@
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from libc.math cimport isfinite
+from libc.string cimport strcmp, strrchr
 
 cimport numpy as cnp
 
-from .convert cimport DOUBLE, FLOAT, UINT8
+from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport Job, Operand, Parameter
 from .weights cimport fits, largest_of
 
@@ -16,6 +17,36 @@ cdef inline bint is_plain(object array) noexcept:
 
 cdef inline bint is_real(cnp.ndarray array) noexcept:
     return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
+
+
+cdef inline bint is_bfloat(cnp.ndarray array) noexcept:
+    """Whether values are of the type that another package calls bfloat16."""
+    cdef cnp.dtype described = <cnp.dtype> cnp.PyArray_DTYPE(array)
+    cdef const char* name = described.typeobj.tp_name
+    cdef const char* last = strrchr(name, c".")
+    return (cnp.PyArray_ISUSERDEF(array) and cnp.PyArray_ITEMSIZE(array) == 2
+            and strcmp(name if last == NULL else last + 1, b"bfloat16") == 0)
+
+
+cdef inline int kind_of(cnp.ndarray array) noexcept:
+    """The kind of values of an array (convert.pxd), or -1."""
+    cdef int number = cnp.PyArray_TYPE(array)
+    if number == cnp.NPY_FLOAT32:
+        return FLOAT
+    if number == cnp.NPY_FLOAT64:
+        return DOUBLE
+    if number == cnp.NPY_FLOAT16:
+        return HALF
+    if number == cnp.NPY_UINT8:
+        return UINT8
+    if number == cnp.NPY_INT8:
+        return INT8
+    return BFLOAT if is_bfloat(array) else -1
+
+
+cdef inline int type_of_result(cnp.ndarray x) noexcept:
+    """NumPy's number of the type that y has."""
+    return cnp.NPY_FLOAT32 if kind_of(x) >= UINT8 else cnp.PyArray_TYPE(x)
 
 
 cdef inline bint bind(Parameter* parameter, object array, Py_ssize_t channels) noexcept:
@@ -71,7 +102,7 @@ cdef inline bint set_shape(Job* job, cnp.ndarray x, object axis) noexcept:
 cdef inline void in_order(Job* job, Operand* operand, cnp.ndarray array) noexcept:
     operand.data = <char*> cnp.PyArray_DATA(array)
     operand.size = cnp.PyArray_ITEMSIZE(array)
-    operand.kind = DOUBLE if operand.size == 8 else FLOAT
+    operand.kind = kind_of(array)
     operand.inner = operand.size
     operand.channel = job.inner * operand.inner
     operand.outer = job.channels * operand.channel
@@ -87,14 +118,14 @@ cdef inline bint is_of_shape(cnp.ndarray array, cnp.ndarray x) noexcept:
     return True
 
 
-cdef inline bint is_like(object array, cnp.ndarray x) noexcept:
-    """Whether it is a plain array of x's shape and type."""
-    return (is_plain(array) and cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.PyArray_TYPE(x)
+cdef inline bint is_result(object array, cnp.ndarray x) noexcept:
+    """Whether it is a plain array of x's shape and of the type that results have."""
+    return (is_plain(array) and cnp.PyArray_TYPE(<cnp.ndarray> array) == type_of_result(x)
             and is_of_shape(<cnp.ndarray> array, x))
 
 
-cdef inline bint same_or_apart(const char* a, const char* b, Py_ssize_t bytes) noexcept:
-    return a == b or apart(a, bytes, b, bytes)
+cdef inline bint same_or_apart(const char* a, Py_ssize_t a_bytes, const char* b, Py_ssize_t b_bytes) noexcept:
+    return (a == b and a_bytes == b_bytes) or apart(a, a_bytes, b, b_bytes)
 
 
 cdef inline bint apart_from_array(const char* y, Py_ssize_t bytes, cnp.ndarray array) noexcept:
@@ -129,7 +160,7 @@ cdef inline bint set_weights(Job* job, cnp.ndarray x, object axis, object mask, 
     if type(nan_policy) is not str:
         return False
     if nan_policy == "omit":
-        job.omits = job.weighs = True
+        job.omits = job.weighs = kind_of(x) < UINT8  # no integer is NaN
     elif nan_policy != "propagate":
         return False
     given = mask if sample_weight is None else sample_weight
