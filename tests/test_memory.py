@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -90,3 +91,18 @@ def test_other_arrays_come_from_numpy():
 
     assert get_handler_name() == "default_allocator"
     assert get_handler_name(fastbn.batch_norm(np.ones((4, 4)), training=True)) == "default_allocator"
+
+
+def test_kept_memory_of_a_call_serves_several_threads_at_once():
+    """Few rows of very many channels: what a call needs beside its arrays is kept for the next, whoever makes it."""
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((3, channels), dtype=np.float32) for channels in (40_000, 40_000, 50_001, 90_000)]
+
+    def run(x):
+        y, cache = fastbn.batch_norm_forward(x, training=True)
+        return [y.tobytes(), *(a.tobytes() for a in fastbn.batch_norm_backward(x, cache))]
+
+    wanted = [run(x) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found in [pool.map(run, batches) for _ in range(20)]:
+            assert list(found) == wanted

@@ -10,7 +10,6 @@ from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.float cimport DBL_MAX
 from libc.math cimport INFINITY
-from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 cimport numpy as cnp
@@ -25,6 +24,7 @@ from .plain cimport (
     apart_from, apart_from_array, bind, in_order, in_range, is_plain, is_result, kind_of, same_or_apart, set_shape, set_weights,
     type_of_result,
 )
+from .scratch cimport scratch_give, scratch_take
 
 cnp.import_array()
 
@@ -195,7 +195,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         carry_out(&job, wide, threads, serial)
         return result
     if job.channels > ON_STACK and not keep:
-        statistics = <double*> malloc(3 * job.channels * sizeof(double))
+        statistics = <double*> scratch_take(3 * job.channels * sizeof(double))
         if statistics == NULL:
             raise MemoryError
     job.first, job.second, job.total = statistics, statistics + job.channels, statistics + 2 * job.channels
@@ -207,7 +207,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         unfit = train(&job, wide, threads, serial, ddof, share)
     finally:
         if statistics != on_stack:
-            free(statistics)
+            scratch_give(statistics, 3 * job.channels * sizeof(double))
     return None if unfit else result
 
 
@@ -275,7 +275,7 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     bind(&scale, dgamma, job.channels)
     bind(&shift, dbeta, job.channels)
     if job.channels > ON_STACK:
-        sums = <double*> malloc(2 * job.channels * sizeof(double))
+        sums = <double*> scratch_take(2 * job.channels * sizeof(double))
         if sums == NULL:
             raise MemoryError
     job.first, job.second = sums, sums + job.channels
@@ -284,5 +284,5 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
         to_parameter_gradients(&job, &scale, &shift)
     finally:
         if sums != on_stack:
-            free(sums)
+            scratch_give(sums, 2 * job.channels * sizeof(double))
     return target, dgamma, dbeta

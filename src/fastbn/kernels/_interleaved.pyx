@@ -16,7 +16,6 @@ Parallel     over (block of rows, chunk of columns), once to sum and once to app
 from cython cimport floating
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from ._plan cimport Plan, bind_weights
@@ -31,6 +30,7 @@ from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .packs cimport LANES
+from .scratch cimport scratch_give, scratch_take
 from .weights cimport (
     Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_of, mark, merge_weighted, take_weights,
     walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
@@ -229,7 +229,9 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     cdef double* part = parts + task // k.sums.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
-    cdef Py_ssize_t j, c, s
+    cdef Py_ssize_t j, c, s, n
+    cdef double mean
+    cdef bint distant
     if job.weighs and not job.reads_pair:
         count_block(job, k, task, parts, gates)
         return
@@ -241,15 +243,18 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     if job.reads_pair:
         c = t.column // job.inner % job.channels
         s = t.column % job.inner
-        for j in range(t.columns):
-            q[j] = load(&job.mean, c, 0)
-            if floating is float:
-                far[j] = is_far(q[j], load(&job.variance, c, 1))
-                again |= far[j]
-            s += 1
-            if s == job.inner:
-                s = 0
-                c = c + 1 if c + 1 < job.channels else 0
+        j = 0
+        while j < t.columns:
+            n = min(t.columns - j, job.inner - s)
+            mean = load(&job.mean, c, 0)
+            distant = floating is float and is_far(mean, load(&job.variance, c, 1))
+            again |= distant
+            for s in range(j, j + n):
+                q[s] = mean
+                far[s] = distant
+            j += n
+            s = 0
+            c = c + 1 if c + 1 < job.channels else 0
     if job.omits and job.weights.data != NULL:  # there is NaN: without looking for it all sums would be found again
         hide_block(job, k, &t, p, q, part, squares, gates)
         return
@@ -314,27 +319,40 @@ cdef void merge_blocks(const Job* job, const Cut* k, Py_ssize_t j0, Py_ssize_t j
         done += count
 
 
-cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c, const double* parts) noexcept nogil:
-    """The columns of a channel, in order, to job.first[c] and job.second[c]."""
-    cdef Py_ssize_t i, s, j
-    cdef double count, done = 0
+cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, const double* parts) noexcept nogil:
+    """The columns of channels c0..c1, in order, to job.first and job.second; channels side by side, so that one division does."""
+    cdef double[SHARE] first
+    cdef double[SHARE] second
+    cdef double[SHARE] total
+    cdef bint weighted = job.weighs and not job.reads_pair
+    cdef Py_ssize_t i, s, j, m, n, c = c0
+    cdef double count, done
     cdef const double* totals = parts + 2 * k.sums.blocks * k.columns
-    for i in range(k.positions):
-        for s in range(job.inner):
-            j = (i * job.channels + c) * job.inner + s
-            count = k.rows + (1 if j < k.rest else 0)
-            if done == 0:
-                job.first[c] = parts[j]
-                job.second[c] = parts[k.columns + j]
-                if job.weighs and not job.reads_pair:
-                    job.total[c] = totals[j]
-            elif job.reads_pair:
-                add(job.first + c, job.second + c, parts + j, parts + k.columns + j, 1)
-            elif job.weighs:
-                merge_weighted(job.total + c, job.first + c, job.second + c, totals + j, parts + j, parts + k.columns + j, 1)
-            else:
-                merge(done, job.first + c, job.second + c, count, parts + j, parts + k.columns + j, 1)
-            done += count
+    while c < c1:
+        n = min(c1 - c, <Py_ssize_t> SHARE)
+        done = 0
+        for i in range(k.positions):
+            count = k.rows + (1 if i * job.channels * job.inner < k.rest else 0)
+            for s in range(job.inner):
+                j = (i * job.channels + c) * job.inner + s
+                for m in range(n):
+                    first[m] = parts[j + m * job.inner]
+                    second[m] = parts[k.columns + j + m * job.inner]
+                    if weighted:
+                        total[m] = totals[j + m * job.inner]
+                if done == 0:
+                    memcpy(job.first + c, first, n * sizeof(double))
+                    memcpy(job.second + c, second, n * sizeof(double))
+                    if weighted:
+                        memcpy(job.total + c, total, n * sizeof(double))
+                elif job.reads_pair:
+                    add(job.first + c, job.second + c, first, second, n)
+                elif weighted:
+                    merge_weighted(job.total + c, job.first + c, job.second + c, total, first, second, n)
+                else:
+                    merge(done, job.first + c, job.second + c, count, first, second, n)
+                done += count
+        c += n
 
 
 cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, floating* table) noexcept nogil:
@@ -361,7 +379,7 @@ cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, f
 cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, double* parts,
                           floating* table) noexcept nogil:
     """From the parts of channels c0..c1 to their statistics and to the coefficients of their columns."""
-    cdef Py_ssize_t c, i
+    cdef Py_ssize_t i
     if job.reduces:
         for i in range(k.positions):
             merge_blocks(job, k, (i * job.channels + c0) * job.inner, (i * job.channels + c1) * job.inner, parts)
@@ -371,8 +389,7 @@ cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_
             if job.weighs and not job.reads_pair:
                 memcpy(job.total + c0, parts + 2 * k.sums.blocks * k.columns + c0, (c1 - c0) * sizeof(double))
         else:
-            for c in range(c0, c1):
-                fold_columns(job, k, c, parts)
+            fold_columns(job, k, c0, c1, parts)
     if job.applies:
         tabulate(job, k, c0, c1, table)
 
@@ -435,16 +452,17 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef int status = NO_MEMORY
     cdef Py_ssize_t sums = k.sums.blocks * k.columns * (3 if job.weighs else 2) + k.sums.blocks * k.sums.chunks * job.weights.unchecked
-    cdef double* parts = <double*> malloc(sums * sizeof(double)) if job.reduces else NULL
+    cdef double* parts = <double*> scratch_take(sums * sizeof(double)) if job.reduces else NULL
     cdef Py_ssize_t size = 5 * (k.padded + whole(job.channels))  # of a table; a second one is of the gate
+    cdef size_t table_size = ((2 * size if job.gated else size) + LANES) * sizeof(floating)
     cdef floating* table = NULL
     cdef bint tabulates = job.applies or job.gated
     if tabulates:
-        table = <floating*> malloc(((2 * size if job.gated else size) + LANES) * sizeof(floating))
+        table = <floating*> scratch_take(table_size)
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
         status = do_steps(job, &k, parts, aligned(table), aligned(table) + size if job.gated else NULL)
-    free(parts)
-    free(table)
+    scratch_give(parts, sums * sizeof(double))
+    scratch_give(table, table_size)
     return status
 
 

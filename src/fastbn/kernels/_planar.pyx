@@ -14,7 +14,6 @@ from cython cimport floating
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport NAN
-from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ._plan cimport Plan, bind_weights
@@ -29,6 +28,7 @@ from .marks cimport keep_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .packs cimport LANES
 from .planar_cut cimport GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
+from .scratch cimport scratch_give, scratch_take
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
     weight, weight_at, weights_at,
@@ -417,14 +417,16 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef int status = NO_MEMORY
     cdef Py_ssize_t sums = 2 + job.weighs + job.weights.unchecked
-    cdef double* parts = <double*> malloc(job.channels * k.tiles * sums * sizeof(double)) if job.reduces else NULL
+    cdef size_t parts_size = job.channels * k.tiles * sums * sizeof(double)
+    cdef double* parts = <double*> scratch_take(parts_size) if job.reduces else NULL
     cdef Py_ssize_t tables = 10 if job.gated else 5  # the second is of the gate
     cdef bint tabulates = job.applies or job.gated
-    cdef floating* table = <floating*> malloc(job.channels * tables * sizeof(floating)) if tabulates else NULL
+    cdef size_t table_size = job.channels * tables * sizeof(floating)
+    cdef floating* table = <floating*> scratch_take(table_size) if tabulates else NULL
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
         status = do_steps(job, &k, parts, table)
-    free(parts)
-    free(table)
+    scratch_give(parts, parts_size)
+    scratch_give(table, table_size)
     return status
 
 
