@@ -28,9 +28,10 @@ SHAPES = {
     "conv2": (32, 64, 56, 56),
     "conv3": (32, 256, 28, 28),
     "conv5": (32, 512, 7, 7),
+    "large": (128, 64, 56, 56),
 }
 CASES = [("dense", "interleaved"), ("rows", "interleaved"), ("many rows", "interleaved")]
-CASES += [(name, layout) for name in ("conv2", "conv3", "conv5") for layout in ("interleaved", "planar")]
+CASES += [(name, layout) for name in ("conv2", "conv3", "conv5", "large") for layout in ("interleaved", "planar")]
 FORMS = (
     "weights per sample",
     "mask per sample",
