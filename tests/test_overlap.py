@@ -105,6 +105,30 @@ def test_a_moving_array_that_shares_the_memory_of_an_input(name, other):
             assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.parametrize("other", ["x", "gamma", "beta"])
+@pytest.mark.parametrize("name", ["moving_mean", "moving_variance"])
+def test_a_moving_array_that_lies_shifted_in_an_input(name, other):
+    """Of very many channels some learn before others are read: results are those of separate arrays even so."""
+    channels, shift = 5000, 1500
+    memory = cases.normal((3 * channels + shift,), f32) + 3
+    given = {k: np.ones(channels, f32) for k in ("gamma", "beta", "moving_mean", "moving_variance")}
+
+    def step(shared: bool):
+        own = memory.copy()
+        arguments = {k: v.copy() for k, v in given.items()}
+        x = own[: 3 * channels].reshape(3, channels)
+        if other != "x":
+            x = x.copy()
+            arguments[other] = own[:channels]
+        learns = own[shift : shift + channels]
+        arguments[name] = learns if shared else learns.copy()
+        y = batch_norm(x, training=True, momentum=0.5, **arguments)
+        return y, arguments["moving_mean"], arguments["moving_variance"]
+
+    for a, b in zip(step(True), step(False), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
 def test_mean_and_variance_in_one_array_without_overlap():
     both = np.ones((C, 2), f32)
     x = cases.normal((20, C))

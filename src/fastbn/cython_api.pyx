@@ -9,11 +9,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from .kernels._plan cimport pattern_of, streams
+from .kernels.channels cimport blend
 from .kernels.convert cimport DOUBLE, FLOAT
-from .kernels.job cimport (
-    DRIVER, FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Driver, Job, Operand, Operation, Parameter, blend,
-    to_parameter_gradients,
-)
+from .kernels.job cimport DRIVER, FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Driver, Job, Operand, Operation, Parameter
 from .kernels.moments cimport merge
 from .kernels.omp cimport omp_in_parallel
 
@@ -156,8 +154,6 @@ cdef int train(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const fl
                floating* y, const Py_ssize_t* y_strides, const floating* gamma, const floating* beta,
                double* mean, double* variance, double epsilon, int threads) noexcept nogil:
     cdef Job job
-    cdef Py_ssize_t c
-    cdef int status
     if not set_extents(&job, TRAIN, outer, channels, inner, threads):
         return INVALID
     if channels and (mean == NULL or variance == NULL):
@@ -171,10 +167,8 @@ cdef int train(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const fl
     job.gamma, job.beta = vector(gamma), vector(beta)
     job.first, job.second = mean, variance
     job.epsilon = epsilon
-    status = carry_out(&job, floating is double)
-    for c in range(channels):
-        variance[c] = variance[c] / (<double> outer * <double> inner)
-    return status
+    job.settles = True
+    return carry_out(&job, floating is double)
 
 
 cdef int gradient(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const floating* dy, const Py_ssize_t* dy_strides,
@@ -182,7 +176,6 @@ cdef int gradient(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const
                   const floating* gamma, const double* mean, const double* variance, double epsilon, int frozen,
                   floating* dgamma, floating* dbeta, int threads) noexcept nogil:
     cdef Job job
-    cdef Parameter scale = vector(<const floating*> dgamma), shift = vector(<const floating*> dbeta), spare
     cdef double[2 * ON_STACK] on_stack
     cdef double* sums = on_stack
     cdef int status
@@ -206,17 +199,9 @@ cdef int gradient(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const
     job.gamma = vector(gamma)
     job.mean, job.variance = vector(mean), vector(variance)
     job.first, job.second = sums, sums + channels
+    job.dgamma, job.dbeta = vector(<const floating*> dgamma), vector(<const floating*> dbeta)
     job.epsilon = epsilon
     status = carry_out(&job, floating is double)
-    if status == DONE:
-        # Where one is not wanted its values go to the sums, each over what was read just before.
-        spare = vector(<const double*> sums)
-        if dgamma == NULL:
-            scale = spare
-            scale.data += channels * sizeof(double)
-        if dbeta == NULL:
-            shift = spare
-        to_parameter_gradients(&job, &scale, &shift)
     if sums != on_stack:
         free(sums)
     return status

@@ -9,17 +9,14 @@ from cpython.bool cimport PyBool_Check
 from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.float cimport DBL_MAX
-from libc.math cimport INFINITY
 from libc.string cimport memset
 
 cimport numpy as cnp
 
 from ._memory cimport empty_like
 from ._plan cimport Pattern, bind_weights, pattern_of, streams
-from .job cimport (
-    DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Parameter, blend, blend_counted, finish, load_all,
-    to_parameter_gradients, weigh_gradient,
-)
+from .channels cimport load_all
+from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Parameter, finish, weigh_gradient
 from .plain cimport (
     apart_from, apart_from_array, bind, in_order, in_range, is_plain, is_result, kind_of, same_or_apart, set_shape, set_weights,
     type_of_result,
@@ -47,6 +44,14 @@ cdef inline cnp.ndarray result_like(cnp.ndarray x):
     return empty_like(x, <cnp.dtype> cnp.PyArray_DescrFromType(type_of_result(x)))
 
 
+cdef inline bint learns_apart(const Job* job, const Parameter* moving, Py_ssize_t bytes) noexcept:
+    """Whether moving statistics share no memory with what other channels are still to be told from, nor with what is kept."""
+    cdef Py_ssize_t extent = job.channels * moving.stride
+    return (apart_from(job.u.data, bytes, moving, job.channels)
+            and apart_from(moving.data, extent, &job.gamma, job.channels)
+            and apart_from(moving.data, extent, &job.beta, job.channels))
+
+
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     """Hand a job whose operands, parameters and weights are set to the driver of its pattern; 1 if the weights are unfit."""
     cdef Pattern pattern = pattern_of(job.inner)
@@ -64,32 +69,6 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     with nogil:
         status = drivers[<int> pattern](job, wide)
     return finish(status)
-
-
-cdef int train(Job* job, bint wide, threads, Py_ssize_t serial, int ddof, double share) except -1:
-    """Carry out a training pass, leave mean and variance in first and second, and update the moving statistics, if any.
-
-    1 if weights were unfit: nothing else has been written then.
-    """
-    cdef Parameter first, second
-    cdef double count = <double> job.outer * <double> job.inner
-    cdef Py_ssize_t i
-    if carry_out(job, wide, threads, serial):
-        return 1
-    for i in range(job.channels):
-        if not job.weighs:
-            job.second[i] = job.second[i] / count
-        else:  # a channel without any weight is as if its variance were infinite
-            job.second[i] = job.second[i] / job.total[i] if job.total[i] != 0 else INFINITY
-    if job.mean.data != NULL:
-        first.data, second.data = <char*> job.first, <char*> job.second
-        first.stride = second.stride = sizeof(double)
-        first.wide = second.wide = True
-        if job.weighs:
-            blend_counted(&job.mean, &job.variance, &first, &second, job.channels, job.total, ddof, share)
-        else:
-            blend(&job.mean, &job.variance, &first, &second, job.channels, max(count - ddof, 1.0) / count, share)
-    return 0
 
 
 def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
@@ -122,7 +101,6 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     cdef cnp.ndarray given = None
     cdef object result
     cdef Py_ssize_t bytes, y_bytes
-    cdef double share
     cdef bint trains, wide, unfit
     cdef double[3 * ON_STACK] on_stack
     cdef double* statistics = on_stack
@@ -132,7 +110,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     memset(&job, 0, sizeof(job))
     source = <cnp.ndarray> x
     trains = training is True
-    if not (in_range(momentum, 0, 1, &share) and in_range(epsilon, 0, DBL_MAX, &job.epsilon)
+    if not (in_range(momentum, 0, 1, &job.keeps) and in_range(epsilon, 0, DBL_MAX, &job.epsilon)
             and set_shape(&job, source, axis)
             and set_weights(&job, source, axis, mask, sample_weight, nan_policy)):
         return None
@@ -143,16 +121,14 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         return None
     if (job.mean.data == NULL) != (job.variance.data == NULL) or (not trains and job.mean.data == NULL):
         return None
-    if trains and job.mean.data != NULL and not (
-            cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_variance)
-            and apart_from(job.mean.data, job.channels * job.mean.stride, &job.variance, job.channels)):
-        return None
     wide = cnp.PyArray_ITEMSIZE(source) == 8
     bytes = cnp.PyArray_NBYTES(source)
     in_order(&job, &job.u, source)
-    if keep and not (apart_from(job.u.data, bytes, &job.mean, job.channels)
-                     and apart_from(job.u.data, bytes, &job.variance, job.channels)):
-        return None  # what is kept refers to x
+    if trains and job.mean.data != NULL and not (
+            cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_variance)
+            and apart_from(job.mean.data, job.channels * job.mean.stride, &job.variance, job.channels)
+            and learns_apart(&job, &job.mean, bytes) and learns_apart(&job, &job.variance, bytes)):
+        return None
     if job.weights.data != NULL:
         given = <cnp.ndarray> (mask if sample_weight is None else sample_weight)
         if job.mean.data != NULL and not (apart_from_array(job.mean.data, job.channels * job.mean.stride, given)
@@ -178,6 +154,8 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         if given is not None and not apart_from_array(job.y.data, y_bytes, given):
             return None
     job.operation = TRAIN if trains else NORMALIZE
+    job.settles = trains
+    job.ddof = ddof
     result = target
     if keep:
         mean = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.NPY_FLOAT64, 0)
@@ -190,8 +168,8 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
                            epsilon), total)
     if not trains:
         if keep:
-            load_all(&job.mean, 0, job.channels, 0, <double*> cnp.PyArray_DATA(mean))
-            load_all(&job.variance, 0, job.channels, 0, <double*> cnp.PyArray_DATA(variance))
+            load_all(&job.mean, job.channels, <double*> cnp.PyArray_DATA(mean))
+            load_all(&job.variance, job.channels, <double*> cnp.PyArray_DATA(variance))
         carry_out(&job, wide, threads, serial)
         return result
     if job.channels > ON_STACK and not keep:
@@ -204,7 +182,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         if job.weighs:
             job.total = <double*> cnp.PyArray_DATA(total)
     try:
-        unfit = train(&job, wide, threads, serial, ddof, share)
+        unfit = carry_out(&job, wide, threads, serial)
     finally:
         if statistics != on_stack:
             scratch_give(statistics, 3 * job.channels * sizeof(double))
@@ -240,7 +218,6 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     cdef int number
     cdef double[2 * ON_STACK] on_stack
     cdef double* sums = on_stack
-    cdef Parameter scale, shift
     if not (is_plain(x) and kind_of(<cnp.ndarray> x) >= 0 and is_result(dy, <cnp.ndarray> x)):
         return None
     memset(&job, 0, sizeof(job))
@@ -272,8 +249,8 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     number = cnp.NPY_FLOAT64 if cnp.PyArray_ITEMSIZE(source) == 8 else cnp.NPY_FLOAT32
     dgamma = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, number, 0)
     dbeta = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, number, 0)
-    bind(&scale, dgamma, job.channels)
-    bind(&shift, dbeta, job.channels)
+    bind(&job.dgamma, dgamma, job.channels)
+    bind(&job.dbeta, dbeta, job.channels)
     if job.channels > ON_STACK:
         sums = <double*> scratch_take(2 * job.channels * sizeof(double))
         if sums == NULL:
@@ -281,7 +258,6 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     job.first, job.second = sums, sums + job.channels
     try:
         carry_out(&job, cnp.PyArray_ITEMSIZE(source) == 8, threads, serial)
-        to_parameter_gradients(&job, &scale, &shift)
     finally:
         if sums != on_stack:
             scratch_give(sums, 2 * job.channels * sizeof(double))

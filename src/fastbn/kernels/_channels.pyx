@@ -4,7 +4,8 @@ cimport numpy as cnp
 import numpy as np
 
 from ._plan cimport bind_parameter
-from .job cimport Job, Parameter, blend, blend_counted, load, reciprocal_deviation, store, to_parameter_gradients
+from .channels cimport blend, blend_counted, load, reciprocal_deviation, store, variance_of
+from .job cimport Parameter
 from .moments cimport merge
 from .weights cimport merge_weighted
 
@@ -40,16 +41,16 @@ def update_moving_counted(moving_mean, moving_variance, mean, variance, double[:
 
 def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):
     """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon). first and second are contiguous."""
-    cdef Job job
-    cdef Parameter scale, shift
-    job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first)
-    job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second)
-    job.channels = dgamma.shape[0]
-    job.epsilon = epsilon
-    bind_parameter(&job.variance, variance)
+    cdef Parameter scale, shift, var
+    cdef const double* sums = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first)
+    cdef const double* products = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second)
+    cdef Py_ssize_t c
+    bind_parameter(&var, variance)
     bind_parameter(&scale, dgamma)
     bind_parameter(&shift, dbeta)
-    to_parameter_gradients(&job, &scale, &shift)
+    for c in range(dgamma.shape[0]):
+        store(&shift, c, sums[c])
+        store(&scale, c, products[c] * reciprocal_deviation(load(&var, c, 1), epsilon))
 
 
 def output_parameters(gamma, beta, variance, double epsilon):
@@ -152,10 +153,7 @@ def variance_counted(m2, double[::1] counts, double ddof, double without):
     bind_parameter(&source, m2)
     bind_parameter(&target, result)
     for c in range(counts.shape[0]):
-        if counts[c] == 0:
-            store(&target, c, without)
-        else:
-            store(&target, c, load(&source, c, 0) / (counts[c] - ddof if counts[c] > ddof else counts[c]))
+        store(&target, c, variance_of(load(&source, c, 0), counts[c], ddof, without))
     return result
 
 

@@ -19,11 +19,11 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.string cimport memcpy, memset
 
 from ._plan cimport Plan, bind_weights
+from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
-from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, tile_of, whole
+from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, cut_group, tile_of, whole
 from .job cimport (
-    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
-    is_interrupted, load,
+    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
 )
 from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows, reduce_rows
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
@@ -215,46 +215,67 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             j += n
 
 
+cdef enum:
+    APART = CHUNK + 5 * LANES  # numbers of columns: not a power of two, or all would share some sets of a first level cache
+
+
+cdef bint spread_means(const Job* job, const Tile* t, double* means, double* room, bint* far) noexcept nogil:
+    """The means that columns of a gradient have, and which are far from 0; whether any is."""
+    cdef const double* mean
+    cdef const double* variance
+    cdef Py_ssize_t c = t.column // job.inner % job.channels, s = t.column % job.inner, j = 0, i, n
+    cdef double value
+    cdef bint distant, some = False
+    while j < t.columns and job.inner == 1:
+        n = min(t.columns - j, job.channels - c)
+        mean = loaded(&job.mean, c, n, 0, means + j)
+        variance = loaded(&job.variance, c, n, 1, room)
+        for i in range(n):
+            means[j + i] = mean[i]
+            far[j + i] = is_far(mean[i], variance[i])
+            some |= far[j + i]
+        j += n
+        c = 0
+    while j < t.columns:
+        n = min(t.columns - j, job.inner - s)
+        value = load(&job.mean, c, 0)
+        distant = is_far(value, load(&job.variance, c, 1))
+        some |= distant
+        for i in range(j, j + n):
+            means[i] = value
+            far[i] = distant
+        j += n
+        s = 0
+        c = c + 1 if c + 1 < job.channels else 0
+    return some
+
+
 cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* gates) noexcept nogil:
     """A task's columns to its parts, lying as [block][first, second][column]."""
     cdef Tile t = tile_of(k, &k.sums, task)
-    cdef double room[4 * CHUNK + LANES]
+    cdef double room[4 * APART + LANES]
     cdef double* p = aligned(<double*> room)
-    cdef double* q = p + CHUNK
-    cdef double* first = q + CHUNK
-    cdef double* second = first + CHUNK
+    cdef double* q = p + APART
+    cdef double* first = q + APART
+    cdef double* second = first + APART
     cdef bint far[CHUNK]
     cdef bint again = False
     cdef Job rest
     cdef double* part = parts + task // k.sums.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
-    cdef Py_ssize_t j, c, s, n
-    cdef double mean
-    cdef bint distant
+    cdef Py_ssize_t j
     if job.weighs and not job.reads_pair:
         count_block(job, k, task, parts, gates)
         return
     memset(p, 0, whole(t.columns) * sizeof(double))
-    memset(q, 0, whole(t.columns) * sizeof(double))
+    if job.reads_pair:
+        memset(q, 0, whole(t.columns) * sizeof(double))
     if floating is double and not job.reads_pair:
         for j in range(t.columns):
             p[j] = (<const floating*> (u0 + offset(job, &job.u, t.column + j)))[0]
     if job.reads_pair:
-        c = t.column // job.inner % job.channels
-        s = t.column % job.inner
-        j = 0
-        while j < t.columns:
-            n = min(t.columns - j, job.inner - s)
-            mean = load(&job.mean, c, 0)
-            distant = floating is float and is_far(mean, load(&job.variance, c, 1))
-            again |= distant
-            for s in range(j, j + n):
-                q[s] = mean
-                far[s] = distant
-            j += n
-            s = 0
-            c = c + 1 if c + 1 < job.channels else 0
+        again = spread_means(job, &t, q, first, far) and floating is float
     if job.omits and job.weights.data != NULL:  # there is NaN: without looking for it all sums would be found again
         hide_block(job, k, &t, p, q, part, squares, gates)
         return
@@ -283,12 +304,12 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     if again:
         rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
         sum_rows(&rest, k, &t, p, q, True, first, second, gates)
+        if not job.reads_pair:
+            for j in range(t.columns):
+                from_sums(p[j], t.rows, first + j, second + j)
         for j in range(t.columns):
-            if far[j]:
-                part[j] = first[j]
-                squares[j] = second[j]
-                if not job.reads_pair:
-                    from_sums(p[j], t.rows, part + j, squares + j)
+            part[j] = first[j] if far[j] else part[j]
+            squares[j] = second[j] if far[j] else squares[j]
     if job.weighs:
         hide_block(job, k, &t, p, q, part, squares, gates)
 
@@ -443,26 +464,77 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, 
     else:
         for share in prange(shares, schedule="static", num_threads=threads):
             finish_channels(job, k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
-    if job.applies:
-        return do_blocks(&rest, k, NULL, table, gates)
+    if not job.applies:
+        return DONE
+    status = do_blocks(&rest, k, NULL, table, gates)
+    if status == DONE and job.settles:
+        settle(job)
+    return status
+
+
+cdef struct Room:
+    # Doubles of the parts of a job, and bytes of its tables; both are whole lines.
+    Py_ssize_t parts, tables
+
+
+cdef inline Room room_of(const Job* job, const Cut* k, Py_ssize_t size) noexcept nogil:
+    cdef Room room
+    room.parts = room.tables = 0
+    if job.reduces:
+        room.parts = whole(k.sums.blocks * k.columns * (3 if job.weighs else 2)
+                           + k.sums.blocks * k.sums.chunks * job.weights.unchecked)
+    if job.applies or job.gated:
+        room.tables = 5 * (k.padded + whole(job.channels)) * (2 if job.gated else 1) * size  # a second one is of the gate
+    return room
+
+
+cdef void do_group(const Job* job, const Cut* k, Py_ssize_t c0, double* parts, floating* table) noexcept nogil:
+    """All steps of a group of channels."""
+    cdef Py_ssize_t c1 = min(c0 + k.group, job.channels)
+    cdef Job own = channels_of(job, c0, c1)
+    cdef Cut g = cut_group(&own, k, c1 - c0)
+    own.threads = 1
+    own.interruptible = False
+    do_steps(&own, &g, parts, table, table + 5 * (g.padded + whole(own.channels)))
+
+
+cdef int do_groups(const Job* job, const Cut* k, double* parts, floating* table, const Room* room) noexcept nogil:
+    cdef Py_ssize_t groups = (job.channels + k.group - 1) // k.group, share, i
+    cdef int threads = job.threads
+    if threads == 1:
+        for i in range(groups):
+            do_group(job, k, i * k.group, parts, table)
+        return DONE
+    for share in prange(threads, schedule="static", num_threads=threads):
+        for i in range(groups * share // threads, groups * (share + 1) // threads):
+            do_group(job, k, i * k.group, parts + share * room.parts, table + share * room.tables // <Py_ssize_t> sizeof(floating))
     return DONE
 
 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
-    cdef Cut k = cut(job)
+    cdef Cut k = cut(job), g
+    cdef Room room
     cdef int status = NO_MEMORY
-    cdef Py_ssize_t sums = k.sums.blocks * k.columns * (3 if job.weighs else 2) + k.sums.blocks * k.sums.chunks * job.weights.unchecked
-    cdef double* parts = <double*> scratch_take(sums * sizeof(double)) if job.reduces else NULL
-    cdef Py_ssize_t size = 5 * (k.padded + whole(job.channels))  # of a table; a second one is of the gate
-    cdef size_t table_size = ((2 * size if job.gated else size) + LANES) * sizeof(floating)
-    cdef floating* table = NULL
-    cdef bint tabulates = job.applies or job.gated
-    if tabulates:
-        table = <floating*> scratch_take(table_size)
-    if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
-        status = do_steps(job, &k, parts, aligned(table), aligned(table) + size if job.gated else NULL)
-    scratch_give(parts, sums * sizeof(double))
-    scratch_give(table, table_size)
+    cdef bint groups = k.group < job.channels
+    cdef Job own
+    cdef size_t parts_size, tables_size
+    if groups:
+        own = channels_of(job, 0, k.group)
+        g = cut_group(&own, &k, k.group)
+        room = room_of(&own, &g, sizeof(floating))
+    else:
+        room = room_of(job, &k, sizeof(floating))
+    parts_size = (room.parts * (job.threads if groups else 1) + LANES) * sizeof(double)
+    tables_size = room.tables * (job.threads if groups else 1) + LANES * sizeof(floating)
+    cdef double* parts = <double*> scratch_take(parts_size) if room.parts else NULL
+    cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
+    if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
+        if groups:
+            status = do_groups(job, &k, parts, aligned(table), &room)
+        else:
+            status = do_steps(job, &k, parts, aligned(table), aligned(table) + 5 * (k.padded + whole(job.channels)))
+    scratch_give(parts, parts_size)
+    scratch_give(table, tables_size)
     return status
 
 

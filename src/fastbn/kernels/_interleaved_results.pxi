@@ -31,6 +31,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                          and k.positions * job.y.outer == k.columns * job.y.size)
     cdef bint inside, direct
     cdef bint overlaps = False  # the last lanes, those before
+    cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
     cdef line left
     left.n = 0
@@ -65,7 +66,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                     w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 elif job.form.third:
                     w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-                scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), FETCHED if n < k.columns else 0,
+                scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), FETCHED if n < stride else 0,
                       table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:
                     stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)

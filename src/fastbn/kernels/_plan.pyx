@@ -90,7 +90,8 @@ cdef class Plan:
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL
         job.threads = threads
         job.interruptible = True
-        job.weighs = job.omits = False
+        job.weighs = job.omits = job.settles = False
+        job.dgamma.data = job.dbeta.data = NULL
         job.weights.data = NULL
         job.weights.size = 0
         job.weights.marks = job.weights.unchecked = False

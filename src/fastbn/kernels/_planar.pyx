@@ -17,10 +17,10 @@ from libc.math cimport NAN
 from libc.string cimport memset
 
 from ._plan cimport Plan, bind_weights
+from .channels cimport coefficients, load, settle
 from .convert cimport DOUBLE, FLOAT, give, is_native, take
 from .job cimport (
-    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, coefficients, finish, gate_of,
-    is_interrupted, load,
+    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, finish, gate_of, is_interrupted,
 )
 from .lanes cimport PRESENT, WEIGHTED, apply_run, reduce_run
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
@@ -425,6 +425,8 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef floating* table = <floating*> scratch_take(table_size) if tabulates else NULL
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
         status = do_steps(job, &k, parts, table)
+    if status == DONE and job.settles:
+        settle(job)
     scratch_give(parts, parts_size)
     scratch_give(table, table_size)
     return status

@@ -20,6 +20,8 @@ cdef enum:
     AHEAD = 2048       # values of each that are fetched in advance,
     FETCHED = 2        # or rows in results, where chunks of them are apart
     SHARE = 256        # channels that one thread finishes at a time
+    NARROW = 512       # values of operands in a row; it is no use to walk down fewer
+    KEPT = 1 << 18     # bytes of operands that stay in a second level cache beside what is written
     WAVE = 1 << 26     # values between two looks for signals
 
 
@@ -48,6 +50,7 @@ cdef struct Cut:
     bint large            # an operand is in no second level cache
     Grid sums
     Grid results
+    Py_ssize_t group      # channels of a task that takes all steps, if that is not all of them
 
 
 cdef inline Py_ssize_t positions_per_row(Py_ssize_t outer, Py_ssize_t columns) noexcept nogil:
@@ -82,15 +85,42 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
     return g
 
 
+cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t most, Py_ssize_t results_height) noexcept nogil:
+    """Both grids: sums of so many rows and columns at most, and results of so many rows."""
+    cdef Py_ssize_t operands = 2 if job.reads_pair else 1
+    cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if job.reads_pair else HALF))
+    k.sums = grid(k, height, chunk, operands, LEAST if job.reads_pair else 2 * LEAST)
+    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), operands, LEAST)
+
+
+cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:
+    k.columns = columns
+    # Never a power of two: five tables at the same place of a page would drive one another, and data, out of a cache.
+    k.padded = whole(columns) + 5 * LANES
+
+
+cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
+    """Channels that a thread takes from their sums to their results, in its caches; all, where that is no use."""
+    cdef Py_ssize_t most, groups, operands = 2 if job.reads_pair else 1
+    if (k.positions > 1 or not job.applies or job.weights.unchecked
+            or k.rows * k.columns > WAVE):  # results wait for all weights, and signals are looked for
+        return job.channels
+    most = (KEPT if job.reduces else KEPT // 2) // (k.rows * job.u.size * operands)
+    if most * operands < NARROW:
+        return job.channels
+    most = min(most, <Py_ssize_t> CHUNK)
+    groups = (k.columns + most - 1) // most
+    if job.threads > 1:
+        groups = (groups + EVEN - 1) // EVEN * EVEN
+    return min(job.channels, whole((job.channels + groups - 1) // groups))
+
+
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t columns = job.channels * job.inner
-    cdef Py_ssize_t height, blocks, chunk, scaled, operands = 2 if job.reads_pair else 1
-    cdef Py_ssize_t least = LEAST if job.reads_pair else 2 * LEAST
+    cdef Py_ssize_t height, blocks, most = CHUNK
     k.positions = positions_per_row(job.outer, columns)
-    k.columns = k.positions * columns
-    # Never a power of two: five tables at the same place of a page would drive one another, and data, out of a cache.
-    k.padded = whole(k.columns) + 5 * LANES
+    set_columns(&k, k.positions * columns)
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.large = job.outer * columns >= LARGE
@@ -98,23 +128,29 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD // k.columns, <Py_ssize_t> (LEAST if k.large else 0))
     height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
-    chunk = evenly(k.columns, CHUNK if job.reads_pair else HALF)
-    scaled = evenly(k.columns, HALF if job.writes_pair else CHUNK)
+    k.group = group_of(job, &k)
     if k.rows * k.columns < SHARED:
-        k.sums = grid(&k, height, chunk, operands, least)
-        k.results = grid(&k, height, scaled, operands, LEAST)
+        set_grids(job, &k, height, most, height)
         return k
     blocks = (k.rows + height * EVEN - 1) // (height * EVEN) * EVEN
     height = max(<Py_ssize_t> MIN_ROWS, (k.rows + blocks - 1) // blocks)
-    k.sums = grid(&k, height, chunk, operands, least)
-    k.results = grid(&k, height, scaled, operands, LEAST)
     blocks = (k.rows + height - 1) // height
-    if blocks < EVEN:
-        # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
-        k.sums = grid(&k, height, max(<Py_ssize_t> PIECE, min(chunk, whole((k.columns * blocks + EVEN - 1) // EVEN))),
-                      operands, least)
-        k.results = grid(&k, (k.rows + EVEN - 1) // EVEN, scaled, operands, LEAST)
+    if blocks >= EVEN:
+        set_grids(job, &k, height, most, height)
+        return k
+    # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
+    most = max(<Py_ssize_t> PIECE, whole((k.columns * blocks + EVEN - 1) // EVEN))
+    set_grids(job, &k, height, most, (k.rows + EVEN - 1) // EVEN)
     return k
+
+
+cdef inline Cut cut_group(const Job* job, const Cut* k, Py_ssize_t channels) noexcept nogil:
+    """The cut of some channels alone: blocks, which decide about bits, are those of the whole."""
+    cdef Cut g = k[0]
+    g.group = channels
+    set_columns(&g, channels * job.inner)
+    set_grids(job, &g, k.sums.height, CHUNK, k.rows)
+    return g
 
 
 cdef struct Tile:

@@ -1,7 +1,4 @@
-"""What a driver is told: operands, parameters, and the formula that turns a channel's numbers into coefficients."""
-from cython cimport floating
-from libc.math cimport INFINITY, sqrt
-
+"""What a driver is told: operands, parameters, and where its numbers per channel go."""
 from .lanes cimport PRESENT, WEIGHTED, Form
 
 cdef enum Operation:
@@ -63,6 +60,10 @@ cdef struct Job:
     bint omits      # NaN is missing
     Weights weights
     double* total   # per channel: sum of weights; found by sums of x, given to the gradient
+    bint settles    # TRAIN: leave the variance in second, and let mean and variance, then the moving ones, learn:
+    double keeps    # so much of the old stays,
+    int ddof        # and so many values less are divided by
+    Parameter dgamma, dbeta  # of GRADIENT and FROZEN; NULL where nobody wants them
     int threads
     bint interruptible  # whether to look for signals between waves, which takes the GIL
 
@@ -98,195 +99,38 @@ cdef inline bint is_interrupted() noexcept with gil:
     return check_signals() != 0
 
 
-cdef inline double load(const Parameter* p, Py_ssize_t c, double default) noexcept nogil:
-    if p.data == NULL:
-        return default
-    if p.wide:
-        return (<double*> (p.data + c * p.stride))[0]
-    return (<float*> (p.data + c * p.stride))[0]
+cdef inline void move(Operand* operand, Py_ssize_t channels) noexcept nogil:
+    if operand.data != NULL:
+        operand.data += channels * operand.channel
 
 
-cdef inline void store(const Parameter* p, Py_ssize_t c, double value) noexcept nogil:
-    if p.wide:
-        (<double*> (p.data + c * p.stride))[0] = value
-    else:
-        (<float*> (p.data + c * p.stride))[0] = <float> value
+cdef inline void skip(Parameter* parameter, Py_ssize_t channels) noexcept nogil:
+    if parameter.data != NULL:
+        parameter.data += channels * parameter.stride
 
 
-cdef inline double reciprocal_deviation(double variance, double epsilon) noexcept nogil:
-    """1 / sqrt(variance + epsilon); 0 where both are 0, so that a constant channel gives beta with any epsilon."""
-    cdef double s = variance + epsilon
-    return 0.0 if s == 0 else 1 / sqrt(s)
-
-
-cdef enum:
-    BATCH = 64  # channels that are worked on together, in loops that compilers vectorize
-
-
-cdef inline void load_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, double default, double* values) noexcept nogil:
-    cdef const char* data = p.data + c * p.stride
-    cdef Py_ssize_t i
-    if p.data == NULL:
-        for i in range(n):
-            values[i] = default
-    elif p.stride == (sizeof(double) if p.wide else sizeof(float)):
-        if p.wide:
-            for i in range(n):
-                values[i] = (<const double*> data)[i]
-        else:
-            for i in range(n):
-                values[i] = (<const float*> data)[i]
-    else:
-        for i in range(n):
-            values[i] = load(p, c + i, default)
-
-
-cdef inline void store_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, const double* values) noexcept nogil:
-    cdef char* data = p.data + c * p.stride
-    cdef Py_ssize_t i
-    if p.stride == sizeof(float) and not p.wide:
-        for i in range(n):
-            (<float*> data)[i] = <float> values[i]
-    else:
-        for i in range(n):
-            store(p, c + i, values[i])
-
-
-cdef inline void blend_one(const Parameter* old, const Parameter* new, Py_ssize_t c, Py_ssize_t n, double divisor,
-                           double momentum) noexcept nogil:
-    cdef double[BATCH] value
-    cdef double[BATCH] past
-    cdef Py_ssize_t i
-    load_all(new, c, n, 0, value)
-    for i in range(n):
-        value[i] = (1 - momentum) * (value[i] / divisor)
-    if momentum != 0:  # else a NaN of the past would stay
-        load_all(old, c, n, 0, past)
-        for i in range(n):
-            value[i] += momentum * past[i]
-    store_all(old, c, n, value)
-
-
-cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
-                       const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
-    """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
-    cdef Py_ssize_t c = 0, n
-    while c < channels:
-        n = min(channels - c, <Py_ssize_t> BATCH)
-        blend_one(old_mean, mean, c, n, 1, momentum)
-        blend_one(old_variance, variance, c, n, divisor, momentum)
-        c += n
-
-
-cdef inline void blend_counted(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
-                               const Parameter* variance, Py_ssize_t channels, const double* counts, double ddof,
-                               double momentum) noexcept nogil:
-    """The same where counts differ: a channel without any keeps what it has, and one up to ddof its batch variance."""
-    cdef Parameter old[2]
-    cdef Parameter new[2]
-    cdef Py_ssize_t c, i
-    old[0], old[1], new[0], new[1] = old_mean[0], old_variance[0], mean[0], variance[0]
-    for c in range(channels):
-        if counts[c] > 0:
-            blend(old, old + 1, new, new + 1, 1, (counts[c] - ddof) / counts[c] if counts[c] > ddof else 1, momentum)
-        for i in range(2):
-            old[i].data += old[i].stride
-            new[i].data += new[i].stride
-
-
-cdef inline void to_parameter_gradients(const Job* job, const Parameter* dgamma, const Parameter* dbeta) noexcept nogil:
-    """dbeta = sum(dy); dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon)."""
-    cdef double[BATCH] scale
-    cdef Py_ssize_t c = 0, i, n
-    while c < job.channels:
-        n = min(job.channels - c, <Py_ssize_t> BATCH)
-        load_all(&job.variance, c, n, 1, scale)
-        for i in range(n):
-            scale[i] = job.second[c + i] * reciprocal_deviation(scale[i], job.epsilon)
-        store_all(dbeta, c, n, job.first + c)
-        store_all(dgamma, c, n, scale)
-        c += n
-
-
-cdef inline void weighted_counts(const Job* job, Py_ssize_t c, Py_ssize_t n, double* counts, double* variance) noexcept nogil:
-    """What stands for the count: the weights. Without any a channel is as if its variance were infinite: it gives beta."""
-    cdef Py_ssize_t i
-    for i in range(n):
-        counts[i] = job.total[c + i]
-        if counts[i] == 0:
-            counts[i] = 1
-            variance[i] = INFINITY
-
-
-cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t stride,
-                              floating* table) noexcept nogil:
-    """The numbers of channels c0..c1 for *apply*, as [p, a, shift, q, b][channel] with that many channels in a row.
-
-    y = (u - p) * a + shift, or ((u - p) + ((v - q) * b + shift)) * a. What is subtracted from the data is the leading
-    part of a mean, in the type of the data; what that rounding left over goes, scaled, into the shift. So the result is
-    as exact on data far from zero as on data around it.
-    """
-    cdef double[BATCH] mean
-    cdef double[BATCH] scale
-    cdef double[BATCH] beta
-    cdef double[BATCH] gamma
-    cdef double[BATCH] counts
-    cdef double k, slope
-    cdef double count = 1 if job.operation == POOLED else <double> job.outer * <double> job.inner
-    cdef Py_ssize_t c = c0, i, n
-    cdef floating* p
-    cdef floating* a
-    cdef floating* shift
-    cdef floating* q
-    cdef floating* b
-    while c < c1:
-        n = min(c1 - c, <Py_ssize_t> BATCH)
-        p = table + c
-        a = p + stride
-        shift = a + stride
-        q = shift + stride
-        b = q + stride
-        for i in range(n):
-            counts[i] = count
-        if job.operation == TRAIN:
-            for i in range(n):
-                mean[i] = job.first[c + i]
-                scale[i] = job.second[c + i]
-        else:
-            load_all(&job.mean, c, n, 0, mean)
-            load_all(&job.variance, c, n, 1, scale)
-        if job.weighs:
-            weighted_counts(job, c, n, counts, scale)
-        if job.operation == TRAIN:
-            for i in range(n):
-                scale[i] = scale[i] / counts[i]
-        load_all(&job.gamma, c, n, 1, gamma)
-        for i in range(n):
-            scale[i] = reciprocal_deviation(scale[i], job.epsilon)
-        if job.operation == FROZEN:
-            for i in range(n):
-                p[i] = q[i] = b[i] = shift[i] = 0
-                a[i] = <floating> (gamma[i] * scale[i])
-        elif job.operation == GRADIENT or job.operation == POOLED:
-            # dx = gamma r (dy - sum(dy) / m - (x - mean) r dgamma / m); never r^3, which data far from 1 would take
-            # out of range
-            for i in range(n):
-                k = job.first[c + i] / counts[i]
-                slope = -scale[i] * (job.second[c + i] / counts[i] * scale[i])
-                a[i] = <floating> (gamma[i] * scale[i])
-                p[i] = <floating> (0 if job.weighs else k)
-                q[i] = <floating> mean[i]
-                b[i] = <floating> slope
-                shift[i] = <floating> (-(k - p[i]) - (mean[i] - q[i]) * slope)
-        else:
-            load_all(&job.beta, c, n, 0, beta)
-            for i in range(n):
-                q[i] = b[i] = 0
-                k = gamma[i] * scale[i]
-                a[i] = <floating> k
-                p[i] = <floating> mean[i]
-                shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
-        c += n
+cdef inline Job channels_of(const Job* job, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Channels c0..c1 as a job of their own."""
+    cdef Job own = job[0]
+    own.channels = c1 - c0
+    move(&own.u, c0)
+    move(&own.v, c0)
+    move(&own.w, c0)
+    move(&own.y, c0)
+    move(&own.kept, c0)
+    skip(&own.gamma, c0)
+    skip(&own.beta, c0)
+    skip(&own.mean, c0)
+    skip(&own.variance, c0)
+    skip(&own.dgamma, c0)
+    skip(&own.dbeta, c0)
+    own.first += c0
+    own.second += c0
+    if own.weighs:
+        own.total += c0
+    if own.weights.data != NULL:
+        own.weights.data += c0 * own.weights.channel
+    return own
 
 
 cdef inline void weigh_gradient(Job* job) noexcept nogil:
@@ -304,6 +148,7 @@ cdef inline Job gate_of(const Job* job) noexcept nogil:
     gate.operation = NORMALIZE
     gate.form = job.gate
     gate.reduces, gate.applies, gate.writes_pair, gate.streams = False, True, True, False
+    gate.dgamma.data = gate.dbeta.data = NULL
     gate.y = job.kept
     if job.by_output:
         gate.v = job.w

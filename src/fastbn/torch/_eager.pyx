@@ -16,9 +16,10 @@ from libc.string cimport memset
 
 cimport numpy as cnp
 
-from ..kernels._calls cimport carry_out, train
+from ..kernels._calls cimport carry_out
+from ..kernels.channels cimport load_all
 from ..kernels.convert cimport DOUBLE, FLOAT
-from ..kernels.job cimport FROZEN, GRADIENT, NORMALIZE, TRAIN, Job, Operand, Parameter, load_all, to_parameter_gradients
+from ..kernels.job cimport FROZEN, GRADIENT, NORMALIZE, TRAIN, Job, Operand, Parameter
 from ..kernels.lanes cimport STRAIGHT
 
 cnp.import_array()
@@ -213,6 +214,16 @@ cdef inline bint overlap(const char* a, Py_ssize_t a_bytes, const char* b, Py_ss
     return a < b + b_bytes and b < a + a_bytes
 
 
+cdef inline bint overlap_vectors(const Parameter* a, const Parameter* b, Py_ssize_t channels) noexcept:
+    return b.data != NULL and overlap(a.data, channels * a.stride, b.data, channels * b.stride)
+
+
+cdef inline bint is_read(const Job* job, const Parameter* moving, Py_ssize_t bytes) noexcept:
+    """Whether running statistics share memory with what other channels are still to be told from."""
+    return (overlap(job.u.data, bytes, moving.data, job.channels * moving.stride)
+            or overlap_vectors(moving, &job.gamma, job.channels) or overlap_vectors(moving, &job.beta, job.channels))
+
+
 cdef bint is_like(const DLTensor* a, const DLTensor* b) noexcept:
     """Whether both have one shape, one type and one order in memory, a being dense."""
     cdef int i
@@ -270,7 +281,6 @@ cdef class Call:
 
     cdef Job job
     cdef bint training, wide, keep
-    cdef double share
     cdef object counter
     cdef readonly double eps
     cdef readonly object activation, statistics
@@ -323,9 +333,9 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     call.wide = seen.bits == 64
     call.training = training
     call.frozen = not training
-    call.share = 1 - PyFloat_AS_DOUBLE(momentum)
+    job.keeps = 1 - PyFloat_AS_DOUBLE(momentum)
     call.eps = job.epsilon = PyFloat_AS_DOUBLE(eps)
-    if not (0 <= call.share <= 1 and 0 <= call.eps <= DBL_MAX):
+    if not (0 <= job.keeps <= 1 and 0 <= call.eps <= DBL_MAX):
         return None
     if training and (call.eps == 0 or job.outer * job.inner == 1):
         return None
@@ -339,10 +349,8 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     set_operand(job, &job.u, &seen)
     if training and running_mean is not None:
         if (job.mean.stride <= 0 or job.variance.stride <= 0
-                or overlap(job.mean.data, job.channels * job.mean.stride,
-                           job.variance.data, job.channels * job.variance.stride)
-                or overlap(job.u.data, bytes, job.mean.data, job.channels * job.mean.stride)
-                or overlap(job.u.data, bytes, job.variance.data, job.channels * job.variance.stride)):
+                or overlap_vectors(&job.mean, &job.variance, job.channels)
+                or is_read(job, &job.mean, bytes) or is_read(job, &job.variance, bytes)):
             return None
     if residual is not None:
         if not view(residual, &other) or not is_like(&seen, &other):
@@ -360,6 +368,8 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
             return None
         (<int64_t*> other.data)[0] += 1
     job.operation = TRAIN if training else NORMALIZE
+    job.settles = training
+    job.ddof = 1
     call.has_bias = bias is not None
     if is_grad_enabled() and (
         x.requires_grad
@@ -410,13 +420,10 @@ cdef object carried_out(Call call, const DLTensor* x):
         call.statistics = cnp.PyArray_EMPTY(2, extents, cnp.NPY_FLOAT64, 0)
         statistics = <double*> cnp.PyArray_DATA(<cnp.ndarray> call.statistics)
         job.first, job.second = statistics, statistics + job.channels
-    if call.training:
-        train(job, call.wide, team, serial, 1, call.share)
-    else:
-        if call.keep:
-            load_all(&job.mean, 0, job.channels, 0, job.first)
-            load_all(&job.variance, 0, job.channels, 0, job.second)
-        carry_out(job, call.wide, team, serial)
+    if call.keep and not call.training:
+        load_all(&job.mean, job.channels, job.first)
+        load_all(&job.variance, job.channels, job.second)
+    carry_out(job, call.wide, team, serial)
     return y
 
 
@@ -440,7 +447,6 @@ def backward(ctx, dy):
     cdef Call call = ctx.call
     cdef Job job
     cdef DLTensor seen, given, made, other
-    cdef Parameter dweight, dbias
     cdef double[2 * ON_STACK] on_stack
     cdef double* sums = on_stack
     cdef bint wide
@@ -491,16 +497,11 @@ def backward(ctx, dy):
     job.first, job.second = sums, sums + job.channels
     gweight = gbias = None
     try:
-        carry_out(&job, wide, team, serial)
-        # Where one is not wanted its values go to the sums, each over what was read just before.
-        dbias.data, dbias.stride, dbias.wide = <char*> sums, sizeof(double), True
-        dweight = dbias
-        dweight.data += job.channels * sizeof(double)
         if weight is not None:
-            gweight = make_vector(job.channels, seen.bits, &dweight)
+            gweight = make_vector(job.channels, seen.bits, &job.dgamma)
         if call.has_bias:
-            gbias = make_vector(job.channels, seen.bits, &dbias)
-        to_parameter_gradients(&job, &dweight, &dbias)
+            gbias = make_vector(job.channels, seen.bits, &job.dbeta)
+        carry_out(&job, wide, team, serial)
     finally:
         if sums != on_stack:
             free(sums)

@@ -1,0 +1,227 @@
+"""Arithmetic per channel, a few side by side: the coefficients of *apply*, moving statistics, gradients of parameters."""
+from cython cimport floating
+from libc.math cimport INFINITY, sqrt
+from libc.string cimport memcpy
+
+from .job cimport FROZEN, GRADIENT, POOLED, TRAIN, Job, Parameter
+
+
+cdef inline double load(const Parameter* p, Py_ssize_t c, double default) noexcept nogil:
+    if p.data == NULL:
+        return default
+    if p.wide:
+        return (<double*> (p.data + c * p.stride))[0]
+    return (<float*> (p.data + c * p.stride))[0]
+
+
+cdef inline void store(const Parameter* p, Py_ssize_t c, double value) noexcept nogil:
+    if p.wide:
+        (<double*> (p.data + c * p.stride))[0] = value
+    else:
+        (<float*> (p.data + c * p.stride))[0] = <float> value
+
+
+cdef inline double reciprocal_deviation(double variance, double epsilon) noexcept nogil:
+    """1 / sqrt(variance + epsilon); 0 where both are 0, so that a constant channel gives beta with any epsilon."""
+    cdef double s = variance + epsilon
+    return 0.0 if s == 0 else 1 / sqrt(s)
+
+
+cdef enum:
+    BATCH = 64  # channels that are worked on together, in loops that compilers vectorize
+
+
+cdef inline const double* loaded(const Parameter* p, Py_ssize_t c, Py_ssize_t n, double default, double* room) noexcept nogil:
+    """The numbers of some channels: where they are, if they are as they should be, else in the room."""
+    cdef const char* data = p.data + c * p.stride
+    cdef Py_ssize_t i
+    if p.data == NULL:
+        for i in range(n):
+            room[i] = default
+    elif p.wide and p.stride == sizeof(double):
+        return <const double*> data
+    elif p.stride == sizeof(float) and not p.wide:
+        for i in range(n):
+            room[i] = (<const float*> data)[i]
+    else:
+        for i in range(n):
+            room[i] = load(p, c + i, default)
+    return room
+
+
+cdef inline void load_all(const Parameter* p, Py_ssize_t n, double* values) noexcept nogil:
+    """The numbers of n channels; there is a parameter."""
+    cdef const double* numbers = loaded(p, 0, n, 0, values)
+    if numbers != values:
+        memcpy(values, numbers, n * sizeof(double))
+
+
+cdef inline void store_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, const double* values) noexcept nogil:
+    cdef char* data = p.data + c * p.stride
+    cdef Py_ssize_t i
+    if p.stride == sizeof(float) and not p.wide:
+        for i in range(n):
+            (<float*> data)[i] = <float> values[i]
+    else:
+        for i in range(n):
+            store(p, c + i, values[i])
+
+
+cdef inline void blend_one(const Parameter* old, const Parameter* new, Py_ssize_t c, Py_ssize_t n, double divisor,
+                           double momentum) noexcept nogil:
+    cdef double[BATCH] value
+    cdef double[BATCH] room
+    cdef const double* past
+    cdef const double* now = loaded(new, c, n, 0, room)
+    cdef Py_ssize_t i
+    if divisor == 1:
+        for i in range(n):
+            value[i] = (1 - momentum) * now[i]
+    else:
+        for i in range(n):
+            value[i] = (1 - momentum) * (now[i] / divisor)
+    if momentum != 0:  # else a NaN of the past would stay
+        past = loaded(old, c, n, 0, room)
+        for i in range(n):
+            value[i] += momentum * past[i]
+    store_all(old, c, n, value)
+
+
+cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
+                       const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
+    """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
+    cdef Py_ssize_t c = 0, n
+    while c < channels:
+        n = min(channels - c, <Py_ssize_t> BATCH)
+        blend_one(old_mean, mean, c, n, 1, momentum)
+        blend_one(old_variance, variance, c, n, divisor, momentum)
+        c += n
+
+
+cdef inline void blend_counted(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
+                               const Parameter* variance, Py_ssize_t channels, const double* counts, double ddof,
+                               double momentum) noexcept nogil:
+    """The same where counts differ: a channel without any keeps what it has, and one up to ddof its batch variance."""
+    cdef Parameter old[2]
+    cdef Parameter new[2]
+    cdef Py_ssize_t c, i
+    old[0], old[1], new[0], new[1] = old_mean[0], old_variance[0], mean[0], variance[0]
+    for c in range(channels):
+        if counts[c] > 0:
+            blend(old, old + 1, new, new + 1, 1, (counts[c] - ddof) / counts[c] if counts[c] > ddof else 1, momentum)
+        for i in range(2):
+            old[i].data += old[i].stride
+            new[i].data += new[i].stride
+
+
+cdef inline double variance_of(double m2, double count, double ddof, double without) noexcept nogil:
+    """m2 / (count - ddof); m2 / count where that is not positive, and another number where there is none."""
+    if count == 0:
+        return without
+    return m2 / (count - ddof if count > ddof else count)
+
+
+cdef inline void settle(const Job* job) noexcept nogil:
+    """What training leaves when its results are written: the moving statistics, from mean and variance in first and second."""
+    cdef Parameter mean, variance
+    cdef double count = <double> job.outer * <double> job.inner
+    if job.mean.data == NULL:
+        return
+    mean.data, variance.data = <char*> job.first, <char*> job.second
+    mean.stride = variance.stride = sizeof(double)
+    mean.wide = variance.wide = True
+    if job.weighs:
+        blend_counted(&job.mean, &job.variance, &mean, &variance, job.channels, job.total, job.ddof, job.keeps)
+    else:
+        blend(&job.mean, &job.variance, &mean, &variance, job.channels, max(count - job.ddof, 1.0) / count, job.keeps)
+
+
+cdef inline const double* variances(const Job* job, Py_ssize_t c, Py_ssize_t n, double* counts, double* room) noexcept nogil:
+    """Variances of channels c to c + n, and counts. A channel without any weight is as if its variance were infinite."""
+    cdef double count = 1 if job.operation == POOLED else <double> job.outer * <double> job.inner
+    cdef const double* numbers
+    cdef double* found = job.second + c if job.settles else room
+    cdef Py_ssize_t i
+    if job.weighs:
+        numbers = job.second + c if job.operation == TRAIN else loaded(&job.variance, c, n, 1, room)
+        for i in range(n):
+            counts[i] = 1 if job.total[c + i] == 0 else job.total[c + i]
+            found[i] = INFINITY if job.total[c + i] == 0 else numbers[i] / counts[i] if job.operation == TRAIN else numbers[i]
+        return found
+    for i in range(n):
+        counts[i] = count
+    if job.operation != TRAIN:
+        return loaded(&job.variance, c, n, 1, room)
+    for i in range(n):
+        found[i] = job.second[c + i] / count
+    return found
+
+
+cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t stride,
+                              floating* table) noexcept nogil:
+    """The numbers of channels c0..c1 for *apply*, as [p, a, shift, q, b][channel] with that many channels in a row.
+
+    y = (u - p) * a + shift, or ((u - p) + ((v - q) * b + shift)) * a. What is subtracted from the data is the leading
+    part of a mean, in the type of the data; what that rounding left over goes, scaled, into the shift. So the result is
+    as exact on data far from zero as on data around it.
+
+    A gradient's parameters get theirs here: dbeta = sum(dy), dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon).
+    """
+    cdef double[BATCH] mean_room
+    cdef double[BATCH] gamma_room
+    cdef double[BATCH] beta_room
+    cdef double[BATCH] scale
+    cdef double[BATCH] counts
+    cdef const double* mean
+    cdef const double* variance
+    cdef const double* gamma
+    cdef const double* beta
+    cdef double k, slope
+    cdef Py_ssize_t c = c0, i, n
+    cdef floating* p
+    cdef floating* a
+    cdef floating* shift
+    cdef floating* q
+    cdef floating* b
+    while c < c1:
+        n = min(c1 - c, <Py_ssize_t> BATCH)
+        p = table + c
+        a = p + stride
+        shift = a + stride
+        q = shift + stride
+        b = q + stride
+        mean = job.first + c if job.operation == TRAIN else loaded(&job.mean, c, n, 0, mean_room)
+        variance = variances(job, c, n, counts, scale)
+        gamma = loaded(&job.gamma, c, n, 1, gamma_room)
+        for i in range(n):
+            scale[i] = reciprocal_deviation(variance[i], job.epsilon)
+        if job.dbeta.data != NULL:
+            store_all(&job.dbeta, c, n, job.first + c)
+        if job.dgamma.data != NULL:
+            for i in range(n):
+                beta_room[i] = job.second[c + i] * scale[i]
+            store_all(&job.dgamma, c, n, beta_room)
+        if job.operation == FROZEN:
+            for i in range(n):
+                p[i] = q[i] = b[i] = shift[i] = 0
+                a[i] = <floating> (gamma[i] * scale[i])
+        elif job.operation == GRADIENT or job.operation == POOLED:
+            # dx = gamma r (dy - sum(dy) / m - (x - mean) r dgamma / m); never r^3, which data far from 1 would take
+            # out of range
+            for i in range(n):
+                k = job.first[c + i] / counts[i]
+                slope = -scale[i] * (job.second[c + i] / counts[i] * scale[i])
+                a[i] = <floating> (gamma[i] * scale[i])
+                p[i] = <floating> (0 if job.weighs else k)
+                q[i] = <floating> mean[i]
+                b[i] = <floating> slope
+                shift[i] = <floating> (-(k - p[i]) - (mean[i] - q[i]) * slope)
+        else:
+            beta = loaded(&job.beta, c, n, 0, beta_room)
+            for i in range(n):
+                q[i] = b[i] = 0
+                k = gamma[i] * scale[i]
+                a[i] = <floating> k
+                p[i] = <floating> mean[i]
+                shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
+        c += n
