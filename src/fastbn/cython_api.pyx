@@ -5,7 +5,6 @@ never asks for the GIL and may be called from threads that Python does not know.
 """
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython cimport floating
-from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from .kernels._plan cimport pattern_of, streams
@@ -38,7 +37,6 @@ cdef extern from *:
     int is_forked "fastbn_is_forked"
 
 cdef enum:
-    ON_STACK = 128       # channels whose sums need no allocation
     MOST_THREADS = 4096  # libgomp ends the process if it cannot start the threads it was asked for
 
 cdef Driver[2] drivers  # in the order of Pattern
@@ -176,9 +174,6 @@ cdef int gradient(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const
                   const floating* gamma, const double* mean, const double* variance, double epsilon, int frozen,
                   floating* dgamma, floating* dbeta, int threads) noexcept nogil:
     cdef Job job
-    cdef double[2 * ON_STACK] on_stack
-    cdef double* sums = on_stack
-    cdef int status
     if not set_extents(&job, FROZEN if frozen else GRADIENT, outer, channels, inner, threads):
         return INVALID
     if is_empty(&job):
@@ -192,19 +187,11 @@ cdef int gradient(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const
     if not (set_operand(&job, &job.u, dy, dy_strides) and set_operand(&job, &job.v, x, x_strides)
             and set_operand(&job, &job.y, <const floating*> dx, dx_strides)):
         return INVALID
-    if channels > ON_STACK:
-        sums = <double*> malloc(2 * channels * sizeof(double))
-        if sums == NULL:
-            return NO_MEMORY
     job.gamma = vector(gamma)
     job.mean, job.variance = vector(mean), vector(variance)
-    job.first, job.second = sums, sums + channels
     job.dgamma, job.dbeta = vector(<const floating*> dgamma), vector(<const floating*> dbeta)
     job.epsilon = epsilon
-    status = carry_out(&job, floating is double)
-    if sums != on_stack:
-        free(sums)
-    return status
+    return carry_out(&job, floating is double)
 
 
 cdef int moments_float(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,

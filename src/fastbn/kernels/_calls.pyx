@@ -21,12 +21,8 @@ from .plain cimport (
     apart_from, apart_from_array, bind, in_order, in_range, is_plain, is_result, kind_of, same_or_apart, set_shape, set_weights,
     type_of_result,
 )
-from .scratch cimport scratch_give, scratch_take
 
 cnp.import_array()
-
-cdef enum:
-    ON_STACK = 128  # channels whose statistics need no allocation
 
 cdef Driver[2] drivers  # in the order of Pattern
 
@@ -101,9 +97,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     cdef cnp.ndarray given = None
     cdef object result
     cdef Py_ssize_t bytes, y_bytes
-    cdef bint trains, wide, unfit
-    cdef double[3 * ON_STACK] on_stack
-    cdef double* statistics = on_stack
+    cdef bint trains, wide
     if not (is_plain(x) and kind_of(<cnp.ndarray> x) >= 0 and PyBool_Check(training) and update is True
             and PyLong_CheckExact(ddof) and (ddof == 0 or ddof == 1)):
         return None
@@ -172,21 +166,11 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
             load_all(&job.variance, job.channels, <double*> cnp.PyArray_DATA(variance))
         carry_out(&job, wide, threads, serial)
         return result
-    if job.channels > ON_STACK and not keep:
-        statistics = <double*> scratch_take(3 * job.channels * sizeof(double))
-        if statistics == NULL:
-            raise MemoryError
-    job.first, job.second, job.total = statistics, statistics + job.channels, statistics + 2 * job.channels
     if keep:
         job.first, job.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(variance)
         if job.weighs:
             job.total = <double*> cnp.PyArray_DATA(total)
-    try:
-        unfit = carry_out(&job, wide, threads, serial)
-    finally:
-        if statistics != on_stack:
-            scratch_give(statistics, 3 * job.channels * sizeof(double))
-    return None if unfit else result
+    return None if carry_out(&job, wide, threads, serial) else result
 
 
 def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, out, threads, Py_ssize_t serial, counting=None):
@@ -216,8 +200,6 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     cdef cnp.ndarray source, target, dgamma, dbeta
     cdef Py_ssize_t bytes
     cdef int number
-    cdef double[2 * ON_STACK] on_stack
-    cdef double* sums = on_stack
     if not (is_plain(x) and kind_of(<cnp.ndarray> x) >= 0 and is_result(dy, <cnp.ndarray> x)):
         return None
     memset(&job, 0, sizeof(job))
@@ -251,14 +233,5 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     dbeta = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, number, 0)
     bind(&job.dgamma, dgamma, job.channels)
     bind(&job.dbeta, dbeta, job.channels)
-    if job.channels > ON_STACK:
-        sums = <double*> scratch_take(2 * job.channels * sizeof(double))
-        if sums == NULL:
-            raise MemoryError
-    job.first, job.second = sums, sums + job.channels
-    try:
-        carry_out(&job, cnp.PyArray_ITEMSIZE(source) == 8, threads, serial)
-    finally:
-        if sums != on_stack:
-            scratch_give(sums, 2 * job.channels * sizeof(double))
+    carry_out(&job, cnp.PyArray_ITEMSIZE(source) == 8, threads, serial)
     return target, dgamma, dbeta

@@ -404,7 +404,9 @@ cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_
     if job.reduces:
         for i in range(k.positions):
             merge_blocks(job, k, (i * job.channels + c0) * job.inner, (i * job.channels + c1) * job.inner, parts)
-        if k.columns == job.channels:
+        if job.first == parts:  # they are where they shall be
+            pass
+        elif k.columns == job.channels:
             memcpy(job.first + c0, parts + c0, (c1 - c0) * sizeof(double))
             memcpy(job.second + c0, parts + k.columns + c0, (c1 - c0) * sizeof(double))
             if job.weighs and not job.reads_pair:
@@ -473,66 +475,82 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, 
 
 
 cdef struct Room:
-    # Doubles of the parts of a job, and bytes of its tables; both are whole lines.
-    Py_ssize_t parts, tables
+    # Doubles of the parts of a job, and behind them of numbers per channel; bytes of its tables. All are whole lines.
+    Py_ssize_t parts, numbers, tables
 
 
 cdef inline Room room_of(const Job* job, const Cut* k, Py_ssize_t size) noexcept nogil:
     cdef Room room
-    room.parts = room.tables = 0
+    room.parts = room.numbers = room.tables = 0
     if job.reduces:
         room.parts = whole(k.sums.blocks * k.columns * (3 if job.weighs else 2)
                            + k.sums.blocks * k.sums.chunks * job.weights.unchecked)
+        if job.first == NULL and k.columns > job.channels:
+            room.numbers = 3 * whole(job.channels)
     if job.applies or job.gated:
         room.tables = 5 * (k.padded + whole(job.channels)) * (2 if job.gated else 1) * size  # a second one is of the gate
     return room
 
 
-cdef void do_group(const Job* job, const Cut* k, Py_ssize_t c0, double* parts, floating* table) noexcept nogil:
+cdef inline void take_numbers(Job* job, const Cut* k, const Room* room, double* parts) noexcept nogil:
+    """A place for numbers per channel that nobody keeps: that of the columns' in the first part, if that is the same."""
+    cdef double* numbers = parts if room.numbers == 0 else parts + room.parts
+    cdef Py_ssize_t step = k.columns if room.numbers == 0 else whole(job.channels)
+    if not job.reduces or job.first != NULL:
+        return
+    job.first, job.second = numbers, numbers + step
+    if job.weighs and job.total == NULL:
+        job.total = parts + 2 * k.sums.blocks * k.columns if room.numbers == 0 else numbers + 2 * step
+
+
+cdef void do_group(const Job* job, const Cut* k, Py_ssize_t c0, const Room* room, double* parts, floating* table) noexcept nogil:
     """All steps of a group of channels."""
     cdef Py_ssize_t c1 = min(c0 + k.group, job.channels)
     cdef Job own = channels_of(job, c0, c1)
     cdef Cut g = cut_group(&own, k, c1 - c0)
     own.threads = 1
     own.interruptible = False
+    take_numbers(&own, &g, room, parts)
     do_steps(&own, &g, parts, table, table + 5 * (g.padded + whole(own.channels)))
 
 
-cdef int do_groups(const Job* job, const Cut* k, double* parts, floating* table, const Room* room) noexcept nogil:
+cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table) noexcept nogil:
     cdef Py_ssize_t groups = (job.channels + k.group - 1) // k.group, share, i
+    cdef Py_ssize_t numbers = room.parts + room.numbers, coefficients = room.tables // <Py_ssize_t> sizeof(floating)
     cdef int threads = job.threads
     if threads == 1:
         for i in range(groups):
-            do_group(job, k, i * k.group, parts, table)
+            do_group(job, k, i * k.group, room, parts, table)
         return DONE
     for share in prange(threads, schedule="static", num_threads=threads):
         for i in range(groups * share // threads, groups * (share + 1) // threads):
-            do_group(job, k, i * k.group, parts + share * room.parts, table + share * room.tables // <Py_ssize_t> sizeof(floating))
+            do_group(job, k, i * k.group, room, parts + share * numbers, table + share * coefficients)
     return DONE
 
 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job), g
     cdef Room room
-    cdef int status = NO_MEMORY
-    cdef bint groups = k.group < job.channels
-    cdef Job own
+    cdef int status = NO_MEMORY, shares = 1
+    cdef Job own = job[0]
     cdef size_t parts_size, tables_size
-    if groups:
+    if k.group < job.channels:
+        shares = job.threads
         own = channels_of(job, 0, k.group)
         g = cut_group(&own, &k, k.group)
         room = room_of(&own, &g, sizeof(floating))
     else:
         room = room_of(job, &k, sizeof(floating))
-    parts_size = (room.parts * (job.threads if groups else 1) + LANES) * sizeof(double)
-    tables_size = room.tables * (job.threads if groups else 1) + LANES * sizeof(floating)
+    parts_size = ((room.parts + room.numbers) * shares + LANES) * sizeof(double)
+    tables_size = room.tables * shares + LANES * sizeof(floating)
     cdef double* parts = <double*> scratch_take(parts_size) if room.parts else NULL
     cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
     if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
-        if groups:
-            status = do_groups(job, &k, parts, aligned(table), &room)
+        if k.group < job.channels:
+            status = do_groups(job, &k, &room, parts, aligned(table))
         else:
-            status = do_steps(job, &k, parts, aligned(table), aligned(table) + 5 * (k.padded + whole(job.channels)))
+            take_numbers(&own, &k, &room, parts)
+            status = do_steps(&own, &k, parts, aligned(table), aligned(table) + 5 * (k.padded + whole(job.channels)))
     scratch_give(parts, parts_size)
     scratch_give(table, tables_size)
     return status

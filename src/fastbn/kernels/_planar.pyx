@@ -415,18 +415,24 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
+    cdef Job own = job[0]
     cdef int status = NO_MEMORY
-    cdef Py_ssize_t sums = 2 + job.weighs + job.weights.unchecked
-    cdef size_t parts_size = job.channels * k.tiles * sums * sizeof(double)
+    cdef Py_ssize_t sums = job.channels * k.tiles * (2 + job.weighs + job.weights.unchecked)
+    cdef bint keeps = job.first != NULL or not job.reduces
+    cdef size_t parts_size = (sums + (0 if keeps else 3 * job.channels)) * sizeof(double)
     cdef double* parts = <double*> scratch_take(parts_size) if job.reduces else NULL
     cdef Py_ssize_t tables = 10 if job.gated else 5  # the second is of the gate
     cdef bint tabulates = job.applies or job.gated
     cdef size_t table_size = job.channels * tables * sizeof(floating)
     cdef floating* table = <floating*> scratch_take(table_size) if tabulates else NULL
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
-        status = do_steps(job, &k, parts, table)
-    if status == DONE and job.settles:
-        settle(job)
+        if not keeps:
+            own.first, own.second = parts + sums, parts + sums + job.channels
+            if job.weighs and job.total == NULL:
+                own.total = own.second + job.channels
+        status = do_steps(&own, &k, parts, table)
+        if status == DONE and own.settles:
+            settle(&own)
     scratch_give(parts, parts_size)
     scratch_give(table, table_size)
     return status

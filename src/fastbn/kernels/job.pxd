@@ -54,12 +54,12 @@ cdef struct Job:
     Operand kept        # where the gated dy goes; in no memory where nobody wants it
     Parameter gamma, beta, mean, variance
     double epsilon
-    double* first   # per channel: mean, or sum(dy)
+    double* first   # per channel: mean, or sum(dy); NULL where nobody keeps them: the driver has a place for both then,
     double* second  # per channel: m2, or sum(dy * (x - mean))
     bint weighs     # values count by weights, or not at all where they are missing: see weights.pxd
     bint omits      # NaN is missing
     Weights weights
-    double* total   # per channel: sum of weights; found by sums of x, given to the gradient
+    double* total   # per channel: sum of weights; found by sums of x, or NULL like those, given to the gradient
     bint settles    # TRAIN: leave the variance in second, and let mean and variance, then the moving ones, learn:
     double keeps    # so much of the old stays,
     int ddof        # and so many values less are divided by
@@ -124,9 +124,10 @@ cdef inline Job channels_of(const Job* job, Py_ssize_t c0, Py_ssize_t c1) noexce
     skip(&own.variance, c0)
     skip(&own.dgamma, c0)
     skip(&own.dbeta, c0)
-    own.first += c0
-    own.second += c0
-    if own.weighs:
+    if own.first != NULL:
+        own.first += c0
+        own.second += c0
+    if own.total != NULL:
         own.total += c0
     if own.weights.data != NULL:
         own.weights.data += c0 * own.weights.channel

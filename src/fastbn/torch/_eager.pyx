@@ -69,7 +69,6 @@ cdef enum:
     CPU = 1
     INTEGER = 0
     REAL = 2
-    ON_STACK = 128  # channels whose sums need no allocation
     MOST_AXES = 5
     LINE = 64       # bytes
     # Bytes from which results live in blocks that are kept: malloc gives memory of this size back to the system at the
@@ -416,7 +415,7 @@ cdef object carried_out(Call call, const DLTensor* x):
     y = make(x, &made)
     set_operand(job, &job.y, &made)
     extents[0], extents[1] = 2, job.channels
-    if call.keep or call.training:
+    if call.keep:
         call.statistics = cnp.PyArray_EMPTY(2, extents, cnp.NPY_FLOAT64, 0)
         statistics = <double*> cnp.PyArray_DATA(<cnp.ndarray> call.statistics)
         job.first, job.second = statistics, statistics + job.channels
@@ -447,8 +446,6 @@ def backward(ctx, dy):
     cdef Call call = ctx.call
     cdef Job job
     cdef DLTensor seen, given, made, other
-    cdef double[2 * ON_STACK] on_stack
-    cdef double* sums = on_stack
     cdef bint wide
     x, weight, bias, residual, y = ctx.saved_tensors
     if not view(x, &seen) or is_grad_enabled() or modes() or not view(dy, &given) or not is_like(&seen, &given):
@@ -490,19 +487,10 @@ def backward(ctx, dy):
         set_operand(&job, &job.kept, &made)
     elif gates and call.bent[2]:  # costs more than a store
         job.kept = job.y
-    if job.channels > ON_STACK:
-        sums = <double*> malloc(2 * job.channels * sizeof(double))
-        if sums == NULL:
-            raise MemoryError
-    job.first, job.second = sums, sums + job.channels
     gweight = gbias = None
-    try:
-        if weight is not None:
-            gweight = make_vector(job.channels, seen.bits, &job.dgamma)
-        if call.has_bias:
-            gbias = make_vector(job.channels, seen.bits, &job.dbeta)
-        carry_out(&job, wide, team, serial)
-    finally:
-        if sums != on_stack:
-            free(sums)
+    if weight is not None:
+        gweight = make_vector(job.channels, seen.bits, &job.dgamma)
+    if call.has_bias:
+        gbias = make_vector(job.channels, seen.bits, &job.dbeta)
+    carry_out(&job, wide, team, serial)
     return dx, gweight, gbias, dresidual, None
