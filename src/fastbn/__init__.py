@@ -2,6 +2,7 @@
 
 from importlib import metadata as _metadata
 
+from .averages import update_moving
 from .config import show_config
 from .errors import PendingUpdatesWarning, StateError, UntrainedWarning
 from .folding import fold
@@ -9,12 +10,10 @@ from .functional import (
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,
-    denormalize,
-    normalize,
-    update_moving,
 )
 from .layer import BatchNorm
 from .moments import Moments, moments
+from .normalization import denormalize, normalize
 from .recompute import recompute_statistics
 from .threads import get_num_threads, set_num_threads, threads
 

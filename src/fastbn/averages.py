@@ -20,10 +20,12 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import checks
+from . import weights as weighting
 from .errors import must
+from .passes import Statistics, store_moving
 
 Array = NDArray[Any]
 
@@ -89,3 +91,71 @@ def blend(average: Array, value: Array, share: float, taken: Array | None = None
         average[...] = new
     else:
         np.copyto(average, new, where=taken.reshape(average.shape), casting="same_kind")
+
+
+def update_moving(
+    moving_mean: Array,
+    moving_variance: Array,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    *,
+    momentum: float | None,
+    count: int | float | ArrayLike | None = None,
+    ddof: int = 0,
+    batches: int | None = None,
+    zero_debias: bool = False,
+) -> None:
+    """Update moving statistics in place: ``moving = momentum * moving + (1 - momentum) * batch``.
+
+    Parameters
+    ----------
+    moving_mean, moving_variance : array of float32 or float64
+        Moving statistics, of one shape.
+    mean, variance : array_like
+        Statistics of a batch; the variance divided by the count (ddof 0).
+    momentum : float or None
+        Share of the old value that is kept, in [0, 1]. With None the moving statistics are the means over all batches.
+    count : int, float or array_like of shape (channels,), optional
+        Values per channel in the batch, or the sum of their weights, as in `Moments`; needed for ddof 1. A channel of
+        count 0 stays as it is.
+    ddof : {0, 1}, default: 0
+        The variance that goes into the moving one is divided by count - ddof.
+    batches : int, optional
+        How many batches the moving arrays have seen before. Needed for ``momentum=None`` and for `zero_debias`.
+    zero_debias : bool, default: False
+        Whether the moving statistics are averages from 0 divided by the sum of their weights, ``1 - momentum**t`` after
+        t batches, so that the first batch replaces what they were.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape or number does not fit, or the moving arrays are read-only or share memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> mean, variance = np.zeros(1), np.ones(1)
+    >>> fastbn.update_moving(mean, variance, [4.0], [3.0], momentum=0.5, count=4, ddof=1)
+    >>> mean, variance
+    (array([2.]), array([2.5]))
+    """
+    shape = checks.as_array(moving_mean, "moving_mean").shape
+    target_mean = checks.moving(moving_mean, "moving_mean", shape)
+    target_variance = checks.moving(moving_variance, "moving_variance", shape)
+    checks.apart(target_mean, "moving_mean", moving_variance=target_variance)
+    statistics = Statistics(checks.required(mean, "mean", shape), checks.required(variance, "variance", shape))
+    for target, name in ((target_mean, "moving_mean"), (target_variance, "moving_variance")):
+        checks.apart(target, name, mean=statistics.mean, variance=statistics.variance)
+    share = checks.momentum(given_share(momentum, batches, zero_debias=zero_debias))
+    degrees = checks.ddof(ddof)
+    if count is None:
+        if degrees:
+            raise ValueError(must("count", "be given with ddof 1", "None"))
+        values: weighting.Count = 1
+    else:
+        values = weighting.checked_count(count, math.prod(shape))
+    if np.any(values):
+        store_moving(target_mean, target_variance, statistics, values, share, degrees)

@@ -19,7 +19,7 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
     raise ImportError('fastbn.dask needs Dask: pip install "fastbn[dask]"') from error
 
 from . import activation as activations
-from . import checks, functional
+from . import checks, normalization
 from . import layout as layouts
 from . import weights as weighting
 from .errors import must
@@ -274,4 +274,4 @@ def _normalize_block(
     activation: Any,
 ) -> Array:
     arguments = {"gamma": gamma, "beta": beta, "epsilon": epsilon, "axis": axis, "activation": activation}
-    return functional.normalize(x, mean, variance, **arguments)
+    return normalization.normalize(x, mean, variance, **arguments)

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks
 from . import layout as layouts
 from .errors import must
-from .functional import normalize
 from .layer import BatchNorm
+from .normalization import normalize
 
 Array = NDArray[Any]
 

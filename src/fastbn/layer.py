@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
-import weakref
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,24 +23,12 @@ from .kernels import _calls
 from .parameters import Arrays, parameter_dtype
 from .persistence import Persistent
 from .regularizers import Regularizer
+from .threads import give_lock
 
 if TYPE_CHECKING:
     from .record import Record
 
 Array = NDArray[Any]
-
-
-# In a forked child another thread's lock would stay locked for ever.
-_alive: weakref.WeakSet[BatchNorm] = weakref.WeakSet()
-
-
-def _unlock_after_fork() -> None:
-    for layer in _alive:
-        layer._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 class BatchNorm(Persistent):
@@ -227,8 +213,7 @@ class BatchNorm(Persistent):
         self.batches = 0
         self._arrays: Arrays | None = None
         self._may_warn = True
-        self._lock = threading.Lock()
-        _alive.add(self)
+        give_lock(self)
         self._last = threading.local()  # the cache of each thread's last call
         self._recorder: Record | None = None
         self._direct = self._may_be_direct()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, constraints, functional, initializers, regularizers
+from . import checks, constraints, initializers, normalization, regularizers
 from .errors import must
 from .options import Adjustment, Options
 from .renorm import Renorm
@@ -313,7 +313,7 @@ class Parameters:
         moving_mean, moving_variance = self._tracked()
         with self._lock:
             mean, variance = moving_mean.copy(), moving_variance.copy()
-        return functional.denormalize(
+        return normalization.denormalize(
             y,
             mean,
             variance,

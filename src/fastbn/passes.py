@@ -101,7 +101,7 @@ def kept(arguments: tuple[Any, ...], total: Array | None, mask: Any, sample_weig
     cache = Cache(*arguments)
     if total is not None and cache.x is not None:
         cache.total = total
-        cache.weights = weighting.fitting(mask, sample_weight, nan_policy, cache.x, cache.axes)
+        cache.weights = weighting.resolved(mask, sample_weight, nan_policy, cache.x, cache.axes, seen=True)
     return cache
 
 

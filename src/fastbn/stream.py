@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from . import state
 from .errors import StateError
 from .files import atomic_file
-from .functional import normalize
 from .moments import Moments
+from .normalization import normalize
 from .npy import BLOCK_BYTES, NpyFile
 
 __all__ = ["load_moments", "moments_of_file", "normalize_file", "same_file", "save_moments"]

@@ -26,6 +26,8 @@ import contextvars
 import math
 import operator
 import os
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -146,11 +148,20 @@ _cpus = _usable_cpus()
 _omp_unlimited = _unlimited()
 _forked = False
 _serial = _runtime.openmp_version() == 0
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()  # of locks
+
+
+def give_lock(owner: Any) -> None:
+    """Make ``owner._lock``, and make it anew in a forked child, where another thread's would stay locked for ever."""
+    owner._lock = threading.Lock()
+    _owners.add(owner)
 
 
 def _after_fork_in_child() -> None:
     global _forked, _serial
     _forked = _serial = True
+    for owner in _owners:
+        owner._lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

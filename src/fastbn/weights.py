@@ -64,7 +64,14 @@ class Weights(NamedTuple):
 
 
 def resolved(
-    mask: Any, sample_weight: Any, nan_policy: Any, x: Array, axes: tuple[int, ...], *, later: bool = False
+    mask: Any,
+    sample_weight: Any,
+    nan_policy: Any,
+    x: Array,
+    axes: tuple[int, ...],
+    *,
+    later: bool = False,
+    seen: bool = False,
 ) -> Weights | None:
     """Check weights of a batch; None where every value counts alike.
 
@@ -78,6 +85,8 @@ def resolved(
         Its channel axes.
     later : bool
         Whether weights per value, which are as many as x has values, are left unchecked: the sums will do that.
+    seen : bool
+        Whether all weights have been found right before, and of a size that needs no scaling.
 
     Returns
     -------
@@ -102,22 +111,10 @@ def resolved(
     weights = spread(_weights(sample_weight), "sample_weight", x.shape, axes)
     if later and kept is None and weights.size == x.size and weights.dtype.kind == "f":
         return Weights(weights, omits, 1.0, False, False)
-    weights, scale = _checked(weights)
+    weights, scale = (weights, 1.0) if seen else _checked(weights)
     if kept is not None:
         weights = np.where(kept, weights, weights.dtype.type(0))
     return Weights(np.broadcast_to(weights, x.shape), omits, scale, False)
-
-
-def fitting(
-    mask: Array | None, sample_weight: Array | None, nan_policy: str, x: Array, axes: tuple[int, ...]
-) -> Weights:
-    """Return as weights what is known to be right, and needs no conversion."""
-    array = mask if sample_weight is None else sample_weight
-    omits = nan_policy == "omit" and x.dtype.kind not in "iu"
-    if array is None:
-        return Weights(None, omits)
-    array = np.broadcast_to(spread(array, "mask or sample_weight", x.shape, axes), x.shape)
-    return Weights(array, omits, whole=sample_weight is None)
 
 
 def given(mask: Any, sample_weight: Any) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import checks, functional
+from .. import averages, checks, functional, normalization
 from .. import layout as layouts
 from ..errors import must
 from ..moments import Moments
@@ -264,7 +264,7 @@ def batch_normalization(
         wide = np.broadcast_to(full, tuple(n if a in axes else 1 for a, n in enumerate(data.shape)))
         return np.array(wide).reshape(extents)
 
-    y = functional.normalize(
+    y = normalization.normalize(
         data if axes else data[..., None],
         channels(arrays["mean"]),  # type: ignore[arg-type]
         channels(arrays["variance"]),  # type: ignore[arg-type]
@@ -341,7 +341,7 @@ def fused_batch_norm(
         return y, np.array(mean, dtype), np.array(variance, dtype)
     found = np.zeros(shape, dtype), np.zeros(shape, dtype)
     count = layouts.values_per_channel(data.shape, cache.axes)
-    functional.update_moving(*found, *cache.statistics, momentum=0.0, count=count, ddof=1)
+    averages.update_moving(*found, *cache.statistics, momentum=0.0, count=count, ddof=1)
     return y, *found
 
 

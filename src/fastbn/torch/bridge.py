@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import activation as activations
-from .. import functional, kernels, layout, passes
+from .. import averages, functional, kernels, layout, passes
 from ..checks import BFLOAT16_BITS
 from ..kernels import _calls
 from ..passes import SERIAL, Cache
@@ -288,7 +288,7 @@ def update(
         return
     half = running_mean.dtype in _HALVES
     targets = [t.detach().float() if half else t.detach() for t in (running_mean, running_var)]
-    functional.update_moving(
+    averages.update_moving(
         targets[0].numpy(), targets[1].numpy(), mean, variance, momentum=1.0 - momentum, count=count, ddof=1
     )
     if half:
