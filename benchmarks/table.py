@@ -23,21 +23,25 @@ from .operations import LIBRARIES, prepare
 ROUNDS = 5
 
 
+def turn(call: Callable[[], Any], seconds: float, least: int = 2) -> list[float]:
+    """Microseconds of a call, so many times at least, after one that is not counted."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
 def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Lower quartile of each call's time in microseconds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             time.sleep(0.02)
-            call()
-            end = time.perf_counter() + seconds / ROUNDS
-            while True:
-                start = time.perf_counter()
-                call()
-                stop = time.perf_counter()
-                times[name].append((stop - start) * 1e6)
-                if stop > end and len(times[name]) > 1:
-                    break
+            times[name] += turn(call, seconds / ROUNDS)
     return {name: statistics.quantiles(t, n=4)[0] for name, t in times.items()}
 
 

@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import fastbn
 
 from .cases import Case
+from .table import turn
 
 SHAPES = {
     "dense": (1024, 512),
@@ -79,25 +79,13 @@ def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
     }
 
 
-def turn(call: Callable[[], Any], seconds: float) -> float:
-    """Lower quartile of a call's time in microseconds."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < LEAST or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    return statistics.quantiles(times, n=4)[0]
-
-
 def measure(forms: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, float]:
     """Microseconds of the plain call, and how many times as long the others take."""
     order = random.Random(3)
     times: dict[str, list[float]] = {form: [] for form in forms}
     for _ in range(rounds):
         for form in order.sample(list(forms), len(forms)):
-            times[form].append(turn(forms[form], seconds))
+            times[form].append(statistics.quantiles(turn(forms[form], seconds, LEAST), n=4)[0])
     found = {"plain": statistics.median(times["plain"])}
     for form in FORMS:
         found[form] = statistics.median(t / plain for t, plain in zip(times[form], times["plain"]))

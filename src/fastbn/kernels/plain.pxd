@@ -169,7 +169,7 @@ cdef inline bint set_weights(Job* job, cnp.ndarray x, object axis, object mask, 
     if not is_plain(given) or (mask is not None and sample_weight is not None):
         return False
     array = <cnp.ndarray> given
-    if cnp.PyArray_TYPE(array) != cnp.NPY_BOOL if sample_weight is None else not is_real(array):
+    if not (cnp.PyArray_TYPE(array) == cnp.NPY_BOOL if sample_weight is None else is_real(array)):
         return False
     size = cnp.PyArray_ITEMSIZE(array)
     at = axis
