@@ -8,6 +8,11 @@ cdef inline bint dense_weights(const Job* job, const Cut* k) noexcept nogil:
             and (k.positions == 1 or (job.weights.repeat >= job.outer and job.weights.minor == job.channels * job.inner * size)))
 
 
+cdef inline bint one_weight_per_row(const Job* job, const Cut* k) noexcept nogil:
+    return (job.weights.data != NULL and k.positions == 1 and job.weights.channel == 0
+            and (job.inner == 1 or job.weights.inner == 0))
+
+
 cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct, Py_ssize_t row, Py_ssize_t rows,
                        Py_ssize_t column, Py_ssize_t columns, weight* buffer) noexcept nogil:
     """The weights of some columns of some rows: in place, or in the type of the buffer and padded with zeros."""
@@ -16,6 +21,7 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
     cdef Py_ssize_t r, j, c, n
     cdef const char* x
     cdef weight* y
+    cdef weight one
     cdef Walk walk
     if direct:
         w.data = <char*> weights_at(&job.weights, row * k.positions, 0, 0) + column * job.weights.size
@@ -23,9 +29,16 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
         return w
     w.data = <char*> buffer
     w.stride = m
+    walk = walk_from(&job.weights, row * k.positions)
     for r in range(rows):
         y = buffer + r * m
-        if is_dense:
+        if one_weight_per_row(job, k):
+            one = <weight> weight_at(&job.weights, walk.at)
+            for j in range(m // LANES):
+                for c in range(LANES):
+                    y[j * LANES + c] = one
+            walk_on(&job.weights, &walk)
+        elif is_dense:
             x = weights_at(&job.weights, (row + r) * k.positions, 0, 0) + column * job.weights.size
             take_weights(&job.weights, x, job.weights.size, columns, y)
         else:  # one position after the other, and of a position one channel after the other
@@ -47,11 +60,6 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
         for j in range(columns, m):
             buffer[r * m + j] = 0
     return w
-
-
-cdef inline bint one_weight_per_row(const Job* job, const Cut* k) noexcept nogil:
-    return (job.weights.data != NULL and k.positions == 1 and job.weights.channel == 0
-            and (job.inner == 1 or job.weights.inner == 0))
 
 
 cdef void check_rows(const View* w, Py_ssize_t rows, Py_ssize_t width, bint wide, double* most) noexcept nogil:

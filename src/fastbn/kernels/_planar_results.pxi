@@ -110,8 +110,11 @@ cdef void apply_weighted_runs(const Job* job, const Cut* k, Py_ssize_t length, P
     # As wide as arithmetic, and side by side: then they are read where they are.
     cdef bint unstaged = (job.form.third and job.weights.size == sizeof(floating)
                           and job.weights.inner == sizeof(floating) and length >= LANES)
+    # Runs of channels that lie side by side are taken together, for what is left over of a short one takes longest.
+    cdef bint dense = (job.weights.inner == job.weights.size and job.weights.channel == job.inner * job.weights.size
+                       and length == job.inner)
     cdef const char* w = <const char*> weights
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, taken = c0  # channels whose weights are in the buffer
     near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
     if not is_native(&job.y):
         near.w.kind = FLOAT
@@ -119,8 +122,12 @@ cdef void apply_weighted_runs(const Job* job, const Cut* k, Py_ssize_t length, P
     for c in range(c0, c1):
         if unstaged:
             w = weights_at(&job.weights, n, c, s0)
+        elif job.form.third and dense and c < taken:
+            w += length * sizeof(floating)
         elif job.form.third and (c == c0 or job.weights.channel != 0):
-            take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, length, weights)
+            taken = min(c1, c + max(<Py_ssize_t> 1, TILE // length)) if dense else c + 1
+            take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, (taken - c) * length, weights)
+            w = <const char*> weights
         apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), length, table[c],
                   table[job.channels + c], table[2 * job.channels + c], table[3 * job.channels + c],
                   table[4 * job.channels + c], buffer)
