@@ -516,7 +516,7 @@ cdef void do_group(const Job* job, const Cut* k, Py_ssize_t c0, const Room* room
 
 cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table) noexcept nogil:
     cdef Py_ssize_t groups = (job.channels + k.group - 1) // k.group, share, i
-    cdef Py_ssize_t numbers = room.parts + room.numbers, coefficients = room.tables // <Py_ssize_t> sizeof(floating)
+    cdef Py_ssize_t numbers = room.parts + room.numbers, tables = room.tables // <Py_ssize_t> sizeof(floating)
     cdef int threads = job.threads
     if threads == 1:
         for i in range(groups):
@@ -524,7 +524,7 @@ cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts
         return DONE
     for share in prange(threads, schedule="static", num_threads=threads):
         for i in range(groups * share // threads, groups * (share + 1) // threads):
-            do_group(job, k, i * k.group, room, parts + share * numbers, table + share * coefficients)
+            do_group(job, k, i * k.group, room, parts + share * numbers, table + share * tables)
     return DONE
 
 
