@@ -110,6 +110,14 @@ def test_every_inner_size_planar(outer, channels, dtype):
         check((outer, channels, inner), 1, dtype)
 
 
+@pytest.mark.levels
+@DTYPE
+@pytest.mark.parametrize("outer", [17, 24, 33])
+def test_runs_that_are_walked_as_rows_if_there_are_as_many(outer, dtype):
+    for inner in range(15, 35):
+        check((outer, 3, inner), 1, dtype)
+
+
 @DTYPE
 @pytest.mark.parametrize(("outer", "inner"), [(2, 1), (3, 4), (1, 49)])
 def test_every_channel_count_planar(outer, inner, dtype):

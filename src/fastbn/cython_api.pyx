@@ -110,7 +110,7 @@ cdef int carry_out(Job* job, bint wide) noexcept nogil:
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
     job.writes_pair = job.form.pair = job.operation == GRADIENT
     job.streams = job.applies and streams(job)
-    return drivers[<int> pattern_of(job.inner)](job, wide)
+    return drivers[<int> pattern_of(job.outer, job.inner)](job, wide)
 
 
 cdef int moments(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const floating* x, const Py_ssize_t* x_strides,

@@ -50,7 +50,7 @@ cdef inline bint learns_apart(const Job* job, const Parameter* moving, Py_ssize_
 
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     """Hand a job whose operands, parameters and weights are set to the driver of its pattern; 1 if the weights are unfit."""
-    cdef Pattern pattern = pattern_of(job.inner)
+    cdef Pattern pattern = pattern_of(job.outer, job.inner)
     cdef Py_ssize_t size = job.outer * job.channels * job.inner
     job.reduces = job.operation != NORMALIZE
     job.applies = True

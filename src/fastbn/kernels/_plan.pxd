@@ -8,8 +8,9 @@ cdef enum Pattern:
 
 cdef enum:
     # Runs of up to this many values would leave the lanes of the planar primitives half empty: such an array is
-    # walked as interleaved, every (channel, inner) pair being a column.
+    # walked as interleaved, every (channel, inner) pair being a column; with no more columns in a channel than rows,
     SHORT_RUN = 16
+    MIDDLE_RUN = 32  # also one of runs up to this.
     # Bytes of a result from which it is stored past the caches: a plain store would read every line before it writes it.
     # The fewer arrays a pass reads, the larger the result for which caches are still worth more. Measured, not asked of
     # the system: a virtual machine reported 320 MB of last level cache.
@@ -18,9 +19,9 @@ cdef enum:
     STREAM_GRADIENT = 3 << 22
 
 
-cdef inline Pattern pattern_of(Py_ssize_t inner) noexcept nogil:
+cdef inline Pattern pattern_of(Py_ssize_t outer, Py_ssize_t inner) noexcept nogil:
     """By shape alone, so that strides never decide the order of additions."""
-    return PLANAR if inner > SHORT_RUN else INTERLEAVED
+    return INTERLEAVED if inner <= SHORT_RUN or inner <= min(outer, <Py_ssize_t> MIDDLE_RUN) else PLANAR
 
 
 cdef inline bint streams(const Job* job) noexcept nogil:

@@ -38,7 +38,7 @@ cdef class Plan:
         self.outer, self.channels, self.inner = shape
         self.kind = kind
         self.wide = kind == DOUBLE
-        self.pattern = pattern_of(self.inner)
+        self.pattern = pattern_of(self.outer, self.inner)
         for i in range(3):
             self.u_strides[i] = u[i]
             self.v_strides[i] = v[i] if v is not None else 0
