@@ -14,9 +14,6 @@ mean of x - p, p's own deviation is d, so m2 >= d * d, and the cancellation in m
 most a factor n of a part (some thousand) whatever the data are: neither an outlier nor an order of the values can spoil
 it.
 """
-from .packs cimport LANES
-
-
 cdef enum:
     CANCELLED = 64  # the mean is 8 times the deviation: m2 keeps 47 of the 53 bits
 
@@ -26,17 +23,10 @@ cdef inline bint is_far(double mean, double variance) noexcept nogil:
     return variance * CANCELLED < mean * mean
 
 
-cdef inline double fold(const double* lanes) noexcept nogil:
-    """The sum of LANES lanes, as a balanced tree."""
-    cdef double s[LANES]
-    cdef Py_ssize_t j, half = LANES // 2
-    for j in range(LANES):
-        s[j] = lanes[j]
-    while half:
-        for j in range(half):
-            s[j] += s[j + half]
-        half //= 2
-    return s[0]
+cdef inline double fold(const double* s) noexcept nogil:
+    """The sum of LANES lanes, as a balanced tree; in one expression, so that no step waits for another in memory."""
+    return ((((s[0] + s[8]) + (s[4] + s[12])) + ((s[2] + s[10]) + (s[6] + s[14])))
+            + (((s[1] + s[9]) + (s[5] + s[13])) + ((s[3] + s[11]) + (s[7] + s[15]))))
 
 
 cdef inline void from_sums(double shift, double count, double* first, double* second) noexcept nogil:
