@@ -14,7 +14,7 @@ from fastbn import batch_norm_backward, batch_norm_forward, threads
 
 pytestmark = pytest.mark.kernels
 
-# Rows, channels, inner sizes; sizes above 65536 values are shared by threads. Parts of 100 channels are no groups.
+# Rows, channels, inner sizes; above 65536 values they are shared by threads. 100 channels are no groups, or other ones.
 SHAPES = [(3, 4100, 1), (1, 70001, 1), (40, 5003, 1), (100, 1300, 1), (16, 256, 16), (7, 1301, 9), (2, 9001, 4)]
 SHAPE = pytest.mark.parametrize("shape", SHAPES)
 PART = 100

@@ -77,3 +77,24 @@ def test_results_of_blocks_live_as_long_as_somebody_looks():
     assert torch.equal(kept, before)
     assert len(starts) > 4  # not all at the same distance from a huge page
     assert all(start % 64 == 0 for start in starts)
+
+
+@pytest.mark.parametrize("other", ["x", "weight", "bias", "residual", "expanded"])
+@pytest.mark.parametrize("name", ["mean", "variance"])
+def test_running_statistics_that_lie_in_an_input_go_the_full_way(name, other):
+    """Of many channels some learn before others are read."""
+    x, residual = torch.randn(4, 4096), torch.randn(4, 4096)
+    given = {
+        "weight": torch.ones(4096),
+        "bias": torch.zeros(4096),
+        "mean": torch.zeros(4096),
+        "variance": torch.ones(4096),
+    }
+    if other in ("x", "residual"):
+        given[name] = (x if other == "x" else residual)[1]
+    elif other == "expanded":
+        given["bias"] = given[name][7:8].expand(4096)
+    else:
+        given[other] = given[name]
+    weight, bias, mean, variance = given.values()
+    assert _eager.normalize(x, weight, bias, residual, mean, variance, None, True, 0.1, 1e-5, "relu") is None

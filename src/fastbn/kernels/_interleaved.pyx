@@ -1,7 +1,7 @@
 """The interleaved driver: the channels of a value's neighbours are other channels (NHWC, NLC, NC).
 
 The array is rows of columns. A row holds k positions of all channels, (k, C, S) columns, where k > 1 only for few
-channels (so that a row is whole lanes) and S > 1 only for runs too short for the planar driver. Each column has sums of
+channels (so that a row is whole lanes) and S > 1 only for runs too short for the planar driver (`pattern_of`). Each column has sums of
 its own; at the end the columns of a channel are folded into one. Positions that fill no row are a last part of one row.
 
 Formula      moments and gradient sums per column, then y = (x - mean) * gamma / sqrt(variance + epsilon) + beta or its
@@ -11,6 +11,7 @@ Traffic      training reads x twice and writes y once (the second read comes fro
 Accuracy     a part is at most BLOCK values or MIN_ROWS rows, summed in float64 per column relative to its first row;
              parts merge in order by Chan's formula (moments.pxd), and so do a channel's columns.
 Parallel     over (block of rows, chunk of columns), once to sum and once to apply; in between, the columns are merged.
+             Of few rows, over groups of channels, each with all of these steps.
              Blocks are cut by shape alone and merged in order, so threads do not change a bit.
 """
 from cython cimport floating
@@ -499,7 +500,7 @@ cdef inline void take_numbers(Job* job, const Cut* k, const Room* room, double* 
     if not job.reduces or job.first != NULL:
         return
     job.first, job.second = numbers, numbers + step
-    if job.weighs and job.total == NULL:
+    if job.weighs and not job.reads_pair:
         job.total = parts + 2 * k.sums.blocks * k.columns if room.numbers == 0 else numbers + 2 * step
 
 
@@ -547,10 +548,10 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
     if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
         if k.group < job.channels:
-            status = do_groups(job, &k, &room, parts, aligned(table))
+            status = do_groups(job, &k, &room, aligned(parts), aligned(table))
         else:
-            take_numbers(&own, &k, &room, parts)
-            status = do_steps(&own, &k, parts, aligned(table), aligned(table) + 5 * (k.padded + whole(job.channels)))
+            take_numbers(&own, &k, &room, aligned(parts))
+            status = do_steps(&own, &k, aligned(parts), aligned(table), aligned(table) + 5 * (k.padded + whole(job.channels)))
     scratch_give(parts, parts_size)
     scratch_give(table, tables_size)
     return status

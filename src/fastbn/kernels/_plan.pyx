@@ -92,6 +92,7 @@ cdef class Plan:
         job.interruptible = True
         job.weighs = job.omits = job.settles = False
         job.dgamma.data = job.dbeta.data = NULL
+        job.total = NULL
         job.weights.data = NULL
         job.weights.size = 0
         job.weights.marks = job.weights.unchecked = False

@@ -428,7 +428,7 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
         if not keeps:
             own.first, own.second = parts + sums, parts + sums + job.channels
-            if job.weighs and job.total == NULL:
+            if job.weighs and not job.reads_pair:
                 own.total = own.second + job.channels
         status = do_steps(&own, &k, parts, table)
         if status == DONE and own.settles:

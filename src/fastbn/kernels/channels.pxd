@@ -33,9 +33,11 @@ cdef enum:
 
 cdef inline const double* loaded(const Parameter* p, Py_ssize_t c, Py_ssize_t n, double default, double* room) noexcept nogil:
     """The numbers of some channels: where they are, if they are as they should be, else in the room."""
-    cdef const char* data = p.data + c * p.stride
+    cdef const char* data = NULL
     cdef Py_ssize_t i
-    if p.data == NULL:
+    if p.data != NULL:
+        data = p.data + c * p.stride
+    if data == NULL:
         for i in range(n):
             room[i] = default
     elif p.wide and p.stride == sizeof(double):
@@ -195,12 +197,6 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
         gamma = loaded(&job.gamma, c, n, 1, gamma_room)
         for i in range(n):
             scale[i] = reciprocal_deviation(variance[i], job.epsilon)
-        if job.dbeta.data != NULL:
-            store_all(&job.dbeta, c, n, job.first + c)
-        if job.dgamma.data != NULL:
-            for i in range(n):
-                beta_room[i] = job.second[c + i] * scale[i]
-            store_all(&job.dgamma, c, n, beta_room)
         if job.operation == FROZEN:
             for i in range(n):
                 p[i] = q[i] = b[i] = shift[i] = 0
@@ -224,4 +220,11 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
                 a[i] = <floating> k
                 p[i] = <floating> mean[i]
                 shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
+        # Last: dgamma may be gamma.
+        if job.dbeta.data != NULL:
+            store_all(&job.dbeta, c, n, job.first + c)
+        if job.dgamma.data != NULL:
+            for i in range(n):
+                beta_room[i] = job.second[c + i] * scale[i]
+            store_all(&job.dgamma, c, n, beta_room)
         c += n

@@ -101,7 +101,7 @@ cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:
 
 cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
     """Channels that a thread takes from their sums to their results, in its caches; all, where that is no use."""
-    cdef Py_ssize_t most, groups, operands = 2 if job.reads_pair else 1
+    cdef Py_ssize_t most, groups, even, operands = 2 if job.reads_pair else 1
     if (k.positions > 1 or not job.applies or job.weights.unchecked
             or k.rows * k.columns > WAVE):  # results wait for all weights, and signals are looked for
         return job.channels
@@ -111,7 +111,8 @@ cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
     most = min(most, <Py_ssize_t> CHUNK)
     groups = (k.columns + most - 1) // most
     if job.threads > 1:
-        groups = (groups + EVEN - 1) // EVEN * EVEN
+        even = max(<Py_ssize_t> EVEN, <Py_ssize_t> job.threads)
+        groups = (groups + even - 1) // even * even
     return min(job.channels, whole((job.channels + groups - 1) // groups))
 
 

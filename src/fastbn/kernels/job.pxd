@@ -59,7 +59,7 @@ cdef struct Job:
     bint weighs     # values count by weights, or not at all where they are missing: see weights.pxd
     bint omits      # NaN is missing
     Weights weights
-    double* total   # per channel: sum of weights; found by sums of x, or NULL like those, given to the gradient
+    double* total   # per channel: sum of weights; found by sums of x, where first is wanted, and given to the gradient
     bint settles    # TRAIN: leave the variance in second, and let mean and variance, then the moving ones, learn:
     double keeps    # so much of the old stays,
     int ddof        # and so many values less are divided by

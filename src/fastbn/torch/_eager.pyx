@@ -213,13 +213,19 @@ cdef inline bint overlap(const char* a, Py_ssize_t a_bytes, const char* b, Py_ss
     return a < b + b_bytes and b < a + a_bytes
 
 
+cdef inline Py_ssize_t extent(const Parameter* p, Py_ssize_t channels) noexcept:
+    return (channels - 1) * p.stride + (8 if p.wide else 4)
+
+
 cdef inline bint overlap_vectors(const Parameter* a, const Parameter* b, Py_ssize_t channels) noexcept:
-    return b.data != NULL and overlap(a.data, channels * a.stride, b.data, channels * b.stride)
+    return b.data != NULL and overlap(a.data, extent(a, channels), b.data, extent(b, channels))
 
 
 cdef inline bint is_read(const Job* job, const Parameter* moving, Py_ssize_t bytes) noexcept:
     """Whether running statistics share memory with what other channels are still to be told from."""
-    return (overlap(job.u.data, bytes, moving.data, job.channels * moving.stride)
+    cdef Py_ssize_t own = extent(moving, job.channels)
+    return (overlap(job.u.data, bytes, moving.data, own)
+            or (job.w.data != NULL and overlap(job.w.data, bytes, moving.data, own))
             or overlap_vectors(moving, &job.gamma, job.channels) or overlap_vectors(moving, &job.beta, job.channels))
 
 
@@ -346,17 +352,17 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
         return None
     bytes = job.outer * job.channels * job.inner * (seen.bits // 8)
     set_operand(job, &job.u, &seen)
-    if training and running_mean is not None:
-        if (job.mean.stride <= 0 or job.variance.stride <= 0
-                or overlap_vectors(&job.mean, &job.variance, job.channels)
-                or is_read(job, &job.mean, bytes) or is_read(job, &job.variance, bytes)):
-            return None
     if residual is not None:
         if not view(residual, &other) or not is_like(&seen, &other):
             return None
         set_operand(job, &job.w, &other)
         job.form.third = True
         call.has_residual = True
+    if training and running_mean is not None:
+        if (job.mean.stride <= 0 or job.variance.stride <= 0
+                or overlap_vectors(&job.mean, &job.variance, job.channels)
+                or is_read(job, &job.mean, bytes) or is_read(job, &job.variance, bytes)):
+            return None
     job.form.bend = STRAIGHT
     if activation is not None:
         call.activation = activation
