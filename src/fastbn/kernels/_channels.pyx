@@ -4,7 +4,7 @@ cimport numpy as cnp
 import numpy as np
 
 from ._plan cimport bind_parameter
-from .channels cimport blend, blend_counted, load, reciprocal_deviation, store, variance_of
+from .channels cimport blend, blend_counted, load, put_gradients, reciprocal_deviation, store, variance_of
 from .job cimport Parameter
 from .moments cimport merge
 from .weights cimport merge_weighted
@@ -44,13 +44,14 @@ def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):
     cdef Parameter scale, shift, var
     cdef const double* sums = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first)
     cdef const double* products = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second)
+    cdef double deviation
     cdef Py_ssize_t c
     bind_parameter(&var, variance)
     bind_parameter(&scale, dgamma)
     bind_parameter(&shift, dbeta)
     for c in range(dgamma.shape[0]):
-        store(&shift, c, sums[c])
-        store(&scale, c, products[c] * reciprocal_deviation(load(&var, c, 1), epsilon))
+        deviation = reciprocal_deviation(load(&var, c, 1), epsilon)
+        put_gradients(&scale, &shift, c, 1, sums + c, products + c, &deviation)
 
 
 def output_parameters(gamma, beta, variance, double epsilon):

@@ -159,6 +159,19 @@ cdef inline const double* variances(const Job* job, Py_ssize_t c, Py_ssize_t n, 
     return found
 
 
+cdef inline void put_gradients(const Parameter* dgamma, const Parameter* dbeta, Py_ssize_t c, Py_ssize_t n,
+                               const double* first, const double* second, const double* scale) noexcept nogil:
+    """Of n channels from c: dbeta = sum(dy), dgamma = sum(dy * (x - mean)) * scale, each where it is wanted."""
+    cdef double[BATCH] value
+    cdef Py_ssize_t i
+    if dbeta.data != NULL:
+        store_all(dbeta, c, n, first)
+    if dgamma.data != NULL:
+        for i in range(n):
+            value[i] = second[i] * scale[i]
+        store_all(dgamma, c, n, value)
+
+
 cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t stride,
                               floating* table) noexcept nogil:
     """The numbers of channels c0..c1 for *apply*, as [p, a, shift, q, b][channel] with that many channels in a row.
@@ -221,10 +234,5 @@ cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_s
                 p[i] = <floating> mean[i]
                 shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
         # Last: dgamma may be gamma.
-        if job.dbeta.data != NULL:
-            store_all(&job.dbeta, c, n, job.first + c)
-        if job.dgamma.data != NULL:
-            for i in range(n):
-                beta_room[i] = job.second[c + i] * scale[i]
-            store_all(&job.dgamma, c, n, beta_room)
+        put_gradients(&job.dgamma, &job.dbeta, c, n, job.first + c, job.second + c, scale)
         c += n

@@ -1,0 +1,235 @@
+# Sums of the interleaved driver: of tiles to parts, of parts to columns, and of columns to channels.
+
+cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
+                   const double* q, bint pair, bint shifted, bint omits, double* first, double* second,
+                   const floating* typed) noexcept nogil:
+    """*reduce* of views. Float64 data are always relative to a shift, and so is a gradient of which some is missing."""
+    if omits:
+        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, True, True,
+                    first, second)
+    elif shifted or floating is double:
+        if pair:
+            reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, True,
+                        False, first, second)
+        else:
+            reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, True,
+                        False, first, second)
+    elif pair:
+        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, False, False,
+                    first, second)
+    else:
+        reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, False, False,
+                    first, second)
+
+
+cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
+                   double* first, double* second, const floating* gates) noexcept nogil:
+    """Both sums of every column of a tile."""
+    cdef floating room[4 * STAGED + LANES]
+    cdef floating* ub = aligned(room)
+    cdef floating* vb = ub + STAGED
+    cdef floating* gb = vb + STAGED
+    cdef bint dense_u = dense(job, k, &job.u), dense_v = job.reads_pair and dense(job, k, &job.v)
+    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
+    # What is direct is taken in whole lanes; the columns that are left over are staged.
+    cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v else 0
+    cdef Py_ssize_t most = CHUNK if dense_u and (dense_v or not job.reads_pair) else PIECE
+    if job.gated and not ((job.kept.data == NULL or dense(job, k, &job.kept))
+                          and (not (job.by_output or job.gate.third) or dense(job, k, &job.w))):
+        most = PIECE
+    cdef double edge[4 * LANES]
+    cdef Py_ssize_t j, r, rows, n, m, step, stop = t.columns
+    cdef bint inside
+    cdef View u, v
+    memset(first, 0, whole(t.columns) * sizeof(double))
+    memset(second, 0, whole(t.columns) * sizeof(double))
+    if direct_u and (direct_v or not job.reads_pair) and not job.gated and t.columns % LANES and t.columns >= LANES:
+        # The last lanes overlap those before: what is left over needs no staging, and is all that is taken from their sums.
+        stop = width
+        j = t.columns - LANES
+        memcpy(edge, p + j, LANES * sizeof(double))
+        memcpy(edge + LANES, q + j, LANES * sizeof(double))
+        memset(edge + 2 * LANES, 0, 2 * LANES * sizeof(double))
+        u = v = view(job, k, &job.u, True, True, t.row, t.rows, t.column + j, LANES, ub)
+        if job.reads_pair:
+            v = view(job, k, &job.v, True, True, t.row, t.rows, t.column + j, LANES, vb)
+        add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, job.reads_pair and job.omits,
+                 edge + 2 * LANES, edge + 3 * LANES, gates)
+        for j in range(width, t.columns):
+            first[j] = edge[3 * LANES + j - t.columns]
+            second[j] = edge[4 * LANES + j - t.columns]
+    for step in range((t.rows + k.sums.step - 1) // k.sums.step):
+        r = step * k.sums.step
+        rows = min(k.sums.step, t.rows - r)
+        j = 0
+        while j < stop:
+            inside = j < width
+            n = min((width if inside else t.columns) - j, most)
+            m = whole(n)
+            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            v = u
+            if job.reads_pair:
+                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+            if job.gated:
+                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
+            add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
+                     job.reads_pair and job.omits, first + j, second + j, gates)
+            j += n
+
+
+cdef enum:
+    APART = CHUNK + 5 * LANES  # numbers of columns: not a power of two, or all would share some sets of a first level cache
+
+
+cdef bint spread_means(const Job* job, const Tile* t, double* means, double* room, bint* far) noexcept nogil:
+    """The means that columns of a gradient have, and which are far from 0; whether any is."""
+    cdef const double* mean
+    cdef const double* variance
+    cdef Py_ssize_t c = t.column // job.inner % job.channels, s = t.column % job.inner, j = 0, i, n
+    cdef double value
+    cdef bint distant, some = False
+    while j < t.columns and job.inner == 1:
+        n = min(t.columns - j, job.channels - c)
+        mean = loaded(&job.mean, c, n, 0, means + j)
+        variance = loaded(&job.variance, c, n, 1, room)
+        for i in range(n):
+            means[j + i] = mean[i]
+            far[j + i] = is_far(mean[i], variance[i])
+            some |= far[j + i]
+        j += n
+        c = 0
+    while j < t.columns:
+        n = min(t.columns - j, job.inner - s)
+        value = load(&job.mean, c, 0)
+        distant = is_far(value, load(&job.variance, c, 1))
+        some |= distant
+        for i in range(j, j + n):
+            means[i] = value
+            far[i] = distant
+        j += n
+        s = 0
+        c = c + 1 if c + 1 < job.channels else 0
+    return some
+
+
+cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* gates) noexcept nogil:
+    """A task's columns to its parts, lying as [block][first, second][column]."""
+    cdef Tile t = tile_of(k, &k.sums, task)
+    cdef double room[4 * APART + LANES]
+    cdef double* p = aligned(<double*> room)
+    cdef double* q = p + APART
+    cdef double* first = q + APART
+    cdef double* second = first + APART
+    cdef bint far[CHUNK]
+    cdef bint again = False
+    cdef Job rest
+    cdef double* part = parts + task // k.sums.chunks * 2 * k.columns + t.column
+    cdef double* squares = part + k.columns
+    cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
+    cdef Py_ssize_t j
+    if job.weighs and not job.reads_pair:
+        count_block(job, k, task, parts, gates)
+        return
+    memset(p, 0, whole(t.columns) * sizeof(double))
+    if job.reads_pair:
+        memset(q, 0, whole(t.columns) * sizeof(double))
+    if floating is double and not job.reads_pair:
+        for j in range(t.columns):
+            p[j] = (<const floating*> (u0 + offset(job, &job.u, t.column + j)))[0]
+    if job.reads_pair:
+        again = spread_means(job, &t, q, first, far) and floating is float
+    if job.omits and job.weights.data != NULL:  # there is NaN: without looking for it all sums would be found again
+        hide_block(job, k, &t, p, q, part, squares, gates)
+        return
+    if job.omits:
+        sum_rows(job, k, &t, p, q, True, first, second, gates)
+        memcpy(part, first, t.columns * sizeof(double))
+        memcpy(squares, second, t.columns * sizeof(double))
+        return
+    sum_rows(job, k, &t, p, q, floating is double, first, second, gates)
+    if not job.reads_pair:
+        for j in range(t.columns):
+            part[j] = first[j]
+            squares[j] = second[j]
+            from_sums(p[j], t.rows, part + j, squares + j)
+        if floating is float:
+            for j in range(t.columns):
+                far[j] = squares[j] * CANCELLED < second[j]
+                again |= far[j]
+                p[j] = <float> part[j]
+    else:
+        for j in range(t.columns):
+            part[j] = first[j]
+            squares[j] = second[j]
+            if floating is float:
+                squares[j] -= q[j] * part[j]
+    if again:
+        rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
+        sum_rows(&rest, k, &t, p, q, True, first, second, gates)
+        if not job.reads_pair:
+            for j in range(t.columns):
+                from_sums(p[j], t.rows, first + j, second + j)
+        for j in range(t.columns):
+            part[j] = first[j] if far[j] else part[j]
+            squares[j] = second[j] if far[j] else squares[j]
+    if job.weighs:
+        hide_block(job, k, &t, p, q, part, squares, gates)
+
+
+cdef void merge_blocks(const Job* job, const Cut* k, Py_ssize_t j0, Py_ssize_t j1, double* parts) noexcept nogil:
+    """Columns j0..j1 of the parts of all blocks, in order, into the first."""
+    cdef double* part
+    cdef Py_ssize_t block, width
+    cdef double count, done = min(k.sums.height, k.rows)
+    cdef double* totals = parts + 2 * k.sums.blocks * k.columns
+    for block in range(1, k.sums.blocks):
+        part = parts + block * 2 * k.columns
+        width = j1 - j0
+        count = min(k.sums.height, k.rows - block * k.sums.height)
+        if k.rest and block == k.sums.blocks - 1:
+            width = min(width, k.rest - j0)
+            count = 1
+        if job.reads_pair:
+            add(parts + j0, parts + k.columns + j0, part + j0, part + k.columns + j0, width)
+        elif job.weighs:
+            merge_weighted(totals + j0, parts + j0, parts + k.columns + j0, totals + block * k.columns + j0, part + j0,
+                           part + k.columns + j0, width)
+        else:
+            merge(done, parts + j0, parts + k.columns + j0, count, part + j0, part + k.columns + j0, width)
+        done += count
+
+
+cdef void fold_columns(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, const double* parts) noexcept nogil:
+    """The columns of channels c0..c1, in order, to job.first and job.second; channels side by side, so that one division does."""
+    cdef double[SHARE] first
+    cdef double[SHARE] second
+    cdef double[SHARE] total
+    cdef bint weighted = job.weighs and not job.reads_pair
+    cdef Py_ssize_t i, s, j, m, n, c = c0
+    cdef double count, done
+    cdef const double* totals = parts + 2 * k.sums.blocks * k.columns
+    while c < c1:
+        n = min(c1 - c, <Py_ssize_t> SHARE)
+        done = 0
+        for i in range(k.positions):
+            count = k.rows + (1 if i * job.channels * job.inner < k.rest else 0)
+            for s in range(job.inner):
+                j = (i * job.channels + c) * job.inner + s
+                for m in range(n):
+                    first[m] = parts[j + m * job.inner]
+                    second[m] = parts[k.columns + j + m * job.inner]
+                    if weighted:
+                        total[m] = totals[j + m * job.inner]
+                if done == 0:
+                    memcpy(job.first + c, first, n * sizeof(double))
+                    memcpy(job.second + c, second, n * sizeof(double))
+                    if weighted:
+                        memcpy(job.total + c, total, n * sizeof(double))
+                elif job.reads_pair:
+                    add(job.first + c, job.second + c, first, second, n)
+                elif weighted:
+                    merge_weighted(job.total + c, job.first + c, job.second + c, total, first, second, n)
+                else:
+                    merge(done, job.first + c, job.second + c, count, first, second, n)
+                done += count
+        c += n
