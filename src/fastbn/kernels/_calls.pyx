@@ -16,10 +16,10 @@ cimport numpy as cnp
 from ._memory cimport empty_like
 from ._plan cimport Pattern, bind_weights, pattern_of, streams
 from .channels cimport load_all
-from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, Parameter, finish, weigh_gradient
+from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, finish, weigh_gradient
 from .plain cimport (
-    apart_from, apart_from_array, bind, in_order, in_range, is_plain, is_result, kind_of, same_or_apart, set_shape, set_weights,
-    type_of_result,
+    apart_from, apart_from_array, bind, extent, in_order, in_range, is_plain, is_result, kind_of, learns_apart, same_or_apart,
+    set_shape, set_weights, type_of_result,
 )
 
 cnp.import_array()
@@ -38,14 +38,6 @@ cdef inline cnp.ndarray result_like(cnp.ndarray x):
     if cnp.PyArray_TYPE(x) == type_of_result(x):
         return empty_like(x)
     return empty_like(x, <cnp.dtype> cnp.PyArray_DescrFromType(type_of_result(x)))
-
-
-cdef inline bint learns_apart(const Job* job, const Parameter* moving, Py_ssize_t bytes) noexcept:
-    """Whether moving statistics share no memory with what other channels are still to be told from, nor with what is kept."""
-    cdef Py_ssize_t extent = job.channels * moving.stride
-    return (apart_from(job.u.data, bytes, moving, job.channels)
-            and apart_from(moving.data, extent, &job.gamma, job.channels)
-            and apart_from(moving.data, extent, &job.beta, job.channels))
 
 
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
@@ -120,13 +112,12 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     in_order(&job, &job.u, source)
     if trains and job.mean.data != NULL and not (
             cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_variance)
-            and apart_from(job.mean.data, job.channels * job.mean.stride, &job.variance, job.channels)
-            and learns_apart(&job, &job.mean, bytes) and learns_apart(&job, &job.variance, bytes)):
+            and learns_apart(&job, bytes)):
         return None
     if job.weights.data != NULL:
         given = <cnp.ndarray> (mask if sample_weight is None else sample_weight)
-        if job.mean.data != NULL and not (apart_from_array(job.mean.data, job.channels * job.mean.stride, given)
-                                          and apart_from_array(job.variance.data, job.channels * job.variance.stride, given)):
+        if job.mean.data != NULL and not (apart_from_array(job.mean.data, extent(&job.mean, job.channels), given)
+                                          and apart_from_array(job.variance.data, extent(&job.variance, job.channels), given)):
             return None
     if out is None:
         target = result_like(source)

@@ -22,7 +22,7 @@ from libc.string cimport memcpy, memset
 from ._plan cimport Plan, bind_weights
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
-from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, cut_group, tile_of, whole
+from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, cut_group, table_length, tile_of, whole
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
 )
@@ -211,9 +211,11 @@ cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* 
     return DONE
 
 
-cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table, floating* gates) noexcept nogil:
+cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) noexcept nogil:
+    """A job, or a group of its channels. A table of the gate follows that of the results."""
     cdef Py_ssize_t share, shares = (job.channels + SHARE - 1) // SHARE
     cdef int threads = job.threads, status
+    cdef floating* gates = table + table_length(k, job.channels) if job.gated else NULL
     cdef Job gate, rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
     if job.gated:
         gate = gate_of(job)
@@ -251,7 +253,7 @@ cdef inline Room room_of(const Job* job, const Cut* k, Py_ssize_t size) noexcept
         if job.first == NULL and k.columns > job.channels:
             room.numbers = 3 * whole(job.channels)
     if job.applies or job.gated:
-        room.tables = 5 * (k.padded + whole(job.channels)) * (2 if job.gated else 1) * size  # a second one is of the gate
+        room.tables = table_length(k, job.channels) * (2 if job.gated else 1) * size
     return room
 
 
@@ -274,7 +276,7 @@ cdef void do_group(const Job* job, const Cut* k, Py_ssize_t c0, const Room* room
     own.threads = 1
     own.interruptible = False
     take_numbers(&own, &g, room, parts)
-    do_steps(&own, &g, parts, table, table + 5 * (g.padded + whole(own.channels)))
+    do_steps(&own, &g, parts, table)
 
 
 cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table) noexcept nogil:
@@ -313,7 +315,7 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
             status = do_groups(job, &k, &room, aligned(parts), aligned(table))
         else:
             take_numbers(&own, &k, &room, aligned(parts))
-            status = do_steps(&own, &k, aligned(parts), aligned(table), aligned(table) + 5 * (k.padded + whole(job.channels)))
+            status = do_steps(&own, &k, aligned(parts), aligned(table))
     scratch_give(parts, parts_size)
     scratch_give(table, tables_size)
     return status

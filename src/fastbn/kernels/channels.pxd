@@ -69,19 +69,13 @@ cdef inline void store_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, const
             store(p, c + i, values[i])
 
 
-cdef inline void blend_one(const Parameter* old, const Parameter* new, Py_ssize_t c, Py_ssize_t n, double divisor,
-                           double momentum) noexcept nogil:
+cdef inline void blend_one(const Parameter* old, const double* now, Py_ssize_t c, Py_ssize_t n, double momentum) noexcept nogil:
     cdef double[BATCH] value
     cdef double[BATCH] room
     cdef const double* past
-    cdef const double* now = loaded(new, c, n, 0, room)
     cdef Py_ssize_t i
-    if divisor == 1:
-        for i in range(n):
-            value[i] = (1 - momentum) * now[i]
-    else:
-        for i in range(n):
-            value[i] = (1 - momentum) * (now[i] / divisor)
+    for i in range(n):
+        value[i] = (1 - momentum) * now[i]
     if momentum != 0:  # else a NaN of the past would stay
         past = loaded(old, c, n, 0, room)
         for i in range(n):
@@ -92,11 +86,16 @@ cdef inline void blend_one(const Parameter* old, const Parameter* new, Py_ssize_
 cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
                        const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
     """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
-    cdef Py_ssize_t c = 0, n
+    cdef double[BATCH] room
+    cdef const double* now
+    cdef Py_ssize_t c = 0, i, n
     while c < channels:
         n = min(channels - c, <Py_ssize_t> BATCH)
-        blend_one(old_mean, mean, c, n, 1, momentum)
-        blend_one(old_variance, variance, c, n, divisor, momentum)
+        blend_one(old_mean, loaded(mean, c, n, 0, room), c, n, momentum)
+        now = loaded(variance, c, n, 0, room)
+        for i in range(n):
+            room[i] = now[i] / divisor
+        blend_one(old_variance, room, c, n, momentum)
         c += n
 
 

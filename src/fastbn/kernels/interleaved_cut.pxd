@@ -99,6 +99,11 @@ cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:
     k.padded = whole(columns) + 5 * LANES
 
 
+cdef inline Py_ssize_t table_length(const Cut* k, Py_ssize_t channels) noexcept nogil:
+    """Numbers of a table of coefficients: five per column, and behind them five per channel."""
+    return 5 * (k.padded + whole(channels))
+
+
 cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
     """Channels that a thread takes from their sums to their results, in its caches; all, where that is no use."""
     cdef Py_ssize_t most, groups, even, operands = 2 if job.reads_pair else 1

@@ -67,8 +67,28 @@ cdef inline bint apart(const char* a, Py_ssize_t a_bytes, const char* b, Py_ssiz
     return a + a_bytes <= b or b + b_bytes <= a
 
 
+cdef inline Py_ssize_t extent(const Parameter* p, Py_ssize_t channels) noexcept nogil:
+    """Bytes from the first to the last number of a parameter whose stride is not negative."""
+    return (channels - 1) * p.stride + (8 if p.wide else 4)
+
+
 cdef inline bint apart_from(const char* y, Py_ssize_t bytes, const Parameter* p, Py_ssize_t channels) noexcept:
-    return p.data == NULL or apart(y, bytes, p.data, channels * p.stride)
+    return p.data == NULL or apart(y, bytes, p.data, extent(p, channels))
+
+
+cdef inline bint apart_from_read(const Parameter* moving, const Job* job, Py_ssize_t bytes) noexcept:
+    """Whether it shares no memory with operands of so many bytes, gamma and beta."""
+    cdef Py_ssize_t own = extent(moving, job.channels)
+    return (apart(moving.data, own, job.u.data, bytes)
+            and (job.w.data == NULL or apart(moving.data, own, job.w.data, bytes))
+            and apart_from(moving.data, own, &job.gamma, job.channels)
+            and apart_from(moving.data, own, &job.beta, job.channels))
+
+
+cdef inline bint learns_apart(const Job* job, Py_ssize_t bytes) noexcept:
+    """Whether moving statistics, which there are, may learn while other channels are still to be told from what is read."""
+    return (apart_from(job.mean.data, extent(&job.mean, job.channels), &job.variance, job.channels)
+            and apart_from_read(&job.mean, job, bytes) and apart_from_read(&job.variance, job, bytes))
 
 
 cdef inline bint in_range(object value, double low, double high, double* number) noexcept:
