@@ -33,9 +33,13 @@ class Activation(NamedTuple):
     costly: bool
 
 
-def _bent(lo: float, hi: float, slope: float) -> Activation:
+def _clipped(lo: float, hi: float) -> Activation:
+    return Activation((kernels.BENDS["clipped"], (lo, hi, 0.0)), True, False)
+
+
+def _bent(slope: float) -> Activation:
     # A negative slope folds the numbers below 0 onto those above: a result does not say where it came from.
-    return Activation((kernels.BENDS["bent"], (lo, hi, slope)), slope >= 0, False)
+    return Activation((kernels.BENDS["bent"], (slope, 0.0, 0.0)), slope >= 0, False)
 
 
 def _smooth(k1: float, k3: float) -> Activation:
@@ -44,8 +48,8 @@ def _smooth(k1: float, k3: float) -> Activation:
 
 # NaN is no bound.
 _FIXED: Final = {
-    "relu": _bent(0.0, math.nan, 0.0),
-    "relu6": _bent(0.0, 6.0, 0.0),
+    "relu": _clipped(0.0, math.nan),
+    "relu6": _clipped(0.0, 6.0),
     "silu": _smooth(1.0, 0.0),
     "gelu_tanh": _smooth(_GELU, 0.044715 * _GELU),
 }
@@ -70,5 +74,5 @@ def resolved(value: Any) -> Activation | None:
     if isinstance(name, tuple):
         name, slope = name
     if name == "leaky_relu":  # 0 times infinity would be NaN
-        return _bent(math.nan, math.nan, slope) if slope else _FIXED["relu"]
+        return _bent(slope) if slope else _FIXED["relu"]
     return _FIXED[name]

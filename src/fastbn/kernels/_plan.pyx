@@ -3,7 +3,7 @@ cimport numpy as cnp
 
 from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter, weigh_gradient
-from .lanes cimport BENT, SMOOTH, STRAIGHT, Form
+from .lanes cimport BENT, CLIPPED, SMOOTH, STRAIGHT, Form
 
 cnp.import_array()
 
@@ -11,7 +11,7 @@ OPERATIONS = {"moments": <int> MOMENTS, "normalize": <int> NORMALIZE, "train": <
               "gradient": <int> GRADIENT, "frozen": <int> FROZEN,
               "pooled": <int> POOLED}
 # What an activation is made of: see `Bend` in lanes.pxd.
-BENDS = {"bent": <int> BENT, "smooth": <int> SMOOTH}
+BENDS = {"clipped": <int> CLIPPED, "bent": <int> BENT, "smooth": <int> SMOOTH}
 
 # Types of data by the names that NumPy has for them.
 KINDS = {"float32": <int> FLOAT, "float64": <int> DOUBLE, "float16": <int> HALF, "bfloat16": <int> BFLOAT,

@@ -22,7 +22,7 @@ from .convert cimport DOUBLE, FLOAT, give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, finish, gate_of, is_interrupted,
 )
-from .lanes cimport PRESENT, WEIGHTED, apply_run, reduce_run
+from .lanes cimport PRESENT, WEIGHTED, apply_runs, reduce_runs
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
@@ -57,45 +57,53 @@ cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssiz
     return tile
 
 
-cdef inline void reduce_any(const Job* job, bint direct, const char* x, const char* x2, Py_ssize_t runs,
-                            Py_ssize_t n, double p, double q, bint shifted, Py_ssize_t next_u, Py_ssize_t next_v,
-                            double* first, double* second, floating* tile) noexcept nogil:
-    """A run of any form, or those of several images that need no staging, into the lanes.
+cdef inline void reduce_any(const Job* job, bint direct, const char* x, const char* x2, Py_ssize_t channels,
+                            Py_ssize_t runs, Py_ssize_t n, const double* p, const double* q, bint shifted,
+                            Py_ssize_t next_u, Py_ssize_t next_v, bint begins, double* first, double* second,
+                            floating* tile) noexcept nogil:
+    """A run of any form, or those of several channels and images that need no staging, into the lanes.
 
-    Padding adds nothing: it is p, which *reduce* subtracts, or 0.
+    They begin with it, or are added to. Padding adds nothing: it is p, which *reduce* subtracts, or 0.
     """
     cdef const floating* u = <const floating*> x
     cdef const floating* v = <const floating*> x2
-    cdef Py_ssize_t su = job.u.outer // <Py_ssize_t> sizeof(floating), sv = job.v.outer // <Py_ssize_t> sizeof(floating)
-    next_u //= <Py_ssize_t> sizeof(floating)
-    next_v //= <Py_ssize_t> sizeof(floating)
+    cdef Py_ssize_t size = sizeof(floating), su = job.u.outer // size, sv = job.v.outer // size
+    cdef Py_ssize_t cu = job.u.channel // size, cv = job.v.channel // size
+    next_u //= size
+    next_v //= size
     if not direct:
-        u = stage(&job.u, x, n, <floating> p, tile)
+        u = stage(&job.u, x, n, <floating> p[0], tile)
         if job.reads_pair:
             v = stage(&job.v, x2, n, 0, tile + TILE)
         n = max(n, <Py_ssize_t> LANES)
     if shifted:
         if job.reads_pair and job.omits:
-            reduce_run(u, su, v, sv, runs, n, p, q, True, True, True, next_u, next_v, first, second)
+            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, True, next_u, next_v,
+                        begins, first, second)
         elif job.reads_pair:
-            reduce_run(u, su, v, sv, runs, n, p, q, True, True, False, next_u, next_v, first, second)
+            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, False, next_u, next_v,
+                        begins, first, second)
         else:
-            reduce_run(u, su, u, su, runs, n, p, p, False, True, False, next_u, next_v, first, second)
+            reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, True, False, next_u, next_v,
+                        begins, first, second)
     elif floating is float:
         if job.reads_pair:
-            reduce_run(u, su, v, sv, runs, n, 0, 0, True, False, False, next_u, next_v, first, second)
+            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, False, False, next_u, next_v,
+                        begins, first, second)
         else:
-            reduce_run(u, su, u, su, runs, n, 0, 0, False, False, False, next_u, next_v, first, second)
+            reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, False, False, next_u, next_v,
+                        begins, first, second)
 
 
 cdef inline void apply_any(const Job* job, bint direct, const char* x, const char* x2, const char* x3, char* y,
-                           Py_ssize_t n, floating p, floating a, floating c, floating q, floating b,
+                           Py_ssize_t runs, Py_ssize_t n, const floating* table, Py_ssize_t channels,
                            floating* tile) noexcept nogil:
+    """A run of any form, or those of several channels that need no staging; the table starts at the first one's column."""
     cdef const floating* u = <const floating*> x
     cdef const floating* v = <const floating*> x2
     cdef const floating* w = <const floating*> x3
     cdef floating* z = <floating*> y
-    cdef Py_ssize_t m = n
+    cdef Py_ssize_t m = n, size = sizeof(floating)
     cdef bint unstaged = direct
     if not direct:
         u = stage(&job.u, x, n, 0, tile)
@@ -107,15 +115,16 @@ cdef inline void apply_any(const Job* job, bint direct, const char* x, const cha
         if not unstaged:
             z = tile  # over a staged u
             m = max(n, <Py_ssize_t> LANES)
-    apply_run(u, v, w, z, m, p, a, c, q, b, &job.form, job.streams and unstaged)
+    apply_runs(u, job.u.channel // size, v, job.v.channel // size, w, job.w.channel // size, z, job.y.channel // size,
+               runs, m, table, channels, &job.form, job.streams and unstaged)
     if not unstaged:
         give(&job.y, z, 1, n, y, job.y.inner)
 
 
-cdef void gate_run(const Job* gate, bint direct, const char* dy, const char* v, const char* w, char* g, Py_ssize_t n,
-                   const floating* gates, floating* tile) noexcept nogil:
-    """A run of dy times the derivative of the activation. Not inline: it would cost the calls beside it theirs."""
-    apply_any(gate, direct, dy, v, w, g, n, gates[0], gates[gate.channels], gates[2 * gate.channels], 0, 0, tile)
+cdef void gate_runs(const Job* gate, bint direct, const char* dy, const char* v, const char* w, char* g,
+                    Py_ssize_t runs, Py_ssize_t n, const floating* gates, floating* tile) noexcept nogil:
+    """Runs of dy times the derivative of the activation. Not inline: it would cost the calls beside it theirs."""
+    apply_any(gate, direct, dy, v, w, g, runs, n, gates, gate.channels, tile)
 
 
 cdef inline char* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
@@ -183,7 +192,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef const char* w
     cdef char* g
     cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
-    cdef Py_ssize_t c, n, i, m, next_u, next_v, step_u, images, most = 1
+    cdef Py_ssize_t c, n, i, m, several, at_once = 1, next_u, next_v, step_u, images, most = 1
     if converts:
         together = side_by_side(&job.u, t.length)
         if job.reads_pair:
@@ -201,10 +210,10 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
         gate_direct = all_ready(&gate, t.length, buffer)
         near.u = gate.y
     direct = ready(&near.u, t.length, buffer) and (not job.reads_pair or ready(&near.v, t.length, buffer))
-    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
-    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     if direct and not converts and not job.gated and t.length < SMALL_RUN:
         most = IMAGES
+    if direct and (not job.gated or gate_direct):
+        at_once = c1 - c0 if not job.gated or job.kept.data != NULL else max(<Py_ssize_t> 1, TILE // t.length)
     n = t.n0
     while n < t.n1:
         images = min(most, t.n1 - n)
@@ -217,24 +226,29 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                 u = convert(&job.u, u, m * t.length, buffer)
                 if job.reads_pair:
                     v = convert(&job.v, v, m * t.length, buffer + TILE)
-            next_u, next_v = step_u, near.v.channel
-            for i in range(c, c + m):
-                if not k.fetches:
-                    next_u = next_v = 0
-                elif i == c1 - c0 - 1:
-                    next_u, next_v = job.u.outer - i * step_u, near.v.outer - i * near.v.channel
+            next_u, next_v = (step_u, near.v.channel) if k.fetches else (<Py_ssize_t> 0, <Py_ssize_t> 0)
+            i = c
+            while i < c + m:
+                several = min(c + m - i, at_once)
+                if k.fetches and i + several == c1 - c0:
+                    # After the last channel comes the first of another image.
+                    if several > 1:
+                        several -= 1
+                    else:
+                        next_u, next_v = job.u.outer - i * step_u, near.v.outer - i * near.v.channel
                 g = <char*> u
                 if job.gated:
                     w = at(&job.w, n, c0 + i, t.s0)
                     g = <char*> (buffer + 2 * TILE)
                     if job.kept.data != NULL:
                         g = at(&job.kept, n, c0 + i, t.s0)
-                    gate_run(&gate, gate_direct, u, w if job.by_output else v, w, g, t.length, gates + c0 + i,
-                             scratch)
-                reduce_any(&near, direct, g, v, images, t.length, p[i], q[i], shifted, next_u + (u - g), next_v,
-                           first + i * LANES, second + i * LANES, scratch)
-                u += step_u
-                v += near.v.channel
+                    gate_runs(&gate, gate_direct, u, w if job.by_output else v, w, g, several, t.length, gates + c0 + i,
+                              scratch)
+                reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, next_u + (u - g), next_v,
+                           n == t.n0, first + i * LANES, second + i * LANES, scratch)
+                u += several * step_u
+                v += several * near.v.channel
+                i += several
             c += m
         n += images
     put_parts(k, tile, c0, c1, first, second, parts)
@@ -292,8 +306,7 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
             hide_tile(job, k, tile, c0 + c, c0 + c + 1, q + c, parts, buffer)
 
 
-cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, double* parts) noexcept nogil:
-    """The parts of a channel, in order, to job.first[c] and job.second[c]."""
+cdef inline void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, double* parts) noexcept nogil:
     cdef const double* part = parts + c * k.tiles * 2
     cdef Py_ssize_t tile, images, length
     cdef double count, done
@@ -313,6 +326,13 @@ cdef void merge_channel(const Job* job, const Cut* k, Py_ssize_t c, double* part
             count = images * length
             merge(done, job.first + c, job.second + c, count, part, part + 1, 1)
             done += count
+
+
+cdef void merge_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, double* parts) noexcept nogil:
+    """The parts of channels c0..c1, in order, to job.first and job.second."""
+    cdef Py_ssize_t c
+    for c in range(c0, c1):
+        merge_channel(job, k, c, parts)
 
 
 include "_planar_results.pxi"
@@ -346,14 +366,12 @@ cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, doub
     cdef Py_ssize_t c1 = min(c0 + k.span, job.channels)
     cdef Py_ssize_t t0 = task // k.spans * k.stretch
     cdef Py_ssize_t t1 = min(t0 + k.stretch, k.tiles)
-    cdef Py_ssize_t c
     if step == APPLY:
         apply_rest(job, k, task * k.portion, min((task + 1) * k.portion, k.pieces), 0, job.channels, table, buffer)
         return
     reduce_tiles(job, k, t0, t1, c0, c1, parts, table, buffer)
     if step == BOTH:
-        for c in range(c0, c1):
-            merge_channel(job, k, c, parts)
+        merge_channels(job, k, c0, c1, parts)
         coefficients(job, c0, c1, job.channels, table)
         apply_rest(job, k, 0, job.outer * (c1 - c0) * k.cuts, c0, c1, table, buffer)
 
@@ -402,11 +420,10 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
         if job.weights.unchecked and not are_fit(job, k, parts):
             return UNFIT
         if threads == 1:
-            for c in range(job.channels):
-                merge_channel(job, k, c, parts)
+            merge_channels(job, k, 0, job.channels, parts)
         else:
             for c in prange(job.channels, schedule="static", num_threads=threads):
-                merge_channel(job, k, c, parts)
+                merge_channels(job, k, c, c + 1, parts)
     if job.applies:
         coefficients(job, 0, job.channels, job.channels, table)
         return do_step(job, k, APPLY, parts, table)

@@ -3,7 +3,8 @@
 cdef struct Runs:
     # How runs of one length are scaled; worked out once for many of them.
     Py_ssize_t length
-    Py_ssize_t together    # neighbouring channels at most that are staged at once
+    Py_ssize_t together    # neighbouring channels at most that are staged at once,
+    Py_ssize_t at_once     # and that are worked on by one call
     bint converts          # operands, to the type of arithmetic, or gathers
     bint gathers           # results in a tile, to store lines whole
     bint reads_v
@@ -49,13 +50,16 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
         r.gate.y = r.near.u = in_tile(length, typed)
         r.gate_direct = all_ready(&r.gate, length, typed)
     r.direct = all_ready(&r.near, length, typed)
+    r.at_once = 1
+    if r.direct and (not job.gated or r.gate_direct):
+        r.at_once = max(<Py_ssize_t> 1, TILE // length) if job.gated else job.channels
 
 
-cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
-                     const floating* table, floating* buffer, line* rest) noexcept nogil:
+cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
+                      const floating* table, floating* buffer, line* rest) noexcept nogil:
     """One run of each of the channels c0..c1 of an image."""
     cdef const floating* gates = table + 5 * job.channels
-    cdef Py_ssize_t length = r.length, c = c0, i, m
+    cdef Py_ssize_t length = r.length, c = c0, i, m, several
     cdef const char* u
     cdef const char* v
     cdef const char* w
@@ -80,17 +84,19 @@ cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0,
                 if is_native(&job.u) and is_native(&job.y):
                     y += away(y, u, z)
                 tile = y
-        for i in range(c, c + m):
+        i = c
+        while i < c + m:
+            several = min(c + m - i, r.at_once)
             g = u
             if job.gated:
                 g = <const char*> (buffer + 3 * TILE)
-                gate_run(&r.gate, r.gate_direct, u, v, w, <char*> g, length, gates + i, buffer + 4 * TILE)
-            apply_any(&r.near, r.direct, g, v, w, y, length, table[i], table[job.channels + i],
-                      table[2 * job.channels + i], table[3 * job.channels + i], table[4 * job.channels + i], buffer)
-            u += r.step_u
-            v += r.near.v.channel
-            w += r.near.w.channel
-            y += r.near.y.channel
+                gate_runs(&r.gate, r.gate_direct, u, v, w, <char*> g, several, length, gates + i, buffer + 4 * TILE)
+            apply_any(&r.near, r.direct, g, v, w, y, several, length, table + i, job.channels, buffer)
+            u += several * r.step_u
+            v += several * r.near.v.channel
+            w += several * r.near.w.channel
+            y += several * r.near.y.channel
+            i += several
         if r.gathers and is_native(&job.y):
             stream_lines(rest, z, tile, m * length * job.y.size)
         elif r.gathers:
@@ -101,9 +107,9 @@ cdef void apply_runs(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0,
         c += m
 
 
-cdef void apply_weighted_runs(const Job* job, const Cut* k, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1,
-                              Py_ssize_t s0, const floating* table, floating* buffer) noexcept nogil:
-    """`apply_runs` of a gradient whose third operand are weights."""
+cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1,
+                               Py_ssize_t s0, const floating* table, floating* buffer) noexcept nogil:
+    """`apply_image` of a gradient whose third operand are weights."""
     cdef Job near = job[0]
     cdef floating* weights = buffer + 2 * TILE
     cdef bint direct = (ready(&job.u, length, table) and ready(&job.v, length, table) and ready(&job.y, length, table))
@@ -128,9 +134,8 @@ cdef void apply_weighted_runs(const Job* job, const Cut* k, Py_ssize_t length, P
             taken = min(c1, c + max(<Py_ssize_t> 1, TILE // length)) if dense else c + 1
             take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, (taken - c) * length, weights)
             w = <const char*> weights
-        apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), length, table[c],
-                  table[job.channels + c], table[2 * job.channels + c], table[3 * job.channels + c],
-                  table[4 * job.channels + c], buffer)
+        apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 1, length, table + c,
+                  job.channels, buffer)
 
 
 cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,
@@ -149,11 +154,11 @@ cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_
         m = min(c1 - c, last - piece) if k.cuts == 1 else 1
         length = min(k.cut, job.inner - s0)
         if weighted:
-            apply_weighted_runs(job, k, length, n, c, c + m, s0, table, buffer)
+            apply_weighted_image(job, k, length, n, c, c + m, s0, table, buffer)
         else:
             if runs.length != length:
                 prepare(job, k, length, &runs, table)
-            apply_runs(job, &runs, n, c, c + m, s0, table, buffer, &rest)
+            apply_image(job, &runs, n, c, c + m, s0, table, buffer, &rest)
         piece += m
     end_line(&rest)
 

@@ -70,8 +70,8 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
             if marks == NULL and not job.omits:
                 u = stage(&job.u, x, t.length, <floating> p[c], buffer)
                 counts[c] += t.length
-                reduce_any(job, True, <const char*> u, <const char*> u, 1, m, p[c], p[c], shifted,
-                           to_next(job, k, c, c1 - c0, x, u), 0, first + c * LANES, second + c * LANES, buffer)
+                reduce_any(job, True, <const char*> u, <const char*> u, 1, 1, m, p + c, p + c, shifted,
+                           to_next(job, k, c, c1 - c0, x, u), 0, False, first + c * LANES, second + c * LANES, buffer)
             else:
                 u = stage(&job.u, x, t.length, pad, buffer)
                 next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
@@ -181,6 +181,7 @@ cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
     cdef double room[TILE + LANES]
     cdef double* weights = aligned(<double*> room)
     cdef Span t = span_of(job, k, tile)
+    cdef double zero = 0
     cdef bint wide = job.weights.size == sizeof(double)
     cdef const char* w = NULL
     cdef const char* at_w
@@ -189,8 +190,6 @@ cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
     cdef floating* hidden_u = buffer + 2 * TILE
     cdef floating* hidden_v = hidden_u + TILE
     cdef Py_ssize_t c, n, m
-    memset(first, 0, (c1 - c0) * LANES * sizeof(double))
-    memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     for n in range(t.n0, t.n1):
         for c in range(c1 - c0):
             if job.weights.data != NULL and (c == 0 or job.weights.channel != 0):
@@ -207,12 +206,9 @@ cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 hide(u, v, <const float*> w, t.length, job.omits, hidden_u, hidden_v)
             padded(hidden_u, t.length, 0)
             m = padded(hidden_v, t.length, 0)
-            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, 1, m, 0, q[c], True, 0, 0,
-                       first + c * LANES, second + c * LANES, buffer)
-    for c in range(c1 - c0):
-        part = parts + ((c0 + c) * k.tiles + tile) * 2
-        part[0] = fold(first + c * LANES)
-        part[1] = fold(second + c * LANES)
+            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, 1, 1, m, &zero, q + c, True, 0, 0,
+                       n == t.n0, first + c * LANES, second + c * LANES, buffer)
+    put_parts(k, tile, c0, c1, first, second, parts)
 
 
 cdef void count_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,

@@ -3,7 +3,7 @@
 They are adds, multiplies, comparisons and bits, never a function of the C library: so they too give the same bits at every
 level.
 """
-from .packs cimport pack, power, select, series, splat, vf
+from .packs cimport pack, power, select, series, smaller, splat, vf
 
 
 cdef inline pack exponential(pack x) noexcept nogil:
@@ -29,16 +29,17 @@ cdef inline pack exponential(pack x) noexcept nogil:
     return (s * power(half + rounder)) * power((n - half) + rounder)
 
 
-cdef inline pack bent(pack z, pack lo, pack hi, pack slope, pack dy, bint gate) noexcept nogil:
+cdef inline pack clipped(pack z, pack lo, pack hi, pack dy, bint gate) noexcept nogil:
     """A value, or a gradient times the derivative there; z may then be the value itself. NaN stays."""
     cdef pack zero = splat(0, z)
-    cdef pack flat
     if gate:
-        flat = select(lo, zero, zero, dy * slope)  # not times 0: dy may be infinite
-        return select(hi, z, flat, select(z, zero, flat, dy))
-    z = select(z, lo, lo, z)
-    z = select(hi, z, hi, z)
-    return select(z, zero, z * slope, z)
+        return select(hi, z, zero, select(z, lo, zero, dy))  # not times 0: dy may be infinite
+    return smaller(hi, select(z, lo, lo, z))
+
+
+cdef inline pack bent(pack z, pack slope, pack dy, bint gate) noexcept nogil:
+    """The same."""
+    return select(z, splat(0, z), (dy if gate else z) * slope, dy if gate else z)
 
 
 cdef inline pack smooth(pack z, pack k1, pack k3, pack dy, bint gate) noexcept nogil:

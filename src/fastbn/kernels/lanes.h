@@ -50,9 +50,13 @@ static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) {
 /* x, but 0 where v is NaN. */
 static inline fastbn_vd fastbn_present(fastbn_vd x, fastbn_vd v) { return (fastbn_vd) ((fastbn_vm) x & (fastbn_vm) (v == v)); }
 /* x <= y ? yes : no, and so "no" where x or y is NaN. C has no conditional operator for vectors: where there is no
- * instruction that blends, masks and bits. */
+ * instruction that blends, masks and bits. Where there are masks of bits they are written as such: of a comparison and
+ * a blend GCC 12 made two comparisons and a blend. */
 static inline fastbn_vd fastbn_select_d(fastbn_vd x, fastbn_vd y, fastbn_vd yes, fastbn_vd no) {
-#if defined(__AVX__)
+#if defined(__AVX512VL__)
+    __mmask8 mask = _mm256_cmp_pd_mask((__m256d) x, (__m256d) y, _CMP_LE_OQ);
+    return (fastbn_vd) _mm256_mask_blend_pd(mask, (__m256d) no, (__m256d) yes);
+#elif defined(__AVX__)
     return (fastbn_vd) _mm256_blendv_pd((__m256d) no, (__m256d) yes, _mm256_cmp_pd((__m256d) x, (__m256d) y, _CMP_LE_OQ));
 #else
     fastbn_vq mask = (fastbn_vq) (x <= y);
@@ -60,11 +64,35 @@ static inline fastbn_vd fastbn_select_d(fastbn_vd x, fastbn_vd y, fastbn_vd yes,
 #endif
 }
 static inline fastbn_vf fastbn_select_f(fastbn_vf x, fastbn_vf y, fastbn_vf yes, fastbn_vf no) {
-#if defined(__AVX__)
+#if defined(__AVX512VL__)
+    __mmask8 mask = _mm256_cmp_ps_mask((__m256) x, (__m256) y, _CMP_LE_OQ);
+    return (fastbn_vf) _mm256_mask_blend_ps(mask, (__m256) no, (__m256) yes);
+#elif defined(__AVX__)
     return (fastbn_vf) _mm256_blendv_ps((__m256) no, (__m256) yes, _mm256_cmp_ps((__m256) x, (__m256) y, _CMP_LE_OQ));
 #else
     fastbn_vu mask = (fastbn_vu) (x <= y);
     return (fastbn_vf) ((mask & (fastbn_vu) yes) | (~mask & (fastbn_vu) no));
+#endif
+}
+/* x < y ? x : y, and so y where x or y is NaN: the instruction of that name, where there is one. */
+static inline fastbn_vd fastbn_smaller_d(fastbn_vd x, fastbn_vd y) {
+#if defined(__AVX__)
+    return (fastbn_vd) _mm256_min_pd((__m256d) x, (__m256d) y);
+#elif defined(__SSE2__)
+    return (fastbn_vd) _mm_min_pd((__m128d) x, (__m128d) y);
+#else
+    fastbn_vq mask = (fastbn_vq) (x < y);
+    return (fastbn_vd) ((mask & (fastbn_vq) x) | (~mask & (fastbn_vq) y));
+#endif
+}
+static inline fastbn_vf fastbn_smaller_f(fastbn_vf x, fastbn_vf y) {
+#if defined(__AVX__)
+    return (fastbn_vf) _mm256_min_ps((__m256) x, (__m256) y);
+#elif defined(__SSE2__)
+    return (fastbn_vf) _mm_min_ps((__m128) x, (__m128) y);
+#else
+    fastbn_vu mask = (fastbn_vu) (x < y);
+    return (fastbn_vf) ((mask & (fastbn_vu) x) | (~mask & (fastbn_vu) y));
 #endif
 }
 /* 2^n from n + 1.5 * 2^52 (or 2^23), whose last bits are n. */
@@ -90,6 +118,8 @@ static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) { return
 static inline fastbn_vd fastbn_present(fastbn_vd x, fastbn_vd v) { return v == v ? x : 0; }
 #define fastbn_select_d(x, y, yes, no) ((x) <= (y) ? (yes) : (no))
 #define fastbn_select_f(x, y, yes, no) ((x) <= (y) ? (yes) : (no))
+#define fastbn_smaller_d(x, y) ((x) < (y) ? (x) : (y))
+#define fastbn_smaller_f(x, y) ((x) < (y) ? (x) : (y))
 static inline fastbn_vd fastbn_power_d(fastbn_vd n) {
     uint64_t bits;
     memcpy(&bits, &n, sizeof(bits));

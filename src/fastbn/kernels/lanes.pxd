@@ -5,8 +5,9 @@
               y = act((u - p) * a + c + w)          with w, the residual, or without
               y = u * act'((v - p) * a + c + w)     the *gate* through which a gradient u comes before all else
 
-each once along a run of one channel (``*_run``: p, q, a, b, c are scalars) and once along rows in which the channels
-are neighbours (``*_rows``: they are arrays). With u = v = x and p a shift, *reduce* gives the moments; with u = dy,
+each once along runs of one channel (``*_runs``: p, q, a, b, c are a number for each) and once along rows in which the
+channels are neighbours (``*_rows``: one for each column). A call takes the runs of several channels: with one for each,
+what is around the loops took as long as a plane of 7 x 7 values. With u = v = x and p a shift, *reduce* gives the moments; with u = dy,
 v = x, p = 0 and q the mean it gives the sums of the gradient. With ``pair`` false the second operand is never read:
 the argument is a constant wherever these functions are inlined, so the compiler drops the branch.
 
@@ -18,7 +19,7 @@ that of the source at every instruction set level. Lanes are handled in packs (p
 from cython cimport floating
 from libc.stdint cimport int64_t
 
-from .activations cimport bent, smooth
+from .activations cimport bent, clipped, smooth
 from .packs cimport (
     LANES, ND, NF, VD, VF, add_exact_product, last_masks, masked, pack, prefetch, prefetch_second, present, select, splat, splat_d,
     splat_f, stream_d, stream_f, vd, vf, widen,
@@ -27,7 +28,8 @@ from .packs cimport (
 
 cdef enum Bend:
     STRAIGHT  # no activation
-    BENT      # between lo and hi unless those are NaN, then times a slope where not positive; numbers: lo, hi, slope
+    CLIPPED   # between lo and hi; numbers: lo, 0 or NaN, and hi, positive or NaN: NaN is no bound
+    BENT      # times a slope where not positive; numbers: slope
     SMOOTH    # z * sigmoid(k1 z + k3 z^3); numbers: k1, k3
     WEIGHTED  # none, but the gradient where x counts by w (1 without), or is missing; numbers: 0 if NaN is missing, else 1
     PRESENT   # the same where the statistics were constants
@@ -63,8 +65,8 @@ cdef inline vd there(vd x, const floating* v, bint omits) noexcept nogil:
 
 cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t runs, Py_ssize_t n,
                             double p, double q, bint pair, bint shifted, bint omits, Py_ssize_t next_u, Py_ssize_t next_v,
-                            double* first, double* second) noexcept nogil:
-    """Add runs of n >= LANES values of one channel, su and sv values apart, to LANES pairs of sums.
+                            bint begins, double* first, double* second) noexcept nogil:
+    """Add runs of n >= LANES values of one channel, su and sv values apart, to LANES pairs of sums, which may begin here.
 
     Where it omits, pairs whose v is NaN add nothing.
 
@@ -81,8 +83,11 @@ cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v,
     cdef Py_ssize_t i, j, k, _r, rest = n % LANES
     cdef const int64_t* mask = last_masks + rest
     for j in range(ND):
-        s[j] = (<vd*> first)[j]
-        t[j] = (<vd*> second)[j]
+        s[j] = t[j] = splat_d(0)
+    if not begins:
+        for j in range(ND):
+            s[j] = (<vd*> first)[j]
+            t[j] = (<vd*> second)[j]
     for _r in range(runs):
         for k in range(n // LANES):
             i = k * LANES
@@ -107,6 +112,17 @@ cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v,
     for j in range(ND):
         (<vd*> first)[j] = s[j]
         (<vd*> second)[j] = t[j]
+
+
+cdef inline void reduce_runs(const floating* u, Py_ssize_t cu, Py_ssize_t su, const floating* v, Py_ssize_t cv,
+                             Py_ssize_t sv, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p,
+                             const double* q, bint pair, bint shifted, bint omits, Py_ssize_t next_u, Py_ssize_t next_v,
+                             bint begins, double* first, double* second) noexcept nogil:
+    """`reduce_run` of neighbouring channels, cu and cv values apart, whose sums lie LANES pairs apart."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        reduce_run(u + c * cu, su, v + c * cv, sv, runs, n, p[c], q[c], pair, shifted, omits, next_u, next_v,
+                   begins, first + c * LANES, second + c * LANES)
 
 
 cdef inline const floating* later(const floating* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t ahead,
@@ -193,8 +209,10 @@ cdef inline pack scaled(const pack* u, const pack* v, const pack* w, pack p, pac
         z = (u[0] - p) * a + c
     if third:
         z = z + w[0]
+    if bend == CLIPPED:
+        return clipped(z, k0, k1, u[0], pair)
     if bend == BENT:
-        return bent(z, k0, k1, k2, u[0], pair)
+        return bent(z, k0, u[0], pair)
     if bend == SMOOTH:
         return smooth(z, k0, k1, u[0], pair)
     return z
@@ -249,84 +267,72 @@ cdef inline void apply_packs(const floating* u, const floating* v, const floatin
         (<pack*> (y + end))[0] = after
 
 
-cdef inline void run_as(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n, floating p,
-                        floating a, floating c, floating q, floating b, const double* numbers, bint pair, bint third,
-                        int bend, bint stream) noexcept nogil:
-    if floating is float:
-        apply_packs[float, vf](u, v, w, y, n, splat_f(p), splat_f(a), splat_f(c), splat_f(q), splat_f(b), numbers, VF,
-                               pair, third, bend, stream)
-    else:
-        apply_packs[double, vd](u, v, w, y, n, splat_d(p), splat_d(a), splat_d(c), splat_d(q), splat_d(b), numbers, VD,
-                                pair, third, bend, stream)
+cdef inline void runs_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t runs, Py_ssize_t n, const floating* p,
+                         Py_ssize_t stride, const double* numbers, bint pair, bint third, int bend,
+                         bint stream) noexcept nogil:
+    cdef Py_ssize_t r
+    cdef const floating* a = p + stride
+    cdef const floating* c = a + stride
+    cdef const floating* q = c + stride
+    cdef const floating* b = q + stride
+    for r in range(runs):
+        if floating is float:
+            apply_packs[float, vf](u, v, w, y, n, splat_f(p[r]), splat_f(a[r]), splat_f(c[r]), splat_f(q[r]),
+                                   splat_f(b[r]), numbers, VF, pair, third, bend, stream)
+        else:
+            apply_packs[double, vd](u, v, w, y, n, splat_d(p[r]), splat_d(a[r]), splat_d(c[r]), splat_d(q[r]),
+                                    splat_d(b[r]), numbers, VD, pair, third, bend, stream)
+        u += su
+        v += sv
+        w += sw
+        y += sy
 
 
-cdef inline void apply_run(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n,
-                           floating p, floating a, floating c, floating q, floating b, const Form* f,
-                           bint stream) noexcept nogil:
-    """Scale and shift a run of n >= LANES values of one channel. A gate never streams: its result is read next."""
+cdef inline void runs_by(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t runs, Py_ssize_t n, const floating* p,
+                         Py_ssize_t stride, const Form* f, bint stream, int bend) noexcept nogil:
+    """*apply* of a kind of bend, a constant where this is compiled. A gate never streams: its result is read next."""
     cdef const double* k = f.numbers
-    if f.bend == STRAIGHT:
-        if f.pair:
-            if stream:
-                run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, STRAIGHT, True)
-            else:
-                run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, STRAIGHT, False)
-        elif f.third:
-            if stream:
-                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, STRAIGHT, True)
-            else:
-                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, STRAIGHT, False)
-        elif stream:
-            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, STRAIGHT, True)
+    cdef bint weighted = bend == WEIGHTED or bend == PRESENT
+    if f.pair or weighted:
+        if f.third and weighted and stream:
+            runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, True, True, bend, True)
+        elif f.third and bend != STRAIGHT:
+            runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, True, True, bend, False)
+        elif stream and (weighted or bend == STRAIGHT):
+            runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, True, False, bend, True)
         else:
-            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, STRAIGHT, False)
-    elif f.bend == BENT:
-        if f.pair:
-            if f.third:
-                run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, BENT, False)
-            else:
-                run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, BENT, False)
-        elif f.third:
-            if stream:
-                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, BENT, True)
-            else:
-                run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, BENT, False)
-        elif stream:
-            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, BENT, True)
-        else:
-            run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, BENT, False)
-    elif f.bend == WEIGHTED:
-        if f.third and stream:
-            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, WEIGHTED, True)
-        elif f.third:
-            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, WEIGHTED, False)
-        elif stream:
-            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, WEIGHTED, True)
-        else:
-            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, WEIGHTED, False)
-    elif f.bend == PRESENT:
-        if f.third and stream:
-            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, PRESENT, True)
-        elif f.third:
-            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, PRESENT, False)
-        elif stream:
-            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, PRESENT, True)
-        else:
-            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, PRESENT, False)
-    elif f.pair:
-        if f.third:
-            run_as(u, v, w, y, n, p, a, c, q, b, k, True, True, SMOOTH, False)
-        else:
-            run_as(u, v, u, y, n, p, a, c, q, b, k, True, False, SMOOTH, False)
+            runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, True, False, bend, False)
+    elif f.third and stream:
+        runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, False, True, bend, True)
     elif f.third:
-        if stream:
-            run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, SMOOTH, True)
-        else:
-            run_as(u, u, w, y, n, p, a, c, q, b, k, False, True, SMOOTH, False)
+        runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, False, True, bend, False)
     elif stream:
-        run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, SMOOTH, True)
+        runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, False, False, bend, True)
     else:
-        run_as(u, u, u, y, n, p, a, c, q, b, k, False, False, SMOOTH, False)
+        runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, False, False, bend, False)
+
+
+cdef inline void apply_runs(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t runs, Py_ssize_t n, const floating* p,
+                            Py_ssize_t stride, const Form* f, bint stream) noexcept nogil:
+    """Scale and shift runs of n >= LANES values, each of another channel, su to sy values apart.
+
+    Coefficients lie as [p, a, c, q, b][run], the first of each so many apart.
+    """
+    if f.bend == STRAIGHT:
+        runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, STRAIGHT)
+    elif f.bend == CLIPPED:
+        runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, CLIPPED)
+    elif f.bend == BENT:
+        runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, BENT)
+    elif f.bend == SMOOTH:
+        runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, SMOOTH)
+    elif f.bend == WEIGHTED:
+        runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, WEIGHTED)
+    else:
+        runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, PRESENT)
 
 
 cdef inline void apply_lanes(const floating* u, const floating* v, const floating* w, floating* y, const floating* p,
@@ -404,6 +410,32 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
                          b + i, numbers, pair, third, bend, stream)
 
 
+cdef inline void rows_by(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint large,
+                         Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
+                         const floating* b, const Form* f, bint stream, int bend) noexcept nogil:
+    """*apply* of a kind of bend, a constant where this is compiled. A gate never streams: its result is read next."""
+    cdef const double* k = f.numbers
+    cdef bint weighted = bend == WEIGHTED or bend == PRESENT
+    if f.pair or weighted:
+        if f.third and weighted and stream:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, bend, True)
+        elif f.third and bend != STRAIGHT:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, bend, False)
+        elif stream and (weighted or bend == STRAIGHT):
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, bend, True)
+        else:
+            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, bend, False)
+    elif f.third and stream:
+        rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, bend, True)
+    elif f.third:
+        rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, bend, False)
+    elif stream:
+        rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, bend, True)
+    else:
+        rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, bend, False)
+
+
 cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
                             Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint large,
                             Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
@@ -412,66 +444,15 @@ cdef inline void apply_rows(const floating* u, Py_ssize_t su, const floating* v,
 
     With ``stream``, every row of y is aligned to LANES values, and shares no memory with u, v and w.
     """
-    cdef const double* k = f.numbers
     if f.bend == STRAIGHT:
-        if f.pair:
-            if stream:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, STRAIGHT, True)
-            else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, STRAIGHT, False)
-        elif f.third:
-            if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, STRAIGHT, True)
-            else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, STRAIGHT, False)
-        elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, STRAIGHT, True)
-        else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, STRAIGHT, False)
+        rows_by(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, f, stream, STRAIGHT)
+    elif f.bend == CLIPPED:
+        rows_by(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, f, stream, CLIPPED)
     elif f.bend == BENT:
-        if f.pair:
-            if f.third:
-                rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, BENT, False)
-            else:
-                rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, BENT, False)
-        elif f.third:
-            if stream:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, BENT, True)
-            else:
-                rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, BENT, False)
-        elif stream:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, BENT, True)
-        else:
-            rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, BENT, False)
+        rows_by(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, f, stream, BENT)
+    elif f.bend == SMOOTH:
+        rows_by(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, f, stream, SMOOTH)
     elif f.bend == WEIGHTED:
-        if f.third and stream:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, WEIGHTED, True)
-        elif f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, WEIGHTED, False)
-        elif stream:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, WEIGHTED, True)
-        else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, WEIGHTED, False)
-    elif f.bend == PRESENT:
-        if f.third and stream:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, PRESENT, True)
-        elif f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, PRESENT, False)
-        elif stream:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, PRESENT, True)
-        else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, PRESENT, False)
-    elif f.pair:
-        if f.third:
-            rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, True, SMOOTH, False)
-        else:
-            rows_as(u, su, v, sv, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, True, False, SMOOTH, False)
-    elif f.third:
-        if stream:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, SMOOTH, True)
-        else:
-            rows_as(u, su, u, su, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, True, SMOOTH, False)
-    elif stream:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, SMOOTH, True)
+        rows_by(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, f, stream, WEIGHTED)
     else:
-        rows_as(u, su, u, su, u, su, y, sy, rows, width, large, ahead, p, a, c, q, b, k, False, False, SMOOTH, False)
+        rows_by(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, f, stream, PRESENT)

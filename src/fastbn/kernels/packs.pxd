@@ -28,6 +28,8 @@ cdef extern from "lanes.h" nogil:
     void prefetch_once "fastbn_prefetch_once"(const void* x)
     vd select_d "fastbn_select_d"(vd x, vd y, vd yes, vd no)
     vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
+    vd smaller_d "fastbn_smaller_d"(vd x, vd y)
+    vf smaller_f "fastbn_smaller_f"(vf x, vf y)
     vd power_d "fastbn_power_d"(vd n)
     vf power_f "fastbn_power_f"(vf n)
     const double[12] series "fastbn_series"
@@ -78,6 +80,14 @@ cdef inline pack select(pack x, pack y, pack yes, pack no) noexcept nogil:
         return select_f(x, y, yes, no)
     else:
         return select_d(x, y, yes, no)
+
+
+cdef inline pack smaller(pack x, pack y) noexcept nogil:
+    """x < y ? x : y"""
+    if pack is vf:
+        return smaller_f(x, y)
+    else:
+        return smaller_d(x, y)
 
 
 cdef inline pack power(pack n) noexcept nogil:
