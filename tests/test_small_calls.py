@@ -81,6 +81,60 @@ def test_bits_are_those_of_the_full_way(direct, shape, axis, dtype, moving, trai
         assert a.tobytes() == b.tobytes()
 
 
+ACTIVATIONS = [None, "relu", "relu6", ("leaky_relu", 0.2), ("leaky_relu", -0.5), "silu", "gelu_tanh"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("shape", "axis"), [((32, 16), -1), ((5, 3, 7, 7), 1), ((2, 40, 3), 1), ((300, 200), 1)])
+def test_bits_of_fused_steps_are_those_of_the_full_way(direct, shape, axis, activation, added, dtype):
+    channels = shape[axis]
+    gamma, beta = parameters(channels, np.float64 if dtype is np.float64 else np.float32)
+    x, dy, w = (normal(shape, dtype, mean=1, seed=seed) for seed in (1, 2, 3))
+
+    def run():
+        moving = [np.full(channels, 0.5, np.float32), np.full(channels, 2.0, np.float32)]
+        kw = {"axis": axis, "activation": activation, "residual": w if added else None, "gamma": gamma, "beta": beta}
+        kw |= {"moving_mean": moving[0], "moving_variance": moving[1]}
+        results = [fastbn.batch_norm(x, **kw)]
+        for training in (True, False):
+            y, cache = fastbn.batch_norm_forward(x, training=training, **kw)
+            results += [y, *fastbn.batch_norm_backward(dy, cache), *cache.statistics]
+            assert len(fastbn.batch_norm_backward(dy, cache)) == 3 + added
+            results += [*fastbn.batch_norm_backward(dy, cache, out=np.empty_like(dy))]
+            results += [*fastbn.batch_norm_backward(d := dy.copy(), cache, out=d)]
+        if added:
+            kw["residual"] = z = w.copy()
+            results.append(fastbn.batch_norm(x, training=True, out=z, **kw))
+        z = x.copy()
+        results.append(fastbn.batch_norm(z, training=True, out=z, **kw | {"residual": w if added else None}))
+        bn = fastbn.BatchNorm(channels, axis=axis, activation=activation)
+        results += [bn(x, training=True, residual=w if added else None), bn.backward(dy), *bn.grads.values()]
+        return [*results, *moving]
+
+    # A layer takes it up to a size.
+    assert_same_outcome(direct, run, 13 + added + (x.size <= 32767))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_over_what_they_are_told_from(direct, activation):
+    """dx in the place of x, of y or of the residual, as the last use of the cache."""
+
+    def run():
+        results = []
+        for place in ("x", "y", "residual"):
+            x, dy, w = (normal((32, 16), np.float32, seed=seed) for seed in (1, 2, 3))
+            y, cache = fastbn.batch_norm_forward(x, training=True, activation=activation, residual=w)
+            results += fastbn.batch_norm_backward(dy, cache, out={"x": x, "y": y, "residual": w}[place])
+        x = normal((32, 16), np.float32, seed=1)
+        y, cache = fastbn.batch_norm_forward(x, training=True, activation=activation)
+        return [*results, *fastbn.batch_norm_backward(dy, cache, out=x)]
+
+    # What is kept in dx must not be x.
+    assert_same_outcome(direct, run, 8 - (activation in ("silu", "gelu_tanh")))
+
+
 SMALL_TYPES = ["float16", "bfloat16", "uint8", "int8"]
 
 
@@ -157,6 +211,7 @@ def test_layer_in_place_has_no_gradient(direct):
 
 X = np.arange(64, dtype=np.float32).reshape(16, 4)
 LONG = np.zeros(100, np.float32)
+WEIGHTS = np.linspace(0, 1, 16)
 UNFIT = {
     "strided x": lambda: {"x": X[::2]},
     "list": lambda: {"x": X.tolist(), "axis": -1, "training": True, "moving_mean": None, "moving_variance": None},
@@ -186,10 +241,18 @@ UNFIT = {
     "training is a number": lambda: {"training": 1},
     "training is a word": lambda: {"training": "yes"},
     "update off": lambda: {"update": False},
+    "strided residual": lambda: {"residual": np.repeat(X, 2, axis=1)[:, ::2]},
+    "residual of another type": lambda: {"residual": X.astype(np.float64)},
+    "residual of another shape": lambda: {"residual": X[:15]},
+    "residual of bytes": lambda: {"x": X.astype(np.uint8), "residual": X},
+    "residual and mask": lambda: {"residual": X, "mask": WEIGHTS > 0},
+    "activation and weights": lambda: {"activation": "relu", "sample_weight": WEIGHTS},
+    "activation and missing values": lambda: {"activation": "relu", "nan_policy": "omit"},
+    "out overlaps the residual": lambda: {"residual": LONG[:64].reshape(16, 4), "out": LONG[4:68].reshape(16, 4)},
+    "moving_mean is in the residual": lambda: {"residual": LONG[:64].reshape(16, 4), "moving_mean": LONG[:4]},
 }
 
 
-WEIGHTS = np.linspace(0, 1, 16)
 UNFIT_WEIGHTS = {
     "both": lambda: {"mask": WEIGHTS > 0, "sample_weight": WEIGHTS},
     "list": lambda: {"mask": (WEIGHTS > 0).tolist()},
@@ -235,6 +298,40 @@ def test_what_does_not_plainly_fit_is_left_to_the_checks(direct, change):
 
     outcome = run()
     assert direct.taken == 0
+    direct.off()
+    assert outcome == run()
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_forward_call_never_writes_over_a_residual_that_the_gradient_needs(direct, activation):
+    def run():
+        w = normal((16, 4), np.float32)
+        try:
+            y, cache = fastbn.batch_norm_forward(X, training=True, activation=activation, residual=w, out=w)
+            return [y.tobytes(), *(g.tobytes() for g in fastbn.batch_norm_backward(X, cache))]
+        except ValueError as error:
+            return str(error)
+
+    outcome = run()
+    assert (activation == "silu") == (outcome == "out must not share memory with residual, got overlapping arrays")
+    direct.off()
+    assert outcome == run()
+
+
+@pytest.mark.parametrize("activation", ["tanh", ("leaky_relu", "steep"), 3, np.str_("relu"), np.str_("leaky_relu")])
+def test_names_of_activations(direct, activation):
+    """Also strings of NumPy's type, which are strings."""
+
+    def run():
+        try:
+            return fastbn.batch_norm(X, training=True, activation=activation).tobytes()
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+
+    outcome = run()
+    assert isinstance(outcome, bytes) == isinstance(activation, np.str_)
+    if isinstance(outcome, bytes):
+        assert outcome == fastbn.batch_norm(X, training=True, activation=str(activation)).tobytes()
     direct.off()
     assert outcome == run()
 

@@ -67,12 +67,10 @@ def named(value: Any) -> str | tuple[str, float] | None:
 
 def resolved(value: Any) -> Activation | None:
     """Return what an activation as users write it means."""
+    if isinstance(value, str) and value in _FIXED:
+        return _FIXED[value]
     name = named(value)
     if name is None:
         return None
-    slope = SLOPE
-    if isinstance(name, tuple):
-        name, slope = name
-    if name == "leaky_relu":  # 0 times infinity would be NaN
-        return _bent(slope) if slope else _FIXED["relu"]
-    return _FIXED[name]
+    slope = name[1] if isinstance(name, tuple) else SLOPE
+    return _bent(slope) if slope else _FIXED["relu"]  # 0 times infinity would be NaN

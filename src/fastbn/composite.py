@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import activation as activations
 from . import checks, functional, kernels, passes
 from . import layout as layouts
 from . import weights as weighting
@@ -212,11 +213,12 @@ def forward(
 
     parts: list[tuple[slice | None, Cache]] = []
     channel = layouts.plain_axis(axis, layout, x)
+    bent = activations.resolved(activation)
     for part, sub, counting, known_part in zip(rows, xs, weights, found):
-        if known_part is None and counting is None and part is not None and added is None and activation is None:
+        if known_part is None and counting is None and part is not None:
             direct = _calls.forward(
                 sub, weight, bias, None, None, True, 0.0, epsilon, channel, ddof, True, y[part], True, True,
-                passes.team, passes.SERIAL,
+                passes.team, passes.SERIAL, bent=bent, residual=None if added is None else added[part],
             )  # fmt: skip
             if direct is not None:
                 parts.append((part, Cache(*direct[1])))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import activation as activations
 from . import averages, checks, kernels
 from . import layout as layouts
 from .errors import must
@@ -137,14 +138,14 @@ def batch_norm(
     >>> mean, variance
     (array([ 0.5, 10. ]), array([ 1. , 50.5]))
     """
-    if activation is None and residual is None:
-        channel = layouts.plain_axis(axis, layout, x)
-        plain = _calls.forward(
-            x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
-            False, True, team, SERIAL, mask, sample_weight, nan_policy,
-        )  # fmt: skip
-        if plain is not None:
-            return plain  # type: ignore[no-any-return]
+    bent = None if activation is None else activations.resolved(activation)
+    channel = layouts.plain_axis(axis, layout, x)
+    plain = _calls.forward(
+        x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
+        False, True, team, SERIAL, mask, sample_weight, nan_policy, bent, residual,
+    )  # fmt: skip
+    if plain is not None:
+        return plain  # type: ignore[no-any-return]
     y, _ = forward(
         x,
         gamma=gamma,
@@ -242,15 +243,15 @@ def batch_norm_forward(
     >>> dbeta
     array([3.])
     """
-    fused = activation is not None or residual is not None
     if checks.one_of(save, "save", ("input", "output")) == "output":
-        if fused:
+        if activation is not None or residual is not None:
             raise ValueError(must("save", 'be "input" with an activation or a residual', repr(save)))
-    elif not fused:
+    else:
+        bent = None if activation is None else activations.resolved(activation)
         channel = layouts.plain_axis(axis, layout, x)
         plain = _calls.forward(
             x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, channel, ddof, update, out,
-            True, False, team, SERIAL, mask, sample_weight, nan_policy,
+            True, False, team, SERIAL, mask, sample_weight, nan_policy, bent, residual,
         )  # fmt: skip
         if plain is not None:
             return plain[0], kept(plain[1], plain[2], mask, sample_weight, nan_policy)
@@ -351,10 +352,11 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     mean, variance = cache.statistics
     frozen = cache.mode == "inference"
     fused = cache.has_residual or cache.activation is not None
-    if len(cache.axes) == 1 and not fused:
+    if len(cache.axes) == 1 and (cache.weights is None or not fused):
         plain = _calls.backward(
             dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL,
-            counting(x, cache.axes, cache.weights, cache.total),
+            counting(x, cache.axes, cache.weights, cache.total), cache.activation, cache.has_residual, cache.beta,
+            cache.residual, cache.y,
         )  # fmt: skip
         if plain is not None:
             if cache.sign is not None:

@@ -292,9 +292,8 @@ class BatchNorm(Persistent):
             If inference uses statistics that no batch ever reached.
         """
         arrays = self._arrays
-        plain = self._direct and self.activation is None and residual is None
-        if plain and arrays is not None and type(x) is np.ndarray and x.size <= passes.SERIAL:
-            y = self._call_small(x, training, arrays, mask, sample_weight, out)
+        if self._direct and arrays is not None and type(x) is np.ndarray and x.size <= passes.SERIAL:
+            y = self._call_small(x, training, arrays, residual, mask, sample_weight, out)
             if y is not None:
                 return y
         mode = self.mode(training)
@@ -348,7 +347,7 @@ class BatchNorm(Persistent):
         return y
 
     def _call_small(
-        self, x: Array, training: Any, arrays: Arrays, mask: Any, sample_weight: Any, out: Any
+        self, x: Array, training: Any, arrays: Arrays, residual: Any, mask: Any, sample_weight: Any, out: Any
     ) -> Array | None:
         """Call, where everything plainly fits; otherwise return None, and nothing has happened.
 
@@ -359,12 +358,13 @@ class BatchNorm(Persistent):
             return None
         gamma, beta, mean, variance, _, _ = arrays
         axis = layouts.plain_axis(self.axis, self.layout, x)
+        bent = None if self.activation is None else activations.resolved(self.activation)
         with self._lock:
             if self._arrays is not arrays:
                 return None
             result = _calls.forward(
                 x, gamma, beta, mean, variance, train, self.momentum, self.epsilon, axis, self.ddof, True, out,
-                True, True, passes.team, passes.SERIAL, mask, sample_weight, self.nan_policy,
+                True, True, passes.team, passes.SERIAL, mask, sample_weight, self.nan_policy, bent, residual,
             )  # fmt: skip
             if result is None:
                 return None

@@ -58,7 +58,6 @@ class Cache:
         gamma: Array | None,
         epsilon: float,
         sign: Array | None = None,
-        *,
         activation: activations.Activation | None = None,
         has_residual: bool = False,
         beta: Array | None = None,

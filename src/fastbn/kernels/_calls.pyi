@@ -24,6 +24,8 @@ def forward(
     mask: Any = None,
     sample_weight: Any = None,
     nan_policy: Any = "propagate",
+    bent: Any = None,
+    residual: Any = None,
 ) -> Any: ...
 def backward(
     dy: Any,
@@ -38,4 +40,9 @@ def backward(
     threads: Callable[[int], int],
     serial: int,
     counting: tuple[NDArray[Any] | None, tuple[int, ...], bool, NDArray[Any], bool] | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None: ...
+    bent: Any = None,
+    has_residual: bool = False,
+    beta: NDArray[Any] | None = None,
+    residual: NDArray[Any] | None = None,
+    y: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], ...] | None: ...

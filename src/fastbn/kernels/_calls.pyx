@@ -14,11 +14,12 @@ from libc.string cimport memset
 cimport numpy as cnp
 
 from ._memory cimport empty_like
-from ._plan cimport Pattern, bind_weights, pattern_of, streams
+from ._plan cimport Pattern, bind_weights, pattern_of, set_bend, set_gate, streams
 from .channels cimport load_all
+from .convert cimport UINT8
 from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, finish, weigh_gradient
 from .plain cimport (
-    apart_from, apart_from_array, bind, extent, in_order, in_range, is_plain, is_result, kind_of, learns_apart, same_or_apart,
+    apart, apart_from, apart_from_array, bind, extent, in_order, in_range, is_plain, is_result, kind_of, learns_apart, same_or_apart,
     set_shape, set_weights, type_of_result,
 )
 
@@ -38,6 +39,10 @@ cdef inline cnp.ndarray result_like(cnp.ndarray x):
     if cnp.PyArray_TYPE(x) == type_of_result(x):
         return empty_like(x)
     return empty_like(x, <cnp.dtype> cnp.PyArray_DescrFromType(type_of_result(x)))
+
+
+cdef inline object copy_of(object parameter):
+    return None if parameter is None else cnp.PyArray_NewCopy(<cnp.ndarray> parameter, cnp.NPY_CORDER)
 
 
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
@@ -60,7 +65,8 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
 
 
 def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
-            bint keep, bint in_place, threads, Py_ssize_t serial, mask=None, sample_weight=None, nan_policy="propagate"):
+            bint keep, bint in_place, threads, Py_ssize_t serial, mask=None, sample_weight=None, nan_policy="propagate",
+            bent=None, residual=None):
     """Carry out `fastbn.batch_norm`, or return None where the full checks have to decide.
 
     Parameters
@@ -75,8 +81,10 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         Returns the size of the team for large batches, from the number of values.
     serial : int
         Values up to which a batch is worked on by one thread.
-    mask, sample_weight, nan_policy
+    mask, sample_weight, nan_policy, residual
         As the user gave them.
+    bent : fastbn.activation.Activation, optional
+        The activation.
 
     Returns
     -------
@@ -89,7 +97,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     cdef cnp.ndarray given = None
     cdef object result
     cdef Py_ssize_t bytes, y_bytes
-    cdef bint trains, wide
+    cdef bint trains, wide, by_output
     if not (is_plain(x) and kind_of(<cnp.ndarray> x) >= 0 and PyBool_Check(training) and update is True
             and PyLong_CheckExact(ddof) and (ddof == 0 or ddof == 1)):
         return None
@@ -100,7 +108,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
             and set_shape(&job, source, axis)
             and set_weights(&job, source, axis, mask, sample_weight, nan_policy)):
         return None
-    if job.weighs and not trains:
+    if job.weighs and not (trains and bent is None and residual is None):
         return None
     if not (bind(&job.gamma, gamma, job.channels) and bind(&job.beta, beta, job.channels)
             and bind(&job.mean, moving_mean, job.channels) and bind(&job.variance, moving_variance, job.channels)):
@@ -110,6 +118,11 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     wide = cnp.PyArray_ITEMSIZE(source) == 8
     bytes = cnp.PyArray_NBYTES(source)
     in_order(&job, &job.u, source)
+    if residual is not None:
+        if kind_of(source) >= UINT8 or not is_result(residual, source):
+            return None
+        in_order(&job, &job.w, <cnp.ndarray> residual)
+        job.form.third = True
     if trains and job.mean.data != NULL and not (
             cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_mean) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> moving_variance)
             and learns_apart(&job, bytes)):
@@ -136,11 +149,16 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
             return None
         if job.y.data == job.u.data and not in_place:
             return None
+        if residual is not None and not (apart(job.y.data, y_bytes, job.w.data, y_bytes)
+                                         or (not keep and job.y.data == job.w.data)):
+            return None
         if given is not None and not apart_from_array(job.y.data, y_bytes, given):
             return None
     job.operation = TRAIN if trains else NORMALIZE
     job.settles = trains
     job.ddof = ddof
+    if bent is not None:
+        set_bend(&job.form, bent[0])
     result = target
     if keep:
         mean = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.NPY_FLOAT64, 0)
@@ -149,8 +167,14 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
             total = <cnp.ndarray> cnp.PyArray_EMPTY(1, <cnp.npy_intp*> &job.channels, cnp.NPY_FLOAT64, 0)
         result = (target, (None if job.y.data == job.u.data else x, (axis if axis >= 0 else axis + source.ndim,),
                            "train" if trains else "inference", (mean, variance),
-                           None if gamma is None else cnp.PyArray_NewCopy(<cnp.ndarray> gamma, cnp.NPY_CORDER),
-                           epsilon), total)
+                           copy_of(gamma), epsilon), total)
+        if bent is not None or residual is not None:
+            # The derivative is told from y alone, or beside x from beta and the residual.
+            by_output = bent is not None and bent[1] and residual is not None
+            result = (target, result[1] + (None, bent, residual is not None,
+                                           None if bent is None or by_output else copy_of(beta),
+                                           None if bent is None or bent[1] else residual,
+                                           target if by_output else None), total)
     if not trains:
         if keep:
             load_all(&job.mean, job.channels, <double*> cnp.PyArray_DATA(mean))
@@ -164,7 +188,8 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     return None if carry_out(&job, wide, threads, serial) else result
 
 
-def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, out, threads, Py_ssize_t serial, counting=None):
+def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, out, threads, Py_ssize_t serial, counting=None,
+             bent=None, bint has_residual=False, beta=None, residual=None, y=None):
     """Carry out `fastbn.batch_norm_backward`, or return None where the full checks have to decide.
 
     Parameters
@@ -181,16 +206,23 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
         As in `forward`.
     counting : tuple, optional
         Where values do not all count alike; see `fastbn.kernels.run`.
+    bent, has_residual, beta, residual, y
+        Of the cache: the activation, whether there was a residual, and what the derivative is told from.
 
     Returns
     -------
     tuple or None
-        dx, dgamma, dbeta.
+        dx, dgamma, dbeta, and dresidual if there was a residual.
     """
     cdef Job job
     cdef cnp.ndarray source, target, dgamma, dbeta
     cdef Py_ssize_t bytes
     cdef int number
+    cdef bint fused = bent is not None or has_residual
+    cdef object told_from = residual if y is None else y
+    cdef object dresidual = None
+    if fused and counting is not None:
+        return None
     if not (is_plain(x) and kind_of(<cnp.ndarray> x) >= 0 and is_result(dy, <cnp.ndarray> x)):
         return None
     memset(&job, 0, sizeof(job))
@@ -203,6 +235,12 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     bytes = cnp.PyArray_NBYTES(<cnp.ndarray> dy)
     in_order(&job, &job.u, <cnp.ndarray> dy)
     in_order(&job, &job.v, source)
+    if told_from is not None:
+        if not is_result(told_from, source):
+            return None
+        in_order(&job, &job.w, <cnp.ndarray> told_from)
+    if bent is not None and not bind(&job.beta, beta, job.channels):
+        return None
     if out is None:
         target = result_like(source)
         in_order(&job, &job.y, target)
@@ -212,10 +250,25 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
         target = <cnp.ndarray> out
         in_order(&job, &job.y, target)
         if not (cnp.PyArray_ISWRITEABLE(target) and same_or_apart(job.y.data, bytes, job.u.data, bytes)
-                and same_or_apart(job.y.data, bytes, job.v.data, cnp.PyArray_NBYTES(source))):
+                and same_or_apart(job.y.data, bytes, job.v.data, cnp.PyArray_NBYTES(source))
+                and (told_from is None or same_or_apart(job.y.data, bytes, job.w.data, bytes))):
             return None
         if counting is not None and counting[0] is not None and not apart_from_array(job.y.data, bytes, counting[0]):
             return None
+    if bent is not None:
+        if bent[2] and not has_residual:  # costs more than a store
+            if job.y.data == job.v.data:
+                return None
+            job.kept = job.y
+        job.by_output = y is not None
+        set_bend(&job.form, bent[0])
+        set_gate(&job, told_from is not None and y is None)
+    if has_residual:
+        if bent is None:
+            dresidual = cnp.PyArray_NewCopy(<cnp.ndarray> dy, cnp.NPY_CORDER)
+        else:
+            dresidual = empty_like(<cnp.ndarray> dy)
+            in_order(&job, &job.kept, <cnp.ndarray> dresidual)
     bind_weights(&job, counting)
     job.operation = FROZEN if frozen else GRADIENT
     job.epsilon = epsilon
@@ -225,4 +278,4 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     bind(&job.dgamma, dgamma, job.channels)
     bind(&job.dbeta, dbeta, job.channels)
     carry_out(&job, cnp.PyArray_ITEMSIZE(source) == 8, threads, serial)
-    return target, dgamma, dbeta
+    return (target, dgamma, dbeta, dresidual) if has_residual else (target, dgamma, dbeta)

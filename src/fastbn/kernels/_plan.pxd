@@ -1,4 +1,5 @@
 from .job cimport NORMALIZE, TRAIN, Job, Operation, Parameter
+from .lanes cimport STRAIGHT, Form
 
 
 cdef enum Pattern:
@@ -30,6 +31,24 @@ cdef inline bint streams(const Job* job) noexcept nogil:
             and job.outer * job.channels * job.inner * job.y.size
             >= (STREAM_INFERENCE if job.operation == NORMALIZE else STREAM_TRAINING if job.operation == TRAIN
                 else STREAM_GRADIENT))
+
+
+cdef inline int set_bend(Form* form, object bend) except -1:
+    """An activation: a number of `BENDS`, and three numbers."""
+    kind, numbers = bend
+    form.bend = kind
+    form.numbers[0], form.numbers[1], form.numbers[2] = numbers
+    return 0
+
+
+cdef inline void set_gate(Job* job, bint third) noexcept nogil:
+    """Let dy come first through the derivative of the activation that the form has; third is whether a residual is read."""
+    job.gated = True
+    job.gate = job.form
+    job.gate.pair = True
+    job.gate.third = third
+    job.form.third = False
+    job.form.bend = STRAIGHT
 
 
 cdef class Plan:

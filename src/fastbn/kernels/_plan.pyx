@@ -3,7 +3,7 @@ cimport numpy as cnp
 
 from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter, weigh_gradient
-from .lanes cimport BENT, CLIPPED, SMOOTH, STRAIGHT, Form
+from .lanes cimport BENT, CLIPPED, SMOOTH, STRAIGHT
 
 cnp.import_array()
 
@@ -57,22 +57,15 @@ cdef class Plan:
         job.applies = y is not None
         job.reads_pair = operation == GRADIENT or operation == FROZEN
         job.writes_pair = operation == GRADIENT or operation == POOLED
-        job.gated = job.reads_pair and bend is not None
+        job.gated = False
         job.by_output = by_output
-        cdef Form form
-        form.pair = job.writes_pair or job.gated
-        form.third = w is not None and not by_output
-        form.bend = STRAIGHT
+        job.form.pair = job.writes_pair
+        job.form.third = w is not None and not by_output
+        job.form.bend = STRAIGHT
         if bend is not None:
-            form.bend = bend[0]
-            for i in range(3):
-                form.numbers[i] = bend[1][i]
-        job.form = form
-        if job.gated:
-            job.gate = form
-            job.form.pair = job.writes_pair
-            job.form.third = False
-            job.form.bend = STRAIGHT
+            set_bend(&job.form, bend)
+            if job.reads_pair:
+                set_gate(job, job.form.third)
         job.outer, job.channels, job.inner = self.outer, self.channels, self.inner
         cdef int others = FLOAT if self.kind >= UINT8 else self.kind
         bind_operand(&job.u, u, self.kind if v is None else others, self.u_strides)

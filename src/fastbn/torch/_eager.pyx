@@ -17,6 +17,7 @@ from libc.string cimport memset
 cimport numpy as cnp
 
 from ..kernels._calls cimport carry_out
+from ..kernels._plan cimport set_bend, set_gate
 from ..kernels.channels cimport load_all
 from ..kernels.convert cimport DOUBLE, FLOAT
 from ..kernels.job cimport FROZEN, GRADIENT, NORMALIZE, TRAIN, Job, Operand, Parameter
@@ -136,7 +137,7 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     if activation is not None:
         call.activation = activation
         call.bent = resolve(activation)
-        set_bend(job, call.bent)
+        set_bend(&job.form, call.bent[0])
     if training and counter is not None:
         if not view(counter, &other) or other.ndim != 0 or other.code != INTEGER or other.bits != 64:
             return None
@@ -173,13 +174,6 @@ def call(module, x, residual):
         counter = buffers.get("num_batches_tracked")
     return normalize(x, parameters["weight"], parameters["bias"], residual, mean, variance, counter, training,
                      own["momentum"], own["eps"], own.get("activation"), module.ranks)
-
-
-cdef inline int set_bend(Job* job, object bent) except -1:
-    kind, numbers = bent[0]
-    job.form.bend = kind
-    job.form.numbers[0], job.form.numbers[1], job.form.numbers[2] = numbers
-    return 0
 
 
 cdef object carried_out(Call call, const DLTensor* x):
@@ -246,14 +240,9 @@ def backward(ctx, dy):
             if not view(source, &other) or not is_like(&seen, &other):
                 return gradient_any(ctx, dy, x, weight, bias, residual, y)
             set_operand(&job, &job.w, &other)
-        set_bend(&job, call.bent)
-        job.gated = True
         job.by_output = y is not None
-        job.form.pair = True
-        job.form.third = residual is not None
-        job.gate = job.form
-        job.form.third = False
-        job.form.bend = STRAIGHT
+        set_bend(&job.form, call.bent[0])
+        set_gate(&job, residual is not None)
     dx = make(&seen, &made)
     set_operand(&job, &job.y, &made)
     dresidual = dy if call.has_residual else None
