@@ -14,7 +14,7 @@ from libc.string cimport memset
 cimport numpy as cnp
 
 from ._memory cimport empty_like
-from ._plan cimport Pattern, bind_weights, pattern_of, set_bend, set_gate, streams
+from ._plan cimport Pattern, bind_weights, keep_in_result, pattern_of, set_bend, set_gate, streams
 from .channels cimport load_all
 from .convert cimport UINT8
 from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, finish, weigh_gradient
@@ -56,6 +56,7 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     if job.weighs and job.reads_pair:
         weigh_gradient(job)
     job.streams = streams(job)
+    keep_in_result(job)
     job.threads = 1 if size <= serial else threads(size)
     job.interruptible = True
     cdef int status

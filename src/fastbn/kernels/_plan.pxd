@@ -51,6 +51,17 @@ cdef inline void set_gate(Job* job, bint third) noexcept nogil:
     job.form.bend = STRAIGHT
 
 
+cdef inline void keep_in_result(Job* job) noexcept nogil:
+    """Let dy, behind its gate, be kept in dx if nobody has another place for it, so that the derivative is found once.
+
+    That is for a dx that stays in the caches, where a store costs less than the derivative; not of a type that would round
+    what is kept, and not where x is.
+    """
+    if (job.gated and job.kept.data == NULL and job.y.data != NULL and not job.streams and job.y.size >= 4
+            and job.y.data != job.v.data):
+        job.kept = job.y
+
+
 cdef class Plan:
     cdef readonly Py_ssize_t outer, channels, inner
     cdef readonly int kind
