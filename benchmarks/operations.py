@@ -89,7 +89,7 @@ def _numpy(operation: str, c: Case) -> Callable[[], Any]:
 def _torch(operation: str, c: Case, activation: str | None = None, residual: Any = None) -> Callable[[], Any]:
     import torch
 
-    if activation not in (None, "relu"):
+    if activation not in (None, "relu", "silu"):
         raise NotImplementedError(f"no {activation} of PyTorch here")
 
     def second(a: Any) -> Any:
@@ -120,7 +120,7 @@ def _torch(operation: str, c: Case, activation: str | None = None, residual: Any
         if added is not None:
             y.add_(added)
         if activation is not None:
-            y.relu_()
+            (aten.relu_ if activation == "relu" else aten.silu_)(y)
         return c.out if y is out else y.movedim(1, c.axis).numpy()
 
     def train() -> Any:
@@ -137,7 +137,9 @@ def _torch(operation: str, c: Case, activation: str | None = None, residual: Any
         y, save_mean, save_invstd = aten.native_batch_norm(x, gamma, beta, None, None, True, 0.0, EPSILON)
 
         def backward() -> Any:
-            before = dy if activation is None else aten.threshold_backward(dy, y, 0)
+            before = dy
+            if activation is not None:
+                before = aten.threshold_backward(dy, y, 0) if activation == "relu" else aten.silu_backward(dy, y)
             dx, dgamma, dbeta = aten.native_batch_norm_backward(
                 before, x, gamma, None, None, save_mean, save_invstd, True, EPSILON, [True, True, True]
             )

@@ -74,7 +74,7 @@ static inline fastbn_vf fastbn_select_f(fastbn_vf x, fastbn_vf y, fastbn_vf yes,
     return (fastbn_vf) ((mask & (fastbn_vu) yes) | (~mask & (fastbn_vu) no));
 #endif
 }
-/* x < y ? x : y, and so y where x or y is NaN: the instruction of that name, where there is one. */
+/* x < y ? x : y, and x > y ? x : y, so y where x or y is NaN: min and max, where there are such instructions. */
 static inline fastbn_vd fastbn_smaller_d(fastbn_vd x, fastbn_vd y) {
 #if defined(__AVX__)
     return (fastbn_vd) _mm256_min_pd((__m256d) x, (__m256d) y);
@@ -92,6 +92,26 @@ static inline fastbn_vf fastbn_smaller_f(fastbn_vf x, fastbn_vf y) {
     return (fastbn_vf) _mm_min_ps((__m128) x, (__m128) y);
 #else
     fastbn_vu mask = (fastbn_vu) (x < y);
+    return (fastbn_vf) ((mask & (fastbn_vu) x) | (~mask & (fastbn_vu) y));
+#endif
+}
+static inline fastbn_vd fastbn_larger_d(fastbn_vd x, fastbn_vd y) {
+#if defined(__AVX__)
+    return (fastbn_vd) _mm256_max_pd((__m256d) x, (__m256d) y);
+#elif defined(__SSE2__)
+    return (fastbn_vd) _mm_max_pd((__m128d) x, (__m128d) y);
+#else
+    fastbn_vq mask = (fastbn_vq) (x > y);
+    return (fastbn_vd) ((mask & (fastbn_vq) x) | (~mask & (fastbn_vq) y));
+#endif
+}
+static inline fastbn_vf fastbn_larger_f(fastbn_vf x, fastbn_vf y) {
+#if defined(__AVX__)
+    return (fastbn_vf) _mm256_max_ps((__m256) x, (__m256) y);
+#elif defined(__SSE2__)
+    return (fastbn_vf) _mm_max_ps((__m128) x, (__m128) y);
+#else
+    fastbn_vu mask = (fastbn_vu) (x > y);
     return (fastbn_vf) ((mask & (fastbn_vu) x) | (~mask & (fastbn_vu) y));
 #endif
 }
@@ -120,6 +140,8 @@ static inline fastbn_vd fastbn_present(fastbn_vd x, fastbn_vd v) { return v == v
 #define fastbn_select_f(x, y, yes, no) ((x) <= (y) ? (yes) : (no))
 #define fastbn_smaller_d(x, y) ((x) < (y) ? (x) : (y))
 #define fastbn_smaller_f(x, y) ((x) < (y) ? (x) : (y))
+#define fastbn_larger_d(x, y) ((x) > (y) ? (x) : (y))
+#define fastbn_larger_f(x, y) ((x) > (y) ? (x) : (y))
 static inline fastbn_vd fastbn_power_d(fastbn_vd n) {
     uint64_t bits;
     memcpy(&bits, &n, sizeof(bits));
@@ -136,6 +158,23 @@ static inline fastbn_vf fastbn_power_f(fastbn_vf n) {
 }
 static inline fastbn_vd fastbn_add_exact_product(fastbn_vd t, fastbn_vd x, fastbn_vd y) { return t + x * y; }
 #endif
+/* s * 2^n, rounded once, of a whole n and s between 1/2 and 2: in two factors, where there is no instruction for it. */
+static inline fastbn_vd fastbn_times_power_d(fastbn_vd s, fastbn_vd n) {
+#if defined(__AVX512VL__)
+    return (fastbn_vd) _mm256_scalef_pd((__m256d) s, (__m256d) n);
+#else
+    fastbn_vd half = (n * 0.5 + 6755399441055744.0) - 6755399441055744.0;
+    return (s * fastbn_power_d(half + 6755399441055744.0)) * fastbn_power_d((n - half) + 6755399441055744.0);
+#endif
+}
+static inline fastbn_vf fastbn_times_power_f(fastbn_vf s, fastbn_vf n) {
+#if defined(__AVX512VL__)
+    return (fastbn_vf) _mm256_scalef_ps((__m256) s, (__m256) n);
+#else
+    fastbn_vf half = (n * 0.5f + 12582912.0f) - 12582912.0f;
+    return (s * fastbn_power_f(half + 12582912.0f)) * fastbn_power_f((n - half) + 12582912.0f);
+#endif
+}
 /* Which values of all lanes count. Marks are bytes, 0 or not. */
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 typedef __mmask16 fastbn_vk;

@@ -19,7 +19,7 @@ that of the source at every instruction set level. Lanes are handled in packs (p
 from cython cimport floating
 from libc.stdint cimport int64_t
 
-from .activations cimport bent, clipped, smooth
+from .activations cimport SIDE, bent, clipped, smooth
 from .packs cimport (
     LANES, ND, NF, VD, VF, add_exact_product, last_masks, masked, pack, prefetch, prefetch_second, present, select, splat, splat_d,
     splat_f, stream_d, stream_f, vd, vf, widen,
@@ -33,6 +33,10 @@ cdef enum Bend:
     SMOOTH    # z * sigmoid(k1 z + k3 z^3); numbers: k1, k3
     WEIGHTED  # none, but the gradient where x counts by w (1 without), or is missing; numbers: 0 if NaN is missing, else 1
     PRESENT   # the same where the statistics were constants
+
+
+cdef enum:
+    ASIDE = 4  # packs of a run with a smooth activation that are worked on side by side
 
 
 cdef struct Form:
@@ -195,6 +199,12 @@ cdef inline pack counted(pack u, pack v, pack w, pack a, pack c, pack q, pack b,
     return select(w, zero, select(v - v, zero, z, zero), z) * a
 
 
+cdef inline pack straight(const pack* x, const pack* w, pack p, pack a, pack c, bint third) noexcept nogil:
+    """What comes before an activation."""
+    cdef pack z = (x[0] - p) * a + c
+    return z + w[0] if third else z
+
+
 cdef inline pack scaled(const pack* u, const pack* v, const pack* w, pack p, pack a, pack c, pack q, pack b, pack k0,
                         pack k1, pack k2, bint pair, bint third, int bend) noexcept nogil:
     """The formula of *apply*, the only place where it stands."""
@@ -203,19 +213,24 @@ cdef inline pack scaled(const pack* u, const pack* v, const pack* w, pack p, pac
         return counted(u[0], v[0], w[0] if third else splat(1, p), a, c, q, b, k0, bend == PRESENT)
     if pair and bend == STRAIGHT:
         return ((u[0] - p) + ((v[0] - q) * b + c)) * a
-    if pair:
-        z = (v[0] - p) * a + c
-    else:
-        z = (u[0] - p) * a + c
-    if third:
-        z = z + w[0]
+    z = straight(v if pair else u, w, p, a, c, third)
     if bend == CLIPPED:
         return clipped(z, k0, k1, u[0], pair)
     if bend == BENT:
         return bent(z, k0, u[0], pair)
     if bend == SMOOTH:
-        return smooth(z, k0, k1, u[0], pair)
+        smooth(&z, u, 1, k0, k1, pair)
     return z
+
+
+cdef inline void scaled_aside(const pack* u, const pack* v, const pack* w, const pack* p, const pack* a, const pack* c,
+                              Py_ssize_t step, Py_ssize_t count, pack k0, pack k1, bint pair, bint third,
+                              pack* zs) noexcept nogil:
+    """`scaled` of neighbouring packs with a smooth activation; the coefficients of each are some packs apart, or the same."""
+    cdef Py_ssize_t j
+    for j in range(count):
+        zs[j] = straight((v if pair else u) + j, w + j, p[j * step], a[j * step], c[j * step], third)
+    smooth(zs, u, count, k0, k1, pair)
 
 
 cdef inline void put(floating* y, pack z, bint stream) noexcept nogil:
@@ -237,7 +252,7 @@ cdef inline void apply_packs(const floating* u, const floating* v, const floatin
     So the first pack overlaps the second, and the last the one before: every pack is computed before the one that precedes
     it is stored, and y may be u, v or w. With ``stream`` y is aligned.
     """
-    cdef Py_ssize_t _k
+    cdef Py_ssize_t _k, j
     cdef Py_ssize_t i = 0
     cdef Py_ssize_t end = n - width
     cdef pack k0 = splat(numbers[0], p)
@@ -245,6 +260,7 @@ cdef inline void apply_packs(const floating* u, const floating* v, const floatin
     cdef pack k2 = splat(numbers[2], p)
     cdef pack z = scaled(<const pack*> u, <const pack*> v, <const pack*> w, p, a, c, q, b, k0, k1, k2, pair, third, bend)
     cdef pack after
+    cdef pack zs[ASIDE]
     if not stream:
         i = (width - <Py_ssize_t> (<size_t> y // sizeof(floating) % <size_t> width)) % width
         if end < width:  # else the last would overlap the first as well
@@ -254,6 +270,15 @@ cdef inline void apply_packs(const floating* u, const floating* v, const floatin
                            pair, third, bend)
             (<pack*> y)[0] = z
             z = after
+    if bend == SMOOTH:
+        for _k in range(((n - i) // width - 1) // ASIDE):
+            scaled_aside(<const pack*> (u + i + width), <const pack*> (v + i + width), <const pack*> (w + i + width), &p, &a,
+                         &c, 0, ASIDE, k0, k1, pair, third, zs)
+            put(y + i, z, stream)
+            for j in range(ASIDE - 1):
+                put(y + i + (j + 1) * width, zs[j], stream)
+            z = zs[ASIDE - 1]
+            i = i + ASIDE * width
     for _k in range((n - i) // width - 1):
         after = scaled(<const pack*> (u + i + width), <const pack*> (v + i + width), <const pack*> (w + i + width), p, a, c,
                        q, b, k0, k1, k2, pair, third, bend)
@@ -337,31 +362,36 @@ cdef inline void apply_runs(const floating* u, Py_ssize_t su, const floating* v,
 
 cdef inline void apply_lanes(const floating* u, const floating* v, const floating* w, floating* y, const floating* p,
                              const floating* a, const floating* c, const floating* q, const floating* b,
-                             const double* numbers, Py_ssize_t width, bint pair, bint third, int bend, bint stream,
-                             pack* zs) noexcept nogil:
-    """LANES columns of a row, in packs of that width; zs is room for them. All are computed before the first is stored."""
+                             const double* numbers, Py_ssize_t columns, Py_ssize_t width, bint pair, bint third, int bend,
+                             bint stream, pack* zs) noexcept nogil:
+    """Some columns of a row, in packs of that width; zs is room for them. All are computed before the first is stored."""
     cdef Py_ssize_t j, i
     cdef pack k0 = splat(numbers[0], zs[0])
     cdef pack k1 = splat(numbers[1], zs[0])
     cdef pack k2 = splat(numbers[2], zs[0])
-    for j in range(LANES // width):
+    if bend == SMOOTH:
+        scaled_aside(<const pack*> u, <const pack*> v, <const pack*> w, <const pack*> p, <const pack*> a, <const pack*> c, 1,
+                     columns // width, k0, k1, pair, third, zs)
+    for j in range(columns // width if bend != SMOOTH else 0):
         i = j * width
         zs[j] = scaled(<const pack*> (u + i), <const pack*> (v + i), <const pack*> (w + i), (<const pack*> (p + i))[0],
                        (<const pack*> (a + i))[0], (<const pack*> (c + i))[0], (<const pack*> (q + i))[0],
                        (<const pack*> (b + i))[0], k0, k1, k2, pair, third, bend)
-    for j in range(LANES // width):
+    for j in range(columns // width):
         put(y + j * width, zs[j], stream)
 
 
 cdef inline void lanes_as(const floating* u, const floating* v, const floating* w, floating* y, const floating* p,
                           const floating* a, const floating* c, const floating* q, const floating* b,
-                          const double* numbers, bint pair, bint third, int bend, bint stream) noexcept nogil:
-    cdef vf[NF] zf
-    cdef vd[ND] zd
+                          const double* numbers, Py_ssize_t columns, bint pair, bint third, int bend,
+                          bint stream) noexcept nogil:
+    """LANES columns, or twice as many."""
+    cdef vf[2 * NF] zf
+    cdef vd[2 * ND] zd
     if floating is float:
-        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, VF, pair, third, bend, stream, zf)
+        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, columns, VF, pair, third, bend, stream, zf)
     else:
-        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, VD, pair, third, bend, stream, zd)
+        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, columns, VD, pair, third, bend, stream, zd)
 
 
 cdef inline void in_order_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
@@ -381,7 +411,7 @@ cdef inline void in_order_as(const floating* u, Py_ssize_t su, const floating* v
                 prefetch_second(w + ahead * sw)
             if not stream:
                 prefetch_second(y + ahead * sy)
-        lanes_as(u, v, w, y, p + i, a + i, c + i, q + i, b + i, numbers, pair, third, bend, stream)
+        lanes_as(u, v, w, y, p + i, a + i, c + i, q + i, b + i, numbers, LANES, pair, third, bend, stream)
         i += LANES
         end = -<Py_ssize_t> (i == width)  # all bits at the end of a row: arithmetic, no branch
         u += LANES + (end & (su - width))
@@ -397,17 +427,23 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
                          const floating* b, const double* numbers, bint pair, bint third, int bend,
                          bint stream) noexcept nogil:
     """Rows in the order of memory, in one loop or in one for each row; ahead is 0 where nothing is to be fetched."""
-    cdef Py_ssize_t i, k, r
-    if large and ahead:
+    # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
+    cdef bint twice = bend == SMOOTH and 2 * LANES <= SIDE * (sizeof(vd) // sizeof(floating))
+    cdef Py_ssize_t i, k, r, columns = 2 * LANES if twice else LANES
+    if large and ahead and not twice:
         in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, ahead, p, a, c, q, b, numbers, pair, third, bend, stream, True)
-    elif large:
+    elif large and not twice:
         in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, 0, p, a, c, q, b, numbers, pair, third, bend, stream, False)
     else:
         for r in range(rows):
-            for k in range(width // LANES):
-                i = k * LANES
+            for k in range(width // columns):
+                i = k * columns
                 lanes_as(u + r * su + i, v + r * sv + i, w + r * sw + i, y + r * sy + i, p + i, a + i, c + i, q + i,
-                         b + i, numbers, pair, third, bend, stream)
+                         b + i, numbers, columns, pair, third, bend, stream)
+            if twice and width % columns:
+                i = width - LANES
+                lanes_as(u + r * su + i, v + r * sv + i, w + r * sw + i, y + r * sy + i, p + i, a + i, c + i, q + i,
+                         b + i, numbers, LANES, pair, third, bend, stream)
 
 
 cdef inline void rows_by(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,

@@ -30,8 +30,10 @@ cdef extern from "lanes.h" nogil:
     vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
     vd smaller_d "fastbn_smaller_d"(vd x, vd y)
     vf smaller_f "fastbn_smaller_f"(vf x, vf y)
-    vd power_d "fastbn_power_d"(vd n)
-    vf power_f "fastbn_power_f"(vf n)
+    vd larger_d "fastbn_larger_d"(vd x, vd y)
+    vf larger_f "fastbn_larger_f"(vf x, vf y)
+    vd times_power_d "fastbn_times_power_d"(vd s, vd n)
+    vf times_power_f "fastbn_times_power_f"(vf s, vf n)
     const double[12] series "fastbn_series"
     vd masked "fastbn_masked"(vd x, const int64_t* mask)
     vd present "fastbn_present"(vd x, vd v)  # x, but 0 where v is NaN
@@ -90,8 +92,17 @@ cdef inline pack smaller(pack x, pack y) noexcept nogil:
         return smaller_d(x, y)
 
 
-cdef inline pack power(pack n) noexcept nogil:
+cdef inline pack larger(pack x, pack y) noexcept nogil:
+    """x > y ? x : y"""
     if pack is vf:
-        return power_f(n)
+        return larger_f(x, y)
     else:
-        return power_d(n)
+        return larger_d(x, y)
+
+
+cdef inline pack times_power(pack s, pack n) noexcept nogil:
+    """s * 2^n"""
+    if pack is vf:
+        return times_power_f(s, n)
+    else:
+        return times_power_d(s, n)
