@@ -247,7 +247,7 @@ cdef inline void put(floating* y, pack z, bint stream) noexcept nogil:
 cdef inline void apply_packs(const floating* u, const floating* v, const floating* w, floating* y, Py_ssize_t n, pack p,
                              pack a, pack c, pack q, pack b, const double* numbers, Py_ssize_t width, bint pair,
                              bint third, int bend, bint stream) noexcept nogil:
-    """n >= width values in packs of that width, the second from where y is aligned to packs.
+    """n >= width values in packs of that width, the second from where y is aligned to packs, unless they are costly.
 
     So the first pack overlaps the second, and the last the one before: every pack is computed before the one that precedes
     it is stored, and y may be u, v or w. With ``stream`` y is aligned.
@@ -261,7 +261,7 @@ cdef inline void apply_packs(const floating* u, const floating* v, const floatin
     cdef pack z = scaled(<const pack*> u, <const pack*> v, <const pack*> w, p, a, c, q, b, k0, k1, k2, pair, third, bend)
     cdef pack after
     cdef pack zs[ASIDE]
-    if not stream:
+    if not stream and bend != SMOOTH:
         i = (width - <Py_ssize_t> (<size_t> y // sizeof(floating) % <size_t> width)) % width
         if end < width:  # else the last would overlap the first as well
             i = 0
@@ -285,11 +285,13 @@ cdef inline void apply_packs(const floating* u, const floating* v, const floatin
         put(y + i, z, stream)
         z = after
         i = i + width
-    after = scaled(<const pack*> (u + end), <const pack*> (v + end), <const pack*> (w + end), p, a, c, q, b, k0, k1, k2,
-                   pair, third, bend)
-    put(y + i, z, stream)
     if i < end:
+        after = scaled(<const pack*> (u + end), <const pack*> (v + end), <const pack*> (w + end), p, a, c, q, b, k0, k1, k2,
+                       pair, third, bend)
+        put(y + i, z, stream)
         (<pack*> (y + end))[0] = after
+    else:
+        put(y + i, z, stream)
 
 
 cdef inline void runs_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
