@@ -24,26 +24,23 @@ class Activation(NamedTuple):
         For `kernels.run`.
     from_output : bool
         Whether the derivative can be told from the result alone.
-    costly : bool
-        Whether the derivative is better stored than found twice.
     """
 
     bend: Bend
     from_output: bool
-    costly: bool
 
 
 def _clipped(lo: float, hi: float) -> Activation:
-    return Activation((kernels.BENDS["clipped"], (lo, hi, 0.0)), True, False)
+    return Activation((kernels.BENDS["clipped"], (lo, hi, 0.0)), True)
 
 
 def _bent(slope: float) -> Activation:
     # A negative slope folds the numbers below 0 onto those above: a result does not say where it came from.
-    return Activation((kernels.BENDS["bent"], (slope, 0.0, 0.0)), slope >= 0, False)
+    return Activation((kernels.BENDS["bent"], (slope, 0.0, 0.0)), slope >= 0)
 
 
 def _smooth(k1: float, k3: float) -> Activation:
-    return Activation((kernels.BENDS["smooth"], (k1, k3, 0.0)), False, True)
+    return Activation((kernels.BENDS["smooth"], (k1, k3, 0.0)), False)
 
 
 # NaN is no bound.

@@ -386,9 +386,6 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     before = None if activation is None else dresidual  # where to keep the gradient before the activation
     if dresidual is not None and activation is None:
         dresidual[...] = gradient
-    elif activation is not None and activation.costly and before is None:
-        # Found once, kept in dx, which is not read before, unless that is x.
-        before = layouts.like(x, dtype) if checks.overlap(dx, x) else dx
     if x.size:
         run(
             kernels.FROZEN if frozen else kernels.GRADIENT,

@@ -257,10 +257,6 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
         if counting is not None and counting[0] is not None and not apart_from_array(job.y.data, bytes, counting[0]):
             return None
     if bent is not None:
-        if bent[2] and not has_residual:  # costs more than a store
-            if job.y.data == job.v.data:
-                return None
-            job.kept = job.y
         job.by_output = y is not None
         set_bend(&job.form, bent[0])
         set_gate(&job, told_from is not None and y is None)

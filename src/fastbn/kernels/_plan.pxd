@@ -1,5 +1,5 @@
 from .job cimport NORMALIZE, TRAIN, Job, Operation, Parameter
-from .lanes cimport STRAIGHT, Form
+from .lanes cimport SMOOTH, STRAIGHT, Form
 
 
 cdef enum Pattern:
@@ -54,11 +54,11 @@ cdef inline void set_gate(Job* job, bint third) noexcept nogil:
 cdef inline void keep_in_result(Job* job) noexcept nogil:
     """Let dy, behind its gate, be kept in dx if nobody has another place for it, so that the derivative is found once.
 
-    That is for a dx that stays in the caches, where a store costs less than the derivative; not of a type that would round
-    what is kept, and not where x is.
+    That is for a dx that stays in the caches, where a store costs less than the derivative, unless its type would round what
+    is kept; and for every smooth activation. Not where x is, which is still to be read.
     """
-    if (job.gated and job.kept.data == NULL and job.y.data != NULL and not job.streams and job.y.size >= 4
-            and job.y.data != job.v.data):
+    if (job.gated and job.kept.data == NULL and job.y.data != NULL and job.y.data != job.v.data
+            and (job.gate.bend == SMOOTH or (not job.streams and job.y.size >= 4))):
         job.kept = job.y
 
 

@@ -249,8 +249,6 @@ def backward(ctx, dy):
     if gates and call.has_residual:
         dresidual = make(&seen, &made)
         set_operand(&job, &job.kept, &made)
-    elif gates and call.bent[2]:  # costs more than a store
-        job.kept = job.y
     gweight = gbias = None
     if weight is not None:
         gweight = make_vector(job.channels, seen.bits, &job.dgamma)
