@@ -28,7 +28,8 @@ LEVELS = fastbn.show_config(mode="dicts")["levels_supported"]
 needs_other = pytest.mark.skipif(not OTHER, reason="FASTBN_OTHER_BUILD names no other build: see make test-clang")
 
 # The registers that hold packs (lanes.h).
-REGISTERS = {"base": "xmm", "v3": "ymm", "v4": "ymm"}
+REGISTERS = {"base": "xmm", "v3": "ymm", "v4": "zmm"}
+PACKS = {"xmm": 8, "ymm": 4, "zmm": 2}  # of doubles in all lanes
 DRIVERS = ("planar", "interleaved")
 BUILDS = [pytest.param("", id="this")] + [pytest.param(OTHER, id="other")] * bool(OTHER)
 
@@ -117,6 +118,13 @@ class TestInstructions:
         exact = FMA if level != "base" else "mulpd"
         assert loops(path, register, "cvtps2pd", "addpd", exact, without="subpd")
 
+    def test_sums_of_two_sets_of_lanes_are_side_by_side(self, level, driver, build):
+        """Where there are 32 registers: a lane waits for its last addition, which the other set's then fill."""
+        path, register = module(build, driver, level), REGISTERS[level]
+        found = loops(path, register, "cvtps2pd", FMA if level != "base" else "mulpd", without="subpd")
+        sets = max(sum(n for (name, of), n in loop.items() if name == "cvtps2pd") for loop in found) // PACKS[register]
+        assert sets == (4 if level == "v4" else 2)  # of both operands of a gradient
+
     def test_float64_sums_are_packed(self, level, driver, build):
         path, register = module(build, driver, level), REGISTERS[level]
         assert loops(path, register, "subpd", "addpd", "mulpd", without="cvtps2pd|movntpd")
@@ -124,11 +132,11 @@ class TestInstructions:
     def test_weighted_and_masked_sums_are_packed(self, level, driver, build):
         """Values and weights are widened and multiplied a pack at a time; what does not count is cleared."""
         path, register = module(build, driver, level), REGISTERS[level]
-        packs = 16 // {"xmm": 2, "ymm": 4}[register]
+        packs = PACKS[register]
         packed = loops(path, register, "cvtps2pd", "mulpd", "addpd")
         assert [loop for loop in packed if has(loop, "(cvtps2|mul)pd", register, 4 * packs)]
         # By masks of registers where there are some; Clang then clears while it widens, GCC by a move.
-        clears = ("kmov[bdqw]", "", 1) if level == "v4" else ("andp[sd]|pand", register, packs)
+        clears = ("k(mov|shiftr)[bdqw]", "", 1) if level == "v4" else ("andp[sd]|pand", register, packs)
         exact = FMA if level != "base" else "mulpd"
         found = loops(path, register, "cvtps2pd", "addpd", exact, without="subpd")
         assert [loop for loop in found if has(loop, "cvtps2pd", register, packs) and has(loop, *clears)]

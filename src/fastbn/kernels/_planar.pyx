@@ -20,13 +20,14 @@ from ._plan cimport Plan, bind_weights
 from .channels cimport coefficients, load, settle
 from .convert cimport DOUBLE, FLOAT, give, is_native, take
 from .job cimport (
-    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, finish, gate_of, is_interrupted,
+    DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of,
+    is_interrupted,
 )
 from .lanes cimport PRESENT, WEIGHTED, apply_runs, reduce_runs
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
-from .packs cimport LANES
+from .packs cimport ABREAST, LANES
 from .planar_cut cimport GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
 from .scratch cimport scratch_give, scratch_take
 from .weights cimport (
@@ -58,7 +59,7 @@ cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssiz
 
 
 cdef inline void reduce_any(const Job* job, bint direct, const char* x, const char* x2, Py_ssize_t channels,
-                            Py_ssize_t runs, Py_ssize_t n, const double* p, const double* q, bint shifted,
+                            Py_ssize_t runs, Py_ssize_t n, const double* p, const double* q, bint shifted, bint abreast,
                             Py_ssize_t next_u, Py_ssize_t next_v, bint begins, double* first, double* second,
                             floating* tile) noexcept nogil:
     """A run of any form, or those of several channels and images that need no staging, into the lanes.
@@ -78,20 +79,20 @@ cdef inline void reduce_any(const Job* job, bint direct, const char* x, const ch
         n = max(n, <Py_ssize_t> LANES)
     if shifted:
         if job.reads_pair and job.omits:
-            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, True, next_u, next_v,
+            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, True, abreast, next_u, next_v,
                         begins, first, second)
         elif job.reads_pair:
-            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, False, next_u, next_v,
+            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, False, abreast, next_u, next_v,
                         begins, first, second)
         else:
-            reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, True, False, next_u, next_v,
+            reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, True, False, abreast, next_u, next_v,
                         begins, first, second)
     elif floating is float:
         if job.reads_pair:
-            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, False, False, next_u, next_v,
+            reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, False, False, abreast, next_u, next_v,
                         begins, first, second)
         else:
-            reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, False, False, next_u, next_v,
+            reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, False, False, abreast, next_u, next_v,
                         begins, first, second)
 
 
@@ -244,8 +245,8 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                         g = at(&job.kept, n, c0 + i, t.s0)
                     gate_runs(&gate, gate_direct, u, w if job.by_output else v, w, g, several, t.length, gates + c0 + i,
                               scratch)
-                reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, next_u + (u - g), next_v,
-                           n == t.n0, first + i * LANES, second + i * LANES, scratch)
+                reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, k.abreast, next_u + (u - g),
+                           next_v, n == t.n0, first + i * LANES, second + i * LANES, scratch)
                 u += several * step_u
                 v += several * near.v.channel
                 i += several
@@ -344,16 +345,40 @@ cdef enum Step:
     BOTH  # what was summed is applied while it is in a cache
 
 
+cdef void reduce_segments(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t count, Py_ssize_t c, double* parts,
+                          floating* buffer) noexcept nogil:
+    """Tiles of one long run, as channels of a job of their own: their sums can be side by side."""
+    cdef Job own = channels_of(job, c, c + 1)
+    cdef Cut one = k[0]
+    cdef Py_ssize_t n = tile // k.segments, s = tile % k.segments * k.length
+    own.outer, own.channels, own.inner = 1, count, k.length
+    own.u.data = at(&own.u, n, 0, s)
+    own.u.channel = k.length * own.u.inner
+    if own.reads_pair:
+        own.v.data = at(&own.v, n, 0, s)
+        own.v.channel = k.length * own.v.inner
+    own.mean.stride = own.variance.stride = 0
+    one.segments = one.tiles = 1
+    reduce_tile(&own, &one, 0, 0, count, parts + (c * k.tiles + tile) * 2, <const floating*> NULL, buffer)
+
+
 cdef void reduce_tiles(const Job* job, const Cut* k, Py_ssize_t t0, Py_ssize_t t1, Py_ssize_t c0, Py_ssize_t c1,
                        double* parts, const floating* table, floating* buffer) noexcept nogil:
     """Tiles t0..t1 of channels c0..c1 in the order of memory: image after image, group after group, run after run."""
-    cdef Py_ssize_t t = t0, end, i, c
+    cdef Py_ssize_t t = t0, end, i, c, first
+    cdef bint abreast = k.abreast and k.segments > 1 and not job.gated and not job.weighs
     while t < t1:
-        end = min((t // k.segments + 1) * k.segments, t1)
+        first = t // k.segments * k.segments
+        end = min(first + k.segments, t1)
         c = c0
         while c < c1:
-            for i in range(t, end):
+            i = t
+            while abreast and i + ABREAST <= min(end, first + job.inner // k.length):
+                reduce_segments(job, k, i, ABREAST, c, parts, buffer)
+                i += ABREAST
+            while i < end:
                 reduce_tile(job, k, i, c, min(c + k.group, c1), parts, table + 5 * job.channels, buffer)
+                i += 1
             c += k.group
         t = end
 

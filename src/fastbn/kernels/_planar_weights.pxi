@@ -71,7 +71,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 u = stage(&job.u, x, t.length, <floating> p[c], buffer)
                 counts[c] += t.length
                 reduce_any(job, True, <const char*> u, <const char*> u, 1, 1, m, p + c, p + c, shifted,
-                           to_next(job, k, c, c1 - c0, x, u), 0, False, first + c * LANES, second + c * LANES, buffer)
+                           False, to_next(job, k, c, c1 - c0, x, u), 0, False, first + c * LANES, second + c * LANES, buffer)
             else:
                 u = stage(&job.u, x, t.length, pad, buffer)
                 next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
@@ -206,8 +206,8 @@ cdef void hide_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 hide(u, v, <const float*> w, t.length, job.omits, hidden_u, hidden_v)
             padded(hidden_u, t.length, 0)
             m = padded(hidden_v, t.length, 0)
-            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, 1, 1, m, &zero, q + c, True, 0, 0,
-                       n == t.n0, first + c * LANES, second + c * LANES, buffer)
+            reduce_any(job, True, <const char*> hidden_u, <const char*> hidden_v, 1, 1, m, &zero, q + c, True,
+                       False, 0, 0, n == t.n0, first + c * LANES, second + c * LANES, buffer)
     put_parts(k, tile, c0, c1, first, second, parts)
 
 

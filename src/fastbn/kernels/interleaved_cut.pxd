@@ -17,7 +17,7 @@ cdef enum:
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
     LEAST = 4          # but so many while those of one are no more; in sums of one operand twice as many
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
-    AHEAD = 2048       # values of each that are fetched in advance,
+    AHEAD = 4096       # values of each that are fetched in advance,
     FETCHED = 2        # or rows in results, where chunks of them are apart
     SHARE = 256        # channels that one thread finishes at a time
     NARROW = 512       # values of operands in a row; it is no use to walk down fewer
@@ -89,7 +89,7 @@ cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t
     """Both grids: sums of so many rows and columns at most, and results of so many rows."""
     cdef Py_ssize_t operands = 2 if job.reads_pair else 1
     cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if job.reads_pair else HALF))
-    k.sums = grid(k, height, chunk, operands, LEAST if job.reads_pair else 2 * LEAST)
+    k.sums = grid(k, height, chunk, operands, LEAST if job.reads_pair and k.large else 2 * LEAST)
     k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), operands, LEAST)
 
 

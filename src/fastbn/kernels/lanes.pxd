@@ -21,8 +21,8 @@ from libc.stdint cimport int64_t
 
 from .activations cimport SIDE, bent, clipped, smooth
 from .packs cimport (
-    LANES, ND, NF, VD, VF, add_exact_product, last_masks, masked, pack, prefetch, prefetch_second, present, select, splat, splat_d,
-    splat_f, stream_d, stream_f, vd, vf, widen,
+    ABREAST, LANES, ND, NF, VD, VF, add_by_product, add_exact_product, last_masks, masked, pack, prefetch,
+    prefetch_second, present, select, splat, splat_d, splat_f, stream_d, stream_f, vd, vf, widen,
 )
 
 
@@ -37,6 +37,8 @@ cdef enum Bend:
 
 cdef enum:
     ASIDE = 4  # packs of a run with a smooth activation that are worked on side by side
+    WIDE = 512  # columns; the coefficients of so many are loaded once
+    TALL = 4  # for so many rows
 
 
 cdef struct Form:
@@ -47,9 +49,9 @@ cdef struct Form:
     double[3] numbers
 
 
-cdef inline void add_pack(vd* s, vd* t, vd du, vd dv, bint shifted) noexcept nogil:
+cdef inline void add_pack(vd* s, vd* t, vd du, vd dv, bint shifted, bint fused) noexcept nogil:
     """The formula of *reduce*, the only place where it stands; du and dv are relative to their shifts already."""
-    s[0] = s[0] + du
+    s[0] = add_by_product(s[0], du) if fused else s[0] + du
     if shifted:
         t[0] = t[0] + du * dv
     else:
@@ -67,71 +69,96 @@ cdef inline vd there(vd x, const floating* v, bint omits) noexcept nogil:
     return present(x, widen(v)) if omits else x
 
 
-cdef inline void reduce_run(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t runs, Py_ssize_t n,
-                            double p, double q, bint pair, bint shifted, bint omits, Py_ssize_t next_u, Py_ssize_t next_v,
-                            bint begins, double* first, double* second) noexcept nogil:
-    """Add runs of n >= LANES values of one channel, su and sv values apart, to LANES pairs of sums, which may begin here.
+cdef inline void add_values(const floating* u, const floating* v, vd p, vd q, vd* s, vd* t, Py_ssize_t j, bint pair,
+                            bint shifted, bint omits, const int64_t* mask) noexcept nogil:
+    """Pack j of LANES values, masked unless the mask is NULL, into the sums.
 
-    Where it omits, pairs whose v is NaN add nothing.
+    Units that multiply take part in additions, so that those that add have time to widen: in all where there are two
+    operands, in every other one where the sums of one are side by side.
+    """
+    cdef vd du = relative(u + j * VD, p, shifted)
+    cdef vd dv = du
+    if mask != NULL:
+        du = dv = masked(du, mask + j * VD)
+    if pair:
+        dv = relative(v + j * VD, q, shifted)
+        if mask != NULL:
+            dv = masked(dv, mask + j * VD)
+    add_pack(s, t, there(du, v + j * VD, omits), there(dv, v + j * VD, omits), shifted, pair or (ABREAST > 1 and j % 2 == 1))
+
+
+cdef inline void reduce_abreast(const floating* u, Py_ssize_t cu, Py_ssize_t su, const floating* v, Py_ssize_t cv,
+                                Py_ssize_t sv, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p,
+                                const double* q, bint pair, bint shifted, bint omits, Py_ssize_t next_u, Py_ssize_t next_v,
+                                bint begins, double* first, double* second) noexcept nogil:
+    """`reduce_runs` of as many channels as have their sums side by side in registers, ABREAST at most.
 
     The runs that come next, so many values further on, are fetched meanwhile: the processor's own prefetching would
     start anew with every run.
     The last chunk of a run overlaps the one before; values that were added already are masked.
     """
-    cdef vd s[ND]
-    cdef vd t[ND]
-    cdef vd du
-    cdef vd dv
-    cdef vd ps = splat_d(p)
-    cdef vd qs = splat_d(q)
-    cdef Py_ssize_t i, j, k, _r, rest = n % LANES
-    cdef const int64_t* mask = last_masks + rest
-    for j in range(ND):
-        s[j] = t[j] = splat_d(0)
-    if not begins:
+    cdef vd s[ABREAST * ND]
+    cdef vd t[ABREAST * ND]
+    cdef vd ps[ABREAST]
+    cdef vd qs[ABREAST]
+    cdef Py_ssize_t c, i, j, k, _r, rest = n % LANES
+    for c in range(channels):
+        ps[c] = splat_d(p[c])
+        qs[c] = splat_d(q[c])
         for j in range(ND):
-            s[j] = (<vd*> first)[j]
-            t[j] = (<vd*> second)[j]
+            s[c * ND + j] = t[c * ND + j] = splat_d(0)
+    if not begins:
+        for c in range(channels):
+            for j in range(ND):
+                s[c * ND + j] = (<vd*> (first + c * LANES))[j]
+                t[c * ND + j] = (<vd*> (second + c * LANES))[j]
     for _r in range(runs):
         for k in range(n // LANES):
             i = k * LANES
-            prefetch(u + next_u + i)
-            if pair:
-                prefetch(v + next_v + i)
-            for j in range(ND):
-                du = relative(u + i + j * VD, ps, shifted)
-                dv = relative(v + i + j * VD, qs, shifted) if pair else du
-                add_pack(s + j, t + j, there(du, v + i + j * VD, omits), there(dv, v + i + j * VD, omits), shifted)
+            for c in range(channels):
+                prefetch(u + c * cu + next_u + i)
+                if pair:
+                    prefetch(v + c * cv + next_v + i)
+                for j in range(ND):
+                    add_values(u + c * cu + i, v + c * cv + i, ps[c], qs[c], s + c * ND + j, t + c * ND + j, j, pair, shifted,
+                               omits, NULL)
         if rest:
             i = n - LANES
-            for j in range(ND):
-                if (j + 1) * VD > LANES - rest:
-                    du = masked(relative(u + i + j * VD, ps, shifted), mask + j * VD)
-                    dv = du
-                    if pair:
-                        dv = masked(relative(v + i + j * VD, qs, shifted), mask + j * VD)
-                    add_pack(s + j, t + j, there(du, v + i + j * VD, omits), there(dv, v + i + j * VD, omits), shifted)
+            for c in range(channels):
+                for j in range(ND):
+                    if (j + 1) * VD > LANES - rest:
+                        add_values(u + c * cu + i, v + c * cv + i, ps[c], qs[c], s + c * ND + j, t + c * ND + j, j, pair,
+                                   shifted, omits, last_masks + rest)
         u += su
         v += sv
-    for j in range(ND):
-        (<vd*> first)[j] = s[j]
-        (<vd*> second)[j] = t[j]
+    for c in range(channels):
+        for j in range(ND):
+            (<vd*> (first + c * LANES))[j] = s[c * ND + j]
+            (<vd*> (second + c * LANES))[j] = t[c * ND + j]
 
 
 cdef inline void reduce_runs(const floating* u, Py_ssize_t cu, Py_ssize_t su, const floating* v, Py_ssize_t cv,
                              Py_ssize_t sv, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p,
-                             const double* q, bint pair, bint shifted, bint omits, Py_ssize_t next_u, Py_ssize_t next_v,
-                             bint begins, double* first, double* second) noexcept nogil:
-    """`reduce_run` of neighbouring channels, cu and cv values apart, whose sums lie LANES pairs apart."""
-    cdef Py_ssize_t c
-    for c in range(channels):
-        reduce_run(u + c * cu, su, v + c * cv, sv, runs, n, p[c], q[c], pair, shifted, omits, next_u, next_v,
-                   begins, first + c * LANES, second + c * LANES)
+                             const double* q, bint pair, bint shifted, bint omits, bint abreast, Py_ssize_t next_u,
+                             Py_ssize_t next_v, bint begins, double* first, double* second) noexcept nogil:
+    """Add runs of n >= LANES values of each channel, su and sv values apart, to its LANES pairs of sums, which may begin here.
+
+    Channels are cu and cv values apart. Where it omits, pairs whose v is NaN add nothing.
+    """
+    cdef Py_ssize_t c = 0
+    while ABREAST > 1 and abreast and c + ABREAST <= channels:
+        reduce_abreast(u + c * cu, cu, su, v + c * cv, cv, sv, ABREAST, runs, n, p + c, q + c, pair, shifted, omits, next_u,
+                       next_v, begins, first + c * LANES, second + c * LANES)
+        c += ABREAST
+    while c < channels:
+        reduce_abreast(u + c * cu, cu, su, v + c * cv, cv, sv, 1, runs, n, p + c, q + c, pair, shifted, omits, next_u,
+                       next_v, begins, first + c * LANES, second + c * LANES)
+        c += 1
 
 
 cdef inline const floating* later(const floating* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t ahead,
                                   Py_ssize_t width, Py_ssize_t k) noexcept nogil:
-    """What to fetch, with `pitch`, while some rows of LANES columns (the k-th so many) are worked on.
+    """What to fetch, with `pitch`, while some rows of a few columns, from the k-th LANES on, are worked on.
 
     Where rows are one stretch of memory that is the rows that come later, in order; else their same place. Several rows
     within a page are more than the processor's own prefetching follows.
@@ -139,8 +166,38 @@ cdef inline const floating* later(const floating* x, Py_ssize_t stride, Py_ssize
     return x + ahead * stride + k * LANES * (rows if stride == width else 1)
 
 
-cdef inline Py_ssize_t pitch(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
-    return LANES if stride == width else stride
+cdef inline Py_ssize_t pitch(Py_ssize_t stride, Py_ssize_t width, Py_ssize_t count) noexcept nogil:
+    """From one row to the next of what is fetched, of so many times LANES columns."""
+    return count * LANES if stride == width else stride
+
+
+cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t rows,
+                                Py_ssize_t ahead, Py_ssize_t width, Py_ssize_t k, Py_ssize_t count, const double* p,
+                                const double* q, bint pair, bint shifted, bint omits, double* first,
+                                double* second) noexcept nogil:
+    """`reduce_rows` of so many times LANES columns, ABREAST at most, from the k-th on: their sums are side by side."""
+    cdef vd s[ABREAST * ND]
+    cdef vd t[ABREAST * ND]
+    cdef vd ps[ABREAST * ND]
+    cdef vd qs[ABREAST * ND]
+    cdef const floating* next_u = later(u, su, rows, ahead, width, k)
+    cdef const floating* next_v = later(v, sv, rows, ahead, width, k)
+    cdef Py_ssize_t i = k * LANES, c, j, r, pu = pitch(su, width, count), pv = pitch(sv, width, count)
+    for j in range(count * ND):
+        s[j] = (<vd*> (first + i))[j]
+        t[j] = (<vd*> (second + i))[j]
+        ps[j] = (<vd*> (p + i))[j]
+        qs[j] = (<vd*> (q + i))[j]
+    for r in range(rows):
+        for c in range(count):
+            prefetch(next_u + r * pu + c * LANES)
+            if pair:
+                prefetch(next_v + r * pv + c * LANES)
+        for j in range(count * ND):
+            add_values(u + r * su + i, v + r * sv + i, ps[j], qs[j], s + j, t + j, j, pair, shifted, omits, NULL)
+    for j in range(count * ND):
+        (<vd*> (first + i))[j] = s[j]
+        (<vd*> (second + i))[j] = t[j]
 
 
 cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv,
@@ -150,39 +207,13 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
 
     Where it omits, pairs whose v is NaN add nothing. The width is a multiple of LANES.
     """
-    cdef vd s[ND]
-    cdef vd t[ND]
-    cdef vd ps[ND]
-    cdef vd qs[ND]
-    cdef vd du
-    cdef vd dv
-    cdef const floating* at
-    cdef Py_ssize_t i, j, k, r, pu = pitch(su, width), pv = pitch(sv, width)
-    cdef const floating* next_u
-    cdef const floating* next_v
-    for k in range(width // LANES):
-        i = k * LANES
-        next_u = later(u, su, rows, ahead, width, k)
-        next_v = later(v, sv, rows, ahead, width, k)
-        for j in range(ND):
-            s[j] = (<vd*> (first + i))[j]
-            t[j] = (<vd*> (second + i))[j]
-            ps[j] = (<vd*> (p + i))[j]
-            qs[j] = (<vd*> (q + i))[j]
-        for r in range(rows):
-            if pair:  # two operands are much for a first level cache
-                prefetch_second(next_u + r * pu)
-                prefetch_second(next_v + r * pv)
-            else:
-                prefetch(next_u + r * pu)
-            for j in range(ND):
-                du = relative(u + r * su + i + j * VD, ps[j], shifted)
-                dv = relative(v + r * sv + i + j * VD, qs[j], shifted) if pair else du
-                at = v + r * sv + i + j * VD
-                add_pack(s + j, t + j, there(du, at, omits), there(dv, at, omits), shifted)
-        for j in range(ND):
-            (<vd*> (first + i))[j] = s[j]
-            (<vd*> (second + i))[j] = t[j]
+    cdef Py_ssize_t k = 0, end = width // LANES
+    while ABREAST > 1 and k + ABREAST <= end:
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, first, second)
+        k += ABREAST
+    while k < end:
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, first, second)
+        k += 1
 
 
 cdef inline pack counted(pack u, pack v, pack w, pack a, pack c, pack q, pack b, pack kept, bint frozen) noexcept nogil:
@@ -362,38 +393,45 @@ cdef inline void apply_runs(const floating* u, Py_ssize_t su, const floating* v,
         runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, PRESENT)
 
 
-cdef inline void apply_lanes(const floating* u, const floating* v, const floating* w, floating* y, const floating* p,
+cdef inline void apply_lanes(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                             Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p,
                              const floating* a, const floating* c, const floating* q, const floating* b,
                              const double* numbers, Py_ssize_t columns, Py_ssize_t width, bint pair, bint third, int bend,
                              bint stream, pack* zs) noexcept nogil:
-    """Some columns of a row, in packs of that width; zs is room for them. All are computed before the first is stored."""
-    cdef Py_ssize_t j, i
+    """Some columns of some rows, in packs of that width; zs is room for them. All are computed before the first is stored.
+
+    With a smooth activation there is one row.
+    """
+    cdef Py_ssize_t j, i, r, packs = columns // width
     cdef pack k0 = splat(numbers[0], zs[0])
     cdef pack k1 = splat(numbers[1], zs[0])
     cdef pack k2 = splat(numbers[2], zs[0])
     if bend == SMOOTH:
         scaled_aside(<const pack*> u, <const pack*> v, <const pack*> w, <const pack*> p, <const pack*> a, <const pack*> c, 1,
-                     columns // width, k0, k1, pair, third, zs)
-    for j in range(columns // width if bend != SMOOTH else 0):
+                     packs, k0, k1, pair, third, zs)
+    for j in range(packs if bend != SMOOTH else 0):
         i = j * width
-        zs[j] = scaled(<const pack*> (u + i), <const pack*> (v + i), <const pack*> (w + i), (<const pack*> (p + i))[0],
-                       (<const pack*> (a + i))[0], (<const pack*> (c + i))[0], (<const pack*> (q + i))[0],
-                       (<const pack*> (b + i))[0], k0, k1, k2, pair, third, bend)
-    for j in range(columns // width):
-        put(y + j * width, zs[j], stream)
+        for r in range(rows):
+            zs[r * packs + j] = scaled(<const pack*> (u + r * su + i), <const pack*> (v + r * sv + i),
+                                       <const pack*> (w + r * sw + i), (<const pack*> (p + i))[0], (<const pack*> (a + i))[0],
+                                       (<const pack*> (c + i))[0], (<const pack*> (q + i))[0], (<const pack*> (b + i))[0],
+                                       k0, k1, k2, pair, third, bend)
+    for r in range(rows):
+        for j in range(packs):
+            put(y + r * sy + j * width, zs[r * packs + j], stream)
 
 
-cdef inline void lanes_as(const floating* u, const floating* v, const floating* w, floating* y, const floating* p,
-                          const floating* a, const floating* c, const floating* q, const floating* b,
-                          const double* numbers, Py_ssize_t columns, bint pair, bint third, int bend,
-                          bint stream) noexcept nogil:
-    """LANES columns, or twice as many."""
-    cdef vf[2 * NF] zf
-    cdef vd[2 * ND] zd
+cdef inline void lanes_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                          Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p, const floating* a,
+                          const floating* c, const floating* q, const floating* b, const double* numbers,
+                          Py_ssize_t columns, bint pair, bint third, int bend, bint stream) noexcept nogil:
+    """LANES columns of up to TALL rows, or twice as many of one."""
+    cdef vf[TALL * NF] zf
+    cdef vd[TALL * ND] zd
     if floating is float:
-        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, columns, VF, pair, third, bend, stream, zf)
+        apply_lanes(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, columns, VF, pair, third, bend, stream, zf)
     else:
-        apply_lanes(u, v, w, y, p, a, c, q, b, numbers, columns, VD, pair, third, bend, stream, zd)
+        apply_lanes(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, columns, VD, pair, third, bend, stream, zd)
 
 
 cdef inline void in_order_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
@@ -413,7 +451,7 @@ cdef inline void in_order_as(const floating* u, Py_ssize_t su, const floating* v
                 prefetch_second(w + ahead * sw)
             if not stream:
                 prefetch_second(y + ahead * sy)
-        lanes_as(u, v, w, y, p + i, a + i, c + i, q + i, b + i, numbers, LANES, pair, third, bend, stream)
+        lanes_as(u, 0, v, 0, w, 0, y, 0, 1, p + i, a + i, c + i, q + i, b + i, numbers, LANES, pair, third, bend, stream)
         i += LANES
         end = -<Py_ssize_t> (i == width)  # all bits at the end of a row: arithmetic, no branch
         u += LANES + (end & (su - width))
@@ -431,21 +469,30 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
     """Rows in the order of memory, in one loop or in one for each row; ahead is 0 where nothing is to be fetched."""
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
     cdef bint twice = bend == SMOOTH and 2 * LANES <= SIDE * (sizeof(vd) // sizeof(floating))
-    cdef Py_ssize_t i, k, r, columns = 2 * LANES if twice else LANES
-    if large and ahead and not twice:
-        in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, ahead, p, a, c, q, b, numbers, pair, third, bend, stream, True)
-    elif large and not twice:
-        in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, 0, p, a, c, q, b, numbers, pair, third, bend, stream, False)
-    else:
-        for r in range(rows):
-            for k in range(width // columns):
-                i = k * columns
-                lanes_as(u + r * su + i, v + r * sv + i, w + r * sw + i, y + r * sy + i, p + i, a + i, c + i, q + i,
-                         b + i, numbers, columns, pair, third, bend, stream)
-            if twice and width % columns:
-                i = width - LANES
-                lanes_as(u + r * su + i, v + r * sv + i, w + r * sw + i, y + r * sy + i, p + i, a + i, c + i, q + i,
-                         b + i, numbers, LANES, pair, third, bend, stream)
+    cdef Py_ssize_t i, k, r = 0, columns = 2 * LANES if twice else LANES
+    while bend != SMOOTH and not stream and width >= WIDE and r + TALL <= rows and not (large and ahead):
+        for k in range(width // LANES):
+            i = k * LANES
+            lanes_as(u + r * su + i, su, v + r * sv + i, sv, w + r * sw + i, sw, y + r * sy + i, sy, TALL, p + i, a + i,
+                     c + i, q + i, b + i, numbers, LANES, pair, third, bend, stream)
+        r += TALL
+    if large and not twice:
+        if ahead:
+            in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, ahead, p, a, c, q, b, numbers, pair, third, bend, stream, True)
+        else:
+            in_order_as(u + r * su, su, v + r * sv, sv, w + r * sw, sw, y + r * sy, sy, rows - r, width, 0, p, a, c, q, b,
+                        numbers, pair, third, bend, stream, False)
+        return
+    while r < rows:
+        for k in range(width // columns):
+            i = k * columns
+            lanes_as(u + r * su + i, 0, v + r * sv + i, 0, w + r * sw + i, 0, y + r * sy + i, 0, 1, p + i, a + i, c + i,
+                     q + i, b + i, numbers, columns, pair, third, bend, stream)
+        if twice and width % columns:
+            i = width - LANES
+            lanes_as(u + r * su + i, 0, v + r * sv + i, 0, w + r * sw + i, 0, y + r * sy + i, 0, 1, p + i, a + i, c + i,
+                     q + i, b + i, numbers, LANES, pair, third, bend, stream)
+        r += 1
 
 
 cdef inline void rows_by(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,

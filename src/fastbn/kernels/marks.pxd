@@ -49,7 +49,7 @@ cdef inline Py_ssize_t keep_run_as(const floating* u, Py_ssize_t su, const mark*
             total += how_many(k)
             for j in range(ND):
                 du = chosen_from(u + i + j * VD, ps, k, <int> j, has_marks, shifted)
-                add_pack(s + j, t + j, du, du, shifted)
+                add_pack(s + j, t + j, du, du, shifted, False)
             i = i + LANES
         if rest:
             i = n - LANES
@@ -58,7 +58,7 @@ cdef inline Py_ssize_t keep_run_as(const floating* u, Py_ssize_t su, const mark*
             for j in range(ND):
                 if (j + 1) * VD > LANES - rest:
                     du = kept(relative(u + i + j * VD, ps, shifted), k, <int> j)
-                    add_pack(s + j, t + j, du, du, shifted)
+                    add_pack(s + j, t + j, du, du, shifted, False)
         u += su
         m += sm
     for j in range(ND):
@@ -76,7 +76,7 @@ cdef inline void keep_rows_as(const floating* u, Py_ssize_t su, const mark* m, P
     cdef vd du
     cdef vk which
     cdef vc counts
-    cdef Py_ssize_t i, j, k, n, row, pu = pitch(su, width)
+    cdef Py_ssize_t i, j, k, n, row, pu = pitch(su, width, 1)
     cdef const floating* next_u
     for k in range(width // LANES):
         i = k * LANES
@@ -93,7 +93,7 @@ cdef inline void keep_rows_as(const floating* u, Py_ssize_t su, const mark* m, P
             counts = count(counts, which)
             for j in range(ND):
                 du = chosen_from(u + row * su + i + j * VD, ps[j], which, <int> j, has_marks, shifted)
-                add_pack(s + j, t + j, du, du, shifted)
+                add_pack(s + j, t + j, du, du, shifted, False)
         store_counts(seen + i, counts)
         for j in range(ND):
             (<vd*> (first + i))[j] = s[j]

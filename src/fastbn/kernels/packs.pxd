@@ -16,11 +16,13 @@ cdef extern from "lanes.h" nogil:
         VF "FASTBN_VF"
         ND "FASTBN_ND"  # packs of doubles in all lanes
         NF "FASTBN_NF"
+        ABREAST "FASTBN_ABREAST"  # channels, or LANES columns, whose sums are side by side in registers
     vd splat_d "fastbn_splat_d"(double x)
     vf splat_f "fastbn_splat_f"(float x)
     vd widen_f "fastbn_widen_f"(const float* x)
     vd widen_d "fastbn_widen_d"(const double* x)
     vd add_exact_product "fastbn_add_exact_product"(vd t, vd x, vd y)
+    vd add_by_product "fastbn_add_by_product"(vd t, vd x)
     void stream_d "fastbn_stream_d"(double* y, vd z)
     void stream_f "fastbn_stream_f"(float* y, vf z)
     void prefetch "fastbn_prefetch"(const void* x)
@@ -62,7 +64,7 @@ ctypedef fused pack:
 
 
 cdef inline vd widen(const floating* x) noexcept nogil:
-    """A pack of doubles from values of either type."""
+    """A pack of sums' terms from values of either type."""
     if floating is float:
         return widen_f(x)
     else:

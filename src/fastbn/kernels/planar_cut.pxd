@@ -1,6 +1,7 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
 from .job cimport Job, Operand
 from .lines cimport GATHERED, LINE
+from .packs cimport ABREAST
 
 cdef enum:
     TILE = 4096            # values of a part at most: two such runs of float32 fill a 32 KB first level cache
@@ -36,6 +37,7 @@ cdef struct Cut:
     Py_ssize_t portions
     bint fused             # one task does all of its channels
     bint fetches           # sums fetch the run after the one they add
+    bint abreast           # or take several side by side: what comes from memory is better walked in one stretch
 
 
 cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t length) noexcept nogil:
@@ -62,8 +64,9 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= CACHED
     if job.weights.unchecked:  # nothing is written before all of them have been seen
         k.fused = False
-    k.fetches = k.fused and job.inner < FETCHED_RUN
     bytes = job.outer * job.channels * job.inner * itemsize * operands
+    k.abreast = ABREAST > 1 and bytes <= SHARED
+    k.fetches = k.fused and job.inner < FETCHED_RUN and not k.abreast
     if ((job.inner < FETCHED_RUN and bytes > OWN or job.inner < SMALL_RUN and bytes > CACHED)
             and bytes <= (SHARED_PAIR if job.reads_pair else SHARED)):
         # All is in the last level cache still when it is read again, and there the order of memory is worth more than the

@@ -28,7 +28,7 @@ from .job cimport Weights
 from .lanes cimport later, pitch
 from .moments cimport CANCELLED
 from .packs cimport (
-    LANES, ND, VD, add_exact_product, largest_d, largest_f, last_masks, masked, prefetch, prefetch_once, splat_d, vd, widen,
+    LANES, ND, VD, add_by_product, add_exact_product, largest_d, largest_f, last_masks, masked, prefetch, prefetch_once, splat_d, vd, widen,
 )
 
 
@@ -180,7 +180,7 @@ cdef inline void add_weighted(vd* r, vd* s, vd* t, vd w, vd x, bint exact, bint 
     """
     cdef vd weighted = w * x
     if counts:
-        r[0] = add_exact_product(r[0], w, splat_d(1))
+        r[0] = add_by_product(r[0], w)
     if exact:
         s[0] = add_exact_product(s[0], w, x)
     else:
@@ -251,7 +251,7 @@ cdef inline void weigh_rows_as(const floating* u, Py_ssize_t su, const char* w, 
     cdef vd ps[ND]
     cdef vd du, dw
     cdef bint exact = floating is float and not wide and not shifted
-    cdef Py_ssize_t i, j, k, n, row, pu = pitch(su, width), pw = pitch(sw, width) * (8 if wide else 4)
+    cdef Py_ssize_t i, j, k, n, row, pu = pitch(su, width, 1), pw = pitch(sw, width, 1) * (8 if wide else 4)
     cdef const floating* next_u
     cdef const char* next_w = w
     for k in range(width // LANES):
