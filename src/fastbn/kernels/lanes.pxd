@@ -470,7 +470,7 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
     cdef bint twice = bend == SMOOTH and 2 * LANES <= SIDE * (sizeof(vd) // sizeof(floating))
     cdef Py_ssize_t i, k, r = 0, columns = 2 * LANES if twice else LANES
-    while bend != SMOOTH and not stream and width >= WIDE and r + TALL <= rows and not (large and ahead):
+    while pair and bend != SMOOTH and not stream and width >= WIDE and r + TALL <= rows and not (large and ahead):
         for k in range(width // LANES):
             i = k * LANES
             lanes_as(u + r * su + i, su, v + r * sv + i, sv, w + r * sw + i, sw, y + r * sy + i, sy, TALL, p + i, a + i,
