@@ -26,12 +26,13 @@ from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, G
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
 )
-from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows, reduce_rows
+from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
 from .packs cimport LANES
 from .scratch cimport scratch_give, scratch_take
+from .sums cimport reduce_rows
 from .weights cimport (
     Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_of, mark, merge_weighted, take_weights,
     walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,

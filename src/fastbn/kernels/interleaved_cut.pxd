@@ -15,7 +15,7 @@ cdef enum:
     HALF = 512         # of other sums, and of other results
     PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
-    LEAST = 4          # but so many while those of one are no more; in sums of one operand twice as many
+    LEAST = 4          # but so many while those of one are no more; in sums twice as many, unless both of two operands come from memory
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
     AHEAD = 4096       # values of each that are fetched in advance,
     FETCHED = 2        # or rows in results, where chunks of them are apart

@@ -1,14 +1,14 @@
-"""Sums of values that count or do not, by a mask or as NaN is missing: as those of lanes.pxd, told in the registers.
+"""Sums of values that count or do not, by a mask or as NaN is missing: as those of sums.pxd, told in the registers.
 
 A value counts by all of its bits or by none, so infinite and missing values that do not count do no harm.
 """
 from cython cimport floating
 
-from .lanes cimport add_pack, later, pitch, relative, there
 from .packs cimport (
     LANES, ND, VD, both, count, how_many, kept, last_marks, load_counts, marked, numbers_d, numbers_f, prefetch, splat_d,
     store_counts, vc, vd, vk,
 )
+from .sums cimport add_pack, later, pitch, relative, there
 from .weights cimport mark
 
 
@@ -114,7 +114,7 @@ cdef inline Py_ssize_t keep_run_by(const floating* u, Py_ssize_t su, const mark*
 cdef inline Py_ssize_t keep_run(const floating* u, Py_ssize_t su, const mark* m, Py_ssize_t sm, Py_ssize_t runs, Py_ssize_t n,
                                 double p, bint omits, bint shifted, Py_ssize_t next_u, double* first,
                                 double* second) noexcept nogil:
-    """Add what counts of runs of n >= LANES values to LANES pairs of sums, as `reduce_run`; how much does.
+    """Add what counts of runs of n >= LANES values to LANES pairs of sums, as `reduce_runs`; how much does.
 
     m is NULL where there is no mask, and sm the distance between the marks of two runs.
     """

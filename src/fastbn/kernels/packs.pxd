@@ -64,7 +64,7 @@ ctypedef fused pack:
 
 
 cdef inline vd widen(const floating* x) noexcept nogil:
-    """A pack of sums' terms from values of either type."""
+    """A pack of doubles from values of either type."""
     if floating is float:
         return widen_f(x)
     else:

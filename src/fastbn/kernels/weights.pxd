@@ -25,11 +25,11 @@ from libc.stdint cimport int32_t, int64_t
 
 from .convert cimport DOUBLE, FLOAT
 from .job cimport Weights
-from .lanes cimport later, pitch
 from .moments cimport CANCELLED
 from .packs cimport (
     LANES, ND, VD, add_by_product, add_exact_product, largest_d, largest_f, last_masks, masked, prefetch, prefetch_once, splat_d, vd, widen,
 )
+from .sums cimport later, pitch
 
 
 cdef enum Spread:
@@ -197,7 +197,7 @@ cdef inline vd weight_pack(const char* w, Py_ssize_t i, bint wide) noexcept nogi
 cdef inline void weigh_run_as(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
                               Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
                               Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
-    """Add runs of n >= LANES values of one channel to LANES sets of sums; see `reduce_run`."""
+    """Add runs of n >= LANES values of one channel to LANES sets of sums; see `reduce_runs`."""
     cdef vd r[ND]
     cdef vd s[ND]
     cdef vd t[ND]
