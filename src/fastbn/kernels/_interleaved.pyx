@@ -34,7 +34,7 @@ from .packs cimport LANES
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_rows
 from .weights cimport (
-    Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_of, mark, merge_weighted, take_weights,
+    Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights,
     walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
 )
 

@@ -137,7 +137,7 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
                 marks = view_weights(job, k, dense_m, direct_m and inside, t.row + r, rows, t.column + j, n, marks_room)
             if per_row and not job.omits:
                 weigh_rows(<floating*> u.data, u.stride, <char*> ws, 0, chosen, picked, k.ahead, m, p + j, False, False,
-                           shifted, total + j, first + j, second + j)
+                           shifted, total + j, first + j, second + j, NULL)
             else:
                 keep_rows(<floating*> u.data, u.stride, <mark*> marks.data, marks.stride, chosen, picked, k.ahead, m, p + j,
                           job.omits, shifted, seen + j, first + j, second + j)
@@ -171,6 +171,8 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
     cdef bint inside, direct
     cdef View u, w
     cdef double one = 0
+    cdef double bits[LANES]
+    memset(bits, 0, sizeof(bits))
     memset(total, 0, whole(t.columns) * sizeof(double))
     memset(first, 0, whole(t.columns) * sizeof(double))
     memset(second, 0, whole(t.columns) * sizeof(double))
@@ -195,9 +197,9 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
                 w = view_weights(job, k, dense_w, direct, t.row + r, rows, t.column + j, n, wb)
             elif each:
                 w = view_weights(job, k, dense_w, direct, t.row + r, rows, t.column + j, n, wb32)
-            if each and job.weights.unchecked:  # which also fetches them in the order of memory
-                check_rows(&w, rows, m, wide, largest_weight)
             if each and stages:
+                if job.weights.unchecked:  # before they change
+                    check_rows(&w, rows, m, wide, largest_weight)
                 for i in range(rows):
                     if wide:
                         choose(<floating*> u.data + i * u.stride, wb + i * m, m, pad + j, 1, job.omits, kept + i * m)
@@ -205,9 +207,11 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
                         choose(<floating*> u.data + i * u.stride, wb32 + i * m, m, pad + j, 1, job.omits, kept + i * m)
                 u.data, u.stride = <char*> kept, m
             weigh_rows(<floating*> u.data, u.stride, w.data, w.stride, chosen, picked, k.ahead, m, p + j, each, wide, shifted,
-                       total + j, first + j, second + j)
+                       total + j, first + j, second + j, bits)
             j += n
-    if not each:
+    if each:
+        largest_weight[0] = larger(largest_weight[0], largest_in(bits, wide))
+    else:
         for j in range(t.columns):
             total[j] = one
 

@@ -32,7 +32,7 @@ from .planar_cut cimport GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, s
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_runs
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, larger, largest_of, mark, merge_weighted, take_weights, weigh_run,
+    are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights, weigh_runs,
     weight, weight_at, weights_at,
 )
 

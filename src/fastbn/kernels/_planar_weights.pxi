@@ -120,19 +120,26 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef const char* at_w
     cdef const char* x
     cdef const floating* u
+    cdef bint direct = not stages and ready(&job.u, t.length, buffer) and (not each or in_place(job, t.length, wide))
+    cdef bint alike = each or job.weights.channel == 0  # channels whose sums are side by side may share the weight of a run
+    cdef Py_ssize_t at_once = ABREAST if k.abreast and direct and alike else 1
     cdef double one = 1
     cdef double most = 0
+    cdef double bits[LANES]
     cdef floating pad
-    cdef Py_ssize_t c, i, m, images, next_u, n = t.n0, most_images = 1, next_w = 1024  # bytes, in the order of memory
-    if (t.length < SMALL_RUN and ready(&job.u, t.length, buffer) and each and not stages
-            and in_place(job, t.length, wide) and job.weights.repeat >= job.outer):
+    cdef Py_ssize_t size = sizeof(floating), c, m, images, several, next_u, n = t.n0, most_images = 1
+    cdef Py_ssize_t next_w = 1024  # bytes, in the order of memory
+    if t.length < SMALL_RUN and direct and each and job.weights.repeat >= job.outer:
         most_images = IMAGES
+    memset(bits, 0, sizeof(bits))
     memset(sums, 0, (c1 - c0) * LANES * sizeof(double))
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     while n < t.n1:
         images = min(most_images, t.n1 - n)
-        for c in range(c1 - c0):
+        c = 0
+        while c < c1 - c0:
+            several = min(at_once, c1 - c0 - c) if own or c > 0 else 1
             if c == 0 or job.weights.channel != 0 or stages:
                 at_w = weights_at(&job.weights, n, c0 + c, t.s0)
                 if not each:
@@ -143,28 +150,27 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
                     w = run_of_weights(job, at_w, t.length, stages, weights)
                 else:
                     w = run_of_weights(job, at_w, t.length, stages, <float*> weights)
-            if not each and one == 0:
-                continue
-            x = at(&job.u, n, c0 + c, t.s0)
-            u = stage(&job.u, x, t.length, <floating> p[c], buffer)
-            m = max(t.length, <Py_ssize_t> LANES)
-            if each and stages:
-                if checks:  # before they change
-                    most = larger(most, largest_of(w, t.length, wide))
-                pad = <floating> p[c]
-                if wide:
-                    choose(u, weights, t.length, &pad, 0, job.omits, buffer + TILE)
-                else:
-                    choose(u, <float*> weights, t.length, &pad, 0, job.omits, buffer + TILE)
-                m = padded(buffer + TILE, t.length, <floating> p[c])
-                u = buffer + TILE
-            next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
-            weigh_run(u, job.u.outer // <Py_ssize_t> sizeof(floating), w, job.weights.minor, one, images, m, p[c], each, wide,
-                      shifted, c == 0 or own, next_u, next_w, sums + c * LANES, first + c * LANES, second + c * LANES)
-            if each and checks and not stages:  # now they are in a first level cache
-                for i in range(images):
-                    most = larger(most, largest_of(w + i * job.weights.minor, t.length, wide))
+            if each or one != 0:
+                x = at(&job.u, n, c0 + c, t.s0)
+                u = stage(&job.u, x, t.length, <floating> p[c], buffer)
+                m = max(t.length, <Py_ssize_t> LANES)
+                if each and stages:
+                    if checks:  # before they change
+                        most = larger(most, largest_of(w, t.length, wide))
+                    pad = <floating> p[c]
+                    if wide:
+                        choose(u, weights, t.length, &pad, 0, job.omits, buffer + TILE)
+                    else:
+                        choose(u, <float*> weights, t.length, &pad, 0, job.omits, buffer + TILE)
+                    m = padded(buffer + TILE, t.length, <floating> p[c])
+                    u = buffer + TILE
+                next_u = to_next(job, k, c, c1 - c0, x, u) // size
+                weigh_runs(u, job.u.channel // size, job.u.outer // size, w, job.weights.channel, job.weights.minor, one, several,
+                           images, m, p + c, each, wide, shifted, c == 0 or own, several > 1, next_u, next_w, sums + c * LANES,
+                           first + c * LANES, second + c * LANES, bits)
+            c += several
         n += images
+    most = larger(most, largest_in(bits, wide))
     put_parts(k, tile, c0, c1, first, second, parts)
     for c in range(c1 - c0):
         total_of(job, k, tile, c0 + c, parts)[0] = fold(sums + (c * LANES if own else 0))

@@ -1,5 +1,5 @@
 """How the interleaved driver cuts: rows of whole lanes, and blocks of rows by the shape alone."""
-from .job cimport Job
+from .job cimport Job, summed
 from .packs cimport LANES
 
 cdef enum:
@@ -17,7 +17,7 @@ cdef enum:
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
     LEAST = 4          # but so many while those of one are no more; in sums twice as many, unless both of two operands come from memory
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
-    AHEAD = 4096       # values of each that are fetched in advance,
+    AHEAD = 4096       # values of all operands that are fetched in advance of sums,
     FETCHED = 2        # or rows in results, where chunks of them are apart
     SHARE = 256        # channels that one thread finishes at a time
     NARROW = 512       # values of operands in a row; it is no use to walk down fewer
@@ -87,10 +87,10 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
 
 cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t most, Py_ssize_t results_height) noexcept nogil:
     """Both grids: sums of so many rows and columns at most, and results of so many rows."""
-    cdef Py_ssize_t operands = 2 if job.reads_pair else 1
     cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if job.reads_pair else HALF))
-    k.sums = grid(k, height, chunk, operands, LEAST if job.reads_pair and k.large else 2 * LEAST)
-    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), operands, LEAST)
+    cdef bint streams = summed(job) > 1 and k.large
+    k.sums = grid(k, height, chunk, 2 if job.reads_pair else 1, LEAST if streams else 2 * LEAST)
+    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), 2 if job.reads_pair else 1, LEAST)
 
 
 cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:
@@ -132,7 +132,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.large = job.outer * columns >= LARGE
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
-    k.ahead = max(AHEAD // k.columns, <Py_ssize_t> (LEAST if k.large else 0))
+    k.ahead = max(AHEAD // (summed(job) * k.columns), <Py_ssize_t> (LEAST if k.large else 0))
     height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
     k.group = group_of(job, &k)
     if k.rows * k.columns < SHARED:

@@ -134,6 +134,12 @@ cdef inline Job channels_of(const Job* job, Py_ssize_t c0, Py_ssize_t c1) noexce
     return own
 
 
+cdef inline Py_ssize_t summed(const Job* job) noexcept nogil:
+    """Operands as large as x that sums read."""
+    cdef bint weighted = job.weights.data != NULL and not job.weights.marks and (job.weights.channel != 0 or job.weights.inner != 0)
+    return 2 if job.reads_pair or weighted else 1
+
+
 cdef inline void weigh_gradient(Job* job) noexcept nogil:
     """Let x count by weights in the gradient, which reads both operands then."""
     job.writes_pair = job.form.pair = True

@@ -137,6 +137,25 @@ static inline fastbn_vf fastbn_larger_f(fastbn_vf x, fastbn_vf y) {
     return (fastbn_vf) ((mask & (fastbn_vu) x) | (~mask & (fastbn_vu) y));
 #endif
 }
+/* The larger bits of each lane of a pack and of as many numbers. */
+static inline fastbn_vd fastbn_larger_bits_f(fastbn_vd most, const float *x) {
+#if FASTBN_BYTES == 64
+    return (fastbn_vd) _mm512_max_epu32((__m512i) most, _mm512_loadu_si512(x));
+#elif defined(__AVX2__)
+    return (fastbn_vd) _mm256_max_epu32((__m256i) most, _mm256_loadu_si256((const __m256i *) x));
+#else
+    fastbn_vu a = (fastbn_vu) most, b = *(const fastbn_vu *) x, mask = (fastbn_vu) (a > b);
+    return (fastbn_vd) ((mask & a) | (~mask & b));
+#endif
+}
+static inline fastbn_vd fastbn_larger_bits_d(fastbn_vd most, const double *x) {
+#if FASTBN_BYTES == 64
+    return (fastbn_vd) _mm512_max_epu64((__m512i) most, _mm512_loadu_si512(x));
+#else
+    fastbn_vq a = (fastbn_vq) most, b = *(const fastbn_vq *) x, mask = (fastbn_vq) (a > b);
+    return (fastbn_vd) ((mask & a) | (~mask & b));
+#endif
+}
 /* 2^n from n + 1.5 * 2^52 (or 2^23), whose last bits are n. */
 static inline fastbn_vd fastbn_power_d(fastbn_vd n) { return (fastbn_vd) (((fastbn_vq) n + 1023) << 52); }
 static inline fastbn_vf fastbn_power_f(fastbn_vf n) { return (fastbn_vf) (((fastbn_vu) n + 127) << 23); }
@@ -175,6 +194,19 @@ static inline fastbn_vd fastbn_present(fastbn_vd x, fastbn_vd v) { return v == v
 #define fastbn_smaller_f(x, y) ((x) < (y) ? (x) : (y))
 #define fastbn_larger_d(x, y) ((x) > (y) ? (x) : (y))
 #define fastbn_larger_f(x, y) ((x) > (y) ? (x) : (y))
+static inline fastbn_vd fastbn_larger_bits_f(fastbn_vd most, const float *x) {
+    uint32_t a, b;
+    memcpy(&a, &most, sizeof(a));
+    memcpy(&b, x, sizeof(b));
+    if (b > a) memcpy(&most, &b, sizeof(b));
+    return most;
+}
+static inline fastbn_vd fastbn_larger_bits_d(fastbn_vd most, const double *x) {
+    uint64_t a, b;
+    memcpy(&a, &most, sizeof(a));
+    memcpy(&b, x, sizeof(b));
+    return b > a ? *x : most;
+}
 static inline fastbn_vd fastbn_power_d(fastbn_vd n) {
     uint64_t bits;
     memcpy(&bits, &n, sizeof(bits));

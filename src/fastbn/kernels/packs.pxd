@@ -53,6 +53,8 @@ cdef extern from "lanes.h" nogil:
     vd kept "fastbn_kept"(vd x, vk k, int j)  # pack j
     double largest_f "fastbn_largest_f"(const float* x, Py_ssize_t n)
     double largest_d "fastbn_largest_d"(const double* x, Py_ssize_t n)
+    vd larger_bits_f "fastbn_larger_bits_f"(vd most, const float* x)
+    vd larger_bits_d "fastbn_larger_bits_d"(vd most, const double* x)
     vc load_counts "fastbn_load_counts"(const uint8_t* at)
     vc count "fastbn_count"(vc c, vk k)
     void store_counts "fastbn_store_counts"(uint8_t* at, vc c)

@@ -1,5 +1,5 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
-from .job cimport Job, Operand
+from .job cimport Job, Operand, summed
 from .lines cimport GATHERED, LINE
 from .packs cimport ABREAST
 
@@ -65,7 +65,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if job.weights.unchecked:  # nothing is written before all of them have been seen
         k.fused = False
     bytes = job.outer * job.channels * job.inner * itemsize * operands
-    k.abreast = ABREAST > 1 and bytes <= SHARED
+    k.abreast = ABREAST > 1 and bytes // operands * summed(job) <= SHARED
     k.fetches = k.fused and job.inner < FETCHED_RUN and not k.abreast
     if ((job.inner < FETCHED_RUN and bytes > OWN or job.inner < SMALL_RUN and bytes > CACHED)
             and bytes <= (SHARED_PAIR if job.reads_pair else SHARED)):

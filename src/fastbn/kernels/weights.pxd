@@ -17,7 +17,8 @@ Accuracy     a part is summed as it is (p = 0); where its mean is large beside i
              its mean. Products of two float32 values are exact in float64, others are rounded and never fused. No value
              decides about the shift: neither an outlier of weight 0 nor a missing first value can spoil it.
 Merge        by Chan's formula with sums of weights for counts; parts without weight are passed over.
-Check        weights that nobody looked at before come with their largest (`largest_of`), while they are in a first level cache.
+Check        the largest bits of weights are kept for each lane while they are summed (`look_at`), for those that nobody looked
+             at before; of what is staged, they are looked at before they change (`largest_of`).
 """
 from cython cimport floating
 from libc.math cimport isfinite
@@ -27,7 +28,7 @@ from .convert cimport DOUBLE, FLOAT
 from .job cimport Weights
 from .moments cimport CANCELLED
 from .packs cimport (
-    LANES, ND, VD, add_by_product, add_exact_product, largest_d, largest_f, last_masks, masked, prefetch, prefetch_once, splat_d, vd, widen,
+    ABREAST, LANES, ND, NF, VD, VF, add_by_product, add_exact_product, larger_bits_d, larger_bits_f, largest_d, largest_f, last_masks, masked, prefetch, prefetch_once, splat_d, vd, widen,
 )
 from .sums cimport later, pitch
 
@@ -160,6 +161,11 @@ cdef inline double largest_of(const char* w, Py_ssize_t n, bint wide) noexcept n
     return largest_d(<const double*> w, n) if wide else largest_f(<const float*> w, n)
 
 
+cdef inline double largest_in(const double* most, bint wide) noexcept nogil:
+    """The largest weight of those whose bits `look_at` kept."""
+    return largest_of(<const char*> most, LANES if wide else 2 * LANES, wide)
+
+
 cdef inline double larger(double a, double b) noexcept nogil:
     """The larger one; NaN where one is."""
     return a if a != a or b <= a else b
@@ -194,157 +200,241 @@ cdef inline vd weight_pack(const char* w, Py_ssize_t i, bint wide) noexcept nogi
     return widen(<const float*> w + i)
 
 
-cdef inline void weigh_run_as(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
-                              Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
-                              Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
-    """Add runs of n >= LANES values of one channel to LANES sets of sums; see `reduce_runs`."""
-    cdef vd r[ND]
-    cdef vd s[ND]
-    cdef vd t[ND]
+cdef inline void load_largest(vd* largest, const double* most) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(ND):
+        largest[j] = (<const vd*> most)[j]
+
+
+cdef inline void store_largest(const vd* largest, double* most) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(ND):
+        (<vd*> most)[j] = largest[j]
+
+
+cdef inline void look_at(vd* largest, const char* w, Py_ssize_t i, bint wide, bint shifted) noexcept nogil:
+    """Keep the largest bits of LANES weights, the first time: as floats they fill half of the packs."""
+    cdef Py_ssize_t j
+    if shifted:
+        return
+    if wide:
+        for j in range(ND):
+            largest[j] = larger_bits_d(largest[j], <const double*> w + i + j * VD)
+    else:
+        for j in range(NF):
+            largest[j] = larger_bits_f(largest[j], <const float*> w + i + j * VF)
+
+
+cdef inline void weigh_abreast(const floating* u, Py_ssize_t cu, Py_ssize_t su, const char* w, Py_ssize_t cw, Py_ssize_t sw,
+                               double one, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p, bint each,
+                               bint wide, bint shifted, bint counts, Py_ssize_t next_u, Py_ssize_t next_w, double* total,
+                               double* first, double* second, double* most) noexcept nogil:
+    """`weigh_runs` of as many channels as have their sums side by side in registers, ABREAST at most."""
+    cdef vd r[ABREAST * ND]
+    cdef vd s[ABREAST * ND]
+    cdef vd t[ABREAST * ND]
+    cdef vd ps[ABREAST]
+    cdef vd largest[ND]
     cdef vd du, dw
-    cdef vd ps = splat_d(p)
     cdef vd ws = splat_d(one)
     cdef bint exact = floating is float and not wide and not shifted
-    cdef Py_ssize_t i, j, k, _r, rest = n % LANES
+    cdef Py_ssize_t size = 8 if wide else 4
+    cdef Py_ssize_t c, i, j, k, _r, rest = n % LANES
     cdef const int64_t* mask = last_masks + rest
-    for j in range(ND):
-        r[j] = (<vd*> total)[j]
-        s[j] = (<vd*> first)[j]
-        t[j] = (<vd*> second)[j]
+    for c in range(channels):
+        ps[c] = splat_d(p[c])
+        for j in range(ND):
+            r[c * ND + j] = (<vd*> (total + c * LANES))[j]
+            s[c * ND + j] = (<vd*> (first + c * LANES))[j]
+            t[c * ND + j] = (<vd*> (second + c * LANES))[j]
+    load_largest(largest, most)
     for _r in range(runs):
         for k in range(n // LANES):
             i = k * LANES
-            prefetch(u + next_u + i)
-            if each:
-                prefetch_once(w + next_w + i * (8 if wide else 4))
-            for j in range(ND):
-                dw = weight_pack(w, i + j * VD, wide) if each else ws
-                du = widen(u + i + j * VD)
-                add_weighted(r + j, s + j, t + j, dw, du - ps if shifted else du, exact, counts)
+            for c in range(channels):
+                prefetch(u + c * cu + next_u + i)
+                if each:
+                    prefetch_once(w + c * cw + next_w + i * size)
+                    look_at(largest, w + c * cw, i, wide, shifted)
+                for j in range(ND):
+                    dw = weight_pack(w + c * cw, i + j * VD, wide) if each else ws
+                    du = widen(u + c * cu + i + j * VD)
+                    add_weighted(r + c * ND + j, s + c * ND + j, t + c * ND + j, dw, du - ps[c] if shifted else du, exact, counts)
         if rest:  # what was added already has no weight, and is 0
             i = n - LANES
-            for j in range(ND):
-                if (j + 1) * VD > LANES - rest:
-                    dw = masked(weight_pack(w, i + j * VD, wide) if each else ws, mask + j * VD)
-                    du = widen(u + i + j * VD)
-                    du = masked(du - ps if shifted else du, mask + j * VD)
-                    add_weighted(r + j, s + j, t + j, dw, du, exact, counts)
+            for c in range(channels):
+                if each:
+                    look_at(largest, w + c * cw, i, wide, shifted)
+                for j in range(ND):
+                    if (j + 1) * VD > LANES - rest:
+                        dw = masked(weight_pack(w + c * cw, i + j * VD, wide) if each else ws, mask + j * VD)
+                        du = widen(u + c * cu + i + j * VD)
+                        du = masked(du - ps[c] if shifted else du, mask + j * VD)
+                        add_weighted(r + c * ND + j, s + c * ND + j, t + c * ND + j, dw, du, exact, counts)
         u += su
         w += sw
-    for j in range(ND):
-        (<vd*> total)[j] = r[j]
-        (<vd*> first)[j] = s[j]
-        (<vd*> second)[j] = t[j]
+    for c in range(channels):
+        for j in range(ND):
+            (<vd*> (total + c * LANES))[j] = r[c * ND + j]
+            (<vd*> (first + c * LANES))[j] = s[c * ND + j]
+            (<vd*> (second + c * LANES))[j] = t[c * ND + j]
+    store_largest(largest, most)
+
+
+cdef inline void weigh_runs_as(const floating* u, Py_ssize_t cu, Py_ssize_t su, const char* w, Py_ssize_t cw, Py_ssize_t sw,
+                               double one, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p, bint each,
+                               bint wide, bint shifted, bint counts, bint abreast, Py_ssize_t next_u, Py_ssize_t next_w,
+                               double* total, double* first, double* second, double* most) noexcept nogil:
+    cdef Py_ssize_t c = 0
+    while ABREAST > 1 and abreast and c + ABREAST <= channels:
+        weigh_abreast(u + c * cu, cu, su, w + c * cw, cw, sw, one, ABREAST, runs, n, p + c, each, wide, shifted, counts,
+                      next_u, next_w, total + c * LANES, first + c * LANES, second + c * LANES, most)
+        c += ABREAST
+    while c < channels:
+        weigh_abreast(u + c * cu, cu, su, w + c * cw, cw, sw, one, 1, runs, n, p + c, each, wide, shifted, counts, next_u,
+                      next_w, total + c * LANES, first + c * LANES, second + c * LANES, most)
+        c += 1
+
+
+cdef inline void weigh_columns(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
+                               Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, Py_ssize_t k, Py_ssize_t count,
+                               const double* p, bint each, bint wide, bint shifted, double* total, double* first,
+                               double* second, double* most) noexcept nogil:
+    """`weigh_rows` of so many times LANES columns, ABREAST at most, from the k-th on: their sums are side by side."""
+    cdef vd r[ABREAST * ND]
+    cdef vd s[ABREAST * ND]
+    cdef vd t[ABREAST * ND]
+    cdef vd ps[ABREAST * ND]
+    cdef vd largest[ND]
+    cdef vd du, dw
+    cdef bint exact = floating is float and not wide and not shifted
+    cdef Py_ssize_t size = 8 if wide else 4
+    cdef Py_ssize_t i = k * LANES, c, j, n, row, pu = pitch(su, width, count), pw = pitch(sw, width, count) * size
+    cdef const floating* next_u = later(u, su, rows, ahead, width, k)
+    cdef const char* next_w = w
+    if each:
+        if wide:
+            next_w = <const char*> later(<const double*> w, sw, rows, ahead, width, k)
+        else:
+            next_w = <const char*> later(<const float*> w, sw, rows, ahead, width, k)
+        load_largest(largest, most)
+    for j in range(count * ND):
+        if each:
+            r[j] = (<vd*> (total + i))[j]
+        s[j] = (<vd*> (first + i))[j]
+        t[j] = (<vd*> (second + i))[j]
+        ps[j] = (<vd*> (p + i))[j]
+    for n in range(rows):
+        row = n
+        if not each:
+            row = chosen[n]
+            dw = splat_d((<const double*> w)[n])
+        for c in range(count):
+            prefetch(next_u + n * pu + c * LANES)
+            if each:
+                prefetch(next_w + n * pw + c * LANES * size)
+                look_at(largest, w, row * sw + i + c * LANES, wide, shifted)
+        for j in range(count * ND):
+            if each:
+                dw = weight_pack(w, row * sw + i + j * VD, wide)
+            du = widen(u + row * su + i + j * VD)
+            add_weighted(r + j, s + j, t + j, dw, du - ps[j] if shifted else du, exact, each)
+    for j in range(count * ND):
+        if each:
+            (<vd*> (total + i))[j] = r[j]
+        (<vd*> (first + i))[j] = s[j]
+        (<vd*> (second + i))[j] = t[j]
+    if each:
+        store_largest(largest, most)
 
 
 cdef inline void weigh_rows_as(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
                                Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint each, bint wide,
-                               bint shifted, double* total, double* first, double* second) noexcept nogil:
+                               bint shifted, double* total, double* first, double* second, double* most) noexcept nogil:
     """Add rows to one set of sums per column; see `reduce_rows`.
 
     The width is a multiple of LANES. Each value has a weight, and sw is the distance between rows of them; or each row has
     one, a double: then those rows are added that are chosen, and the total is left alone.
     """
-    cdef vd r[ND]
-    cdef vd s[ND]
-    cdef vd t[ND]
-    cdef vd ps[ND]
-    cdef vd du, dw
-    cdef bint exact = floating is float and not wide and not shifted
-    cdef Py_ssize_t i, j, k, n, row, pu = pitch(su, width, 1), pw = pitch(sw, width, 1) * (8 if wide else 4)
-    cdef const floating* next_u
-    cdef const char* next_w = w
-    for k in range(width // LANES):
-        i = k * LANES
-        next_u = later(u, su, rows, ahead, width, k)
-        if each and wide:
-            next_w = <const char*> later(<const double*> w, sw, rows, ahead, width, k)
-        elif each:
-            next_w = <const char*> later(<const float*> w, sw, rows, ahead, width, k)
-        for j in range(ND):
-            if each:
-                r[j] = (<vd*> (total + i))[j]
-            s[j] = (<vd*> (first + i))[j]
-            t[j] = (<vd*> (second + i))[j]
-            ps[j] = (<vd*> (p + i))[j]
-        for n in range(rows):
-            prefetch(next_u + n * pu)
-            row = n
-            if each:
-                prefetch(next_w + n * pw)
-            else:
-                row = chosen[n]
-                dw = splat_d((<const double*> w)[n])
-            for j in range(ND):
-                if each:
-                    dw = weight_pack(w, row * sw + i + j * VD, wide)
-                du = widen(u + row * su + i + j * VD)
-                add_weighted(r + j, s + j, t + j, dw, du - ps[j] if shifted else du, exact, each)
-        for j in range(ND):
-            if each:
-                (<vd*> (total + i))[j] = r[j]
-            (<vd*> (first + i))[j] = s[j]
-            (<vd*> (second + i))[j] = t[j]
+    cdef Py_ssize_t k = 0, end = width // LANES
+    while ABREAST > 1 and k + ABREAST <= end:
+        weigh_columns(u, su, w, sw, chosen, rows, ahead, width, k, ABREAST, p, each, wide, shifted, total, first, second, most)
+        k += ABREAST
+    while k < end:
+        weigh_columns(u, su, w, sw, chosen, rows, ahead, width, k, 1, p, each, wide, shifted, total, first, second, most)
+        k += 1
 
 
 # What is constant there is decided one after the other.
 
 
-cdef inline void weigh_run_to(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
-                              Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
-                              Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
+cdef inline void weigh_runs_to(const floating* u, Py_ssize_t cu, Py_ssize_t su, const char* w, Py_ssize_t cw, Py_ssize_t sw,
+                               double one, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p, bint each,
+                               bint wide, bint shifted, bint counts, bint abreast, Py_ssize_t next_u, Py_ssize_t next_w,
+                               double* total, double* first, double* second, double* most) noexcept nogil:
     if counts:
-        weigh_run_as(u, su, w, sw, one, runs, n, p, each, wide, shifted, True, next_u, next_w, total, first, second)
+        weigh_runs_as(u, cu, su, w, cw, sw, one, channels, runs, n, p, each, wide, shifted, True, abreast, next_u, next_w,
+                      total, first, second, most)
     else:
-        weigh_run_as(u, su, w, sw, one, runs, n, p, each, wide, shifted, False, next_u, next_w, total, first, second)
+        weigh_runs_as(u, cu, su, w, cw, sw, one, channels, runs, n, p, each, wide, shifted, False, abreast, next_u, next_w,
+                      total, first, second, most)
 
 
-cdef inline void weigh_run_by(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
-                              Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
-                              Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
+cdef inline void weigh_runs_by(const floating* u, Py_ssize_t cu, Py_ssize_t su, const char* w, Py_ssize_t cw, Py_ssize_t sw,
+                               double one, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p, bint each,
+                               bint wide, bint shifted, bint counts, bint abreast, Py_ssize_t next_u, Py_ssize_t next_w,
+                               double* total, double* first, double* second, double* most) noexcept nogil:
     if shifted:
-        weigh_run_to(u, su, w, sw, one, runs, n, p, each, wide, True, counts, next_u, next_w, total, first, second)
+        weigh_runs_to(u, cu, su, w, cw, sw, one, channels, runs, n, p, each, wide, True, counts, abreast, next_u, next_w,
+                      total, first, second, most)
     else:
-        weigh_run_to(u, su, w, sw, one, runs, n, p, each, wide, False, counts, next_u, next_w, total, first, second)
+        weigh_runs_to(u, cu, su, w, cw, sw, one, channels, runs, n, p, each, wide, False, counts, abreast, next_u, next_w,
+                      total, first, second, most)
 
 
-cdef inline void weigh_run(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, double one, Py_ssize_t runs,
-                           Py_ssize_t n, double p, bint each, bint wide, bint shifted, bint counts, Py_ssize_t next_u,
-                           Py_ssize_t next_w, double* total, double* first, double* second) noexcept nogil:
-    """Runs whose values have a weight each, double where they are wide, else float; or all the same one.
+cdef inline void weigh_runs(const floating* u, Py_ssize_t cu, Py_ssize_t su, const char* w, Py_ssize_t cw, Py_ssize_t sw,
+                            double one, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p, bint each,
+                            bint wide, bint shifted, bint counts, bint abreast, Py_ssize_t next_u, Py_ssize_t next_w,
+                            double* total, double* first, double* second, double* most) noexcept nogil:
+    """Add runs of n >= LANES values of each channel to its LANES sets of sums; see `reduce_runs`.
 
-    su values and sw bytes lie between one run and the next.
+    Values have a weight each, double where they are wide, else float; or all the same one. cu values and cw bytes lie
+    between one channel and the next, su and sw between runs. Channels have totals of their own, or, where the weights are
+    not counted, none.
     """
     if not each:  # it may be a double
-        weigh_run_by(u, su, w, sw, one, runs, n, p, False, True, shifted, counts, next_u, next_w, total, first, second)
+        weigh_runs_by(u, cu, su, w, cw, sw, one, channels, runs, n, p, False, True, shifted, counts, abreast, next_u, next_w,
+                      total, first, second, most)
     elif wide:
-        weigh_run_by(u, su, w, sw, one, runs, n, p, True, True, shifted, counts, next_u, next_w, total, first, second)
+        weigh_runs_by(u, cu, su, w, cw, sw, one, channels, runs, n, p, True, True, shifted, counts, abreast, next_u, next_w,
+                      total, first, second, most)
     else:
-        weigh_run_by(u, su, w, sw, one, runs, n, p, True, False, shifted, counts, next_u, next_w, total, first, second)
+        weigh_runs_by(u, cu, su, w, cw, sw, one, channels, runs, n, p, True, False, shifted, counts, abreast, next_u, next_w,
+                      total, first, second, most)
 
 
 cdef inline void weigh_rows_by(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
                                Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint each, bint wide,
-                               bint shifted, double* total, double* first, double* second) noexcept nogil:
+                               bint shifted, double* total, double* first, double* second, double* most) noexcept nogil:
     if shifted:
-        weigh_rows_as(u, su, w, sw, chosen, rows, ahead, width, p, each, wide, True, total, first, second)
+        weigh_rows_as(u, su, w, sw, chosen, rows, ahead, width, p, each, wide, True, total, first, second, most)
     else:
-        weigh_rows_as(u, su, w, sw, chosen, rows, ahead, width, p, each, wide, False, total, first, second)
+        weigh_rows_as(u, su, w, sw, chosen, rows, ahead, width, p, each, wide, False, total, first, second, most)
 
 
 cdef inline void weigh_rows(const floating* u, Py_ssize_t su, const char* w, Py_ssize_t sw, const Py_ssize_t* chosen,
                             Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, bint each, bint wide,
-                            bint shifted, double* total, double* first, double* second) noexcept nogil:
+                            bint shifted, double* total, double* first, double* second, double* most) noexcept nogil:
     """Rows whose values have a weight each, double where they are wide, else float; or one per row, in a double."""
     if not each:
         if wide:
-            weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, True, shifted, total, first, second)
+            weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, True, shifted, total, first, second, most)
         else:
-            weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, False, shifted, total, first, second)
+            weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, False, False, shifted, total, first, second, most)
     elif wide:
-        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, True, True, shifted, total, first, second)
+        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, True, True, shifted, total, first, second, most)
     else:
-        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, True, False, shifted, total, first, second)
+        weigh_rows_by(u, su, w, sw, chosen, rows, ahead, width, p, True, False, shifted, total, first, second, most)
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------
