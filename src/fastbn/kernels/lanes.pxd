@@ -19,7 +19,7 @@ that of the source at every instruction set level. Lanes are handled in packs (p
 from cython cimport floating
 from .activations cimport SIDE, bent, clipped, smooth
 from .packs cimport (
-    LANES, ND, NF, VD, VF, pack, prefetch_second, select, splat, splat_d, splat_f, stream_d, stream_f, vd, vf,
+    ABREAST, LANES, ND, NF, VD, VF, pack, prefetch_second, select, splat, splat_d, splat_f, stream_d, stream_f, vd, vf,
 )
 
 
@@ -36,6 +36,7 @@ cdef enum:
     ASIDE = 4  # packs of a run with a smooth activation that are worked on side by side
     WIDE = 512  # columns; the coefficients of so many are loaded once
     TALL = 4  # for so many rows
+    HELD = 7  # times LANES columns of a row at most whose coefficients stay in registers
 
 
 cdef struct Form:
@@ -264,6 +265,35 @@ cdef inline void lanes_as(const floating* u, Py_ssize_t su, const floating* v, P
         apply_lanes(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, columns, VD, pair, third, bend, stream, zd)
 
 
+cdef inline void hold(const floating* x, Py_ssize_t packs, vf* held) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(packs):
+        held[j] = (<const vf*> (x + j * VF))[0]
+
+
+cdef inline void held_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                         Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p, const floating* a,
+                         const floating* c, const floating* q, const floating* b, const double* numbers, Py_ssize_t columns,
+                         bint pair, bint third, int bend, bint stream) noexcept nogil:
+    """Rows of so many columns, whose coefficients stay in registers."""
+    cdef vf[HELD * NF] ps, as_, cs, qs, bs, zs
+    cdef Py_ssize_t _r, packs = columns // VF
+    hold(p, packs, ps)
+    hold(a, packs, as_)
+    hold(c, packs, cs)
+    if pair:
+        hold(q, packs, qs)
+        hold(b, packs, bs)
+    for _r in range(rows):
+        if floating is float:
+            apply_lanes(u, 0, v, 0, w, 0, y, 0, 1, <const float*> ps, <const float*> as_, <const float*> cs, <const float*> qs,
+                        <const float*> bs, numbers, columns, VF, pair, third, bend, stream, zs)
+        u += su
+        v += sv
+        w += sw
+        y += sy
+
+
 cdef inline void in_order_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
                              Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width,
                              Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
@@ -291,6 +321,26 @@ cdef inline void in_order_as(const floating* u, Py_ssize_t su, const floating* v
         i &= ~end
 
 
+cdef inline bint held_whole(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
+                            Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, const floating* p,
+                            const floating* a, const floating* c, const floating* q, const floating* b, const double* numbers,
+                            bint pair, bint third, int bend, bint stream) noexcept nogil:
+    """Rows of few columns, in the order of memory: whether they are so few that all coefficients stay in registers."""
+    if ABREAST == 1 or floating is double:  # there are not enough
+        return False
+    if width == 4 * LANES:
+        held_as(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, 4 * LANES, pair, third, bend, stream)
+    elif width == 5 * LANES:
+        held_as(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, 5 * LANES, pair, third, bend, stream)
+    elif width == 6 * LANES:
+        held_as(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, 6 * LANES, pair, third, bend, stream)
+    elif width == HELD * LANES:
+        held_as(u, su, v, sv, w, sw, y, sy, rows, p, a, c, q, b, numbers, HELD * LANES, pair, third, bend, stream)
+    else:
+        return False
+    return True
+
+
 cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, const floating* w,
                          Py_ssize_t sw, floating* y, Py_ssize_t sy, Py_ssize_t rows, Py_ssize_t width, bint large,
                          Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
@@ -300,6 +350,9 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
     cdef bint twice = bend == SMOOTH and 2 * LANES <= SIDE * (sizeof(vd) // sizeof(floating))
     cdef Py_ssize_t i, k, r = 0, columns = 2 * LANES if twice else LANES
+    if (bend != SMOOTH and not (large and ahead)
+            and held_whole(u, su, v, sv, w, sw, y, sy, rows, width, p, a, c, q, b, numbers, pair, third, bend, stream)):
+        return
     while pair and bend != SMOOTH and not stream and width >= WIDE and r + TALL <= rows and not (large and ahead):
         for k in range(width // LANES):
             i = k * LANES
