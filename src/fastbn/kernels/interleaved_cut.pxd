@@ -10,7 +10,7 @@ cdef enum:
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together,
     MANY = 512         # or, of a staged piece at least, below that
-    LARGE = 1 << 20    # values: what is larger is not in a second level cache
+    LARGE = 13 << 21   # bytes of operands and result: more are in no cache
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
     HALF = 512         # of other sums, and of other results
     PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
@@ -19,6 +19,7 @@ cdef enum:
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
     AHEAD = 4096       # values of all operands that are fetched in advance of sums,
     FETCHED = 2        # or rows in results, where chunks of them are apart
+    RETURN = 32768     # values of a block of gradients that stay in the caches
     SHARE = 256        # channels that one thread finishes at a time
     NARROW = 512       # values of operands in a row; it is no use to walk down fewer
     KEPT = 1 << 18     # bytes of operands that stay in a second level cache beside what is written
@@ -47,7 +48,7 @@ cdef struct Cut:
     Py_ssize_t rows       # full rows
     Py_ssize_t rest       # columns of the last, partial row
     Py_ssize_t ahead      # rows that are fetched in advance
-    bint large            # an operand is in no second level cache
+    bint large            # operands come from memory
     Grid sums
     Grid results
     Py_ssize_t group      # channels of a task that takes all steps, if that is not all of them
@@ -129,7 +130,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     set_columns(&k, k.positions * columns)
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
-    k.large = job.outer * columns >= LARGE
+    k.large = job.outer * columns * job.u.size * (3 if job.reads_pair else 2) >= LARGE
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD // (summed(job) * k.columns), <Py_ssize_t> (LEAST if k.large else 0))
@@ -142,7 +143,9 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     height = max(<Py_ssize_t> MIN_ROWS, (k.rows + blocks - 1) // blocks)
     blocks = (k.rows + height - 1) // height
     if blocks >= EVEN:
-        set_grids(job, &k, height, most, height)
+        # Of the gradient's two operands half at most is in a second level cache still: results, which begin at the end, are
+        # cut so that they find it.
+        set_grids(job, &k, height, most, max(<Py_ssize_t> LEAST, RETURN // k.columns) if job.reads_pair and not k.large else height)
         return k
     # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
     most = max(<Py_ssize_t> PIECE, whole((k.columns * blocks + EVEN - 1) // EVEN))
