@@ -35,7 +35,8 @@ cdef enum Bend:
 cdef enum:
     ASIDE = 4  # packs of a run with a smooth activation that are worked on side by side
     WIDE = 512  # columns; the coefficients of so many are loaded once
-    TALL = 4  # for so many rows
+    TALL = 4  # for so many rows,
+    BAND = 8  # and of fewer columns for so many
     HELD = 7  # times LANES columns of a row at most whose coefficients stay in registers
 
 
@@ -349,9 +350,20 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
     """Rows in the order of memory, in one loop or in one for each row; ahead is 0 where nothing is to be fetched."""
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
     cdef bint twice = bend == SMOOTH and 2 * LANES <= SIDE * (sizeof(vd) // sizeof(floating))
-    cdef Py_ssize_t i, k, r = 0, columns = 2 * LANES if twice else LANES
+    cdef Py_ssize_t i, k, m, r = 0, columns = 2 * LANES if twice else LANES
     if (bend != SMOOTH and not (large and ahead)
             and held_whole(u, su, v, sv, w, sw, y, sy, rows, width, p, a, c, q, b, numbers, pair, third, bend, stream)):
+        return
+    # Half as many registers hold the coefficients of LANES columns. From memory that is out of order; and of one operand, and
+    # with packs of 32 bytes, it is no faster.
+    if ABREAST == 1 and floating is float and (pair or NF == 4) and bend != SMOOTH and not large and width < WIDE:
+        while r < rows:
+            m = min(<Py_ssize_t> BAND, rows - r)
+            for k in range(width // LANES):
+                i = k * LANES
+                held_as(u + r * su + i, su, v + r * sv + i, sv, w + r * sw + i, sw, y + r * sy + i, sy, m, p + i, a + i, c + i,
+                        q + i, b + i, numbers, LANES, pair, third, bend, stream)
+            r += m
         return
     while pair and bend != SMOOTH and not stream and width >= WIDE and r + TALL <= rows and not (large and ahead):
         for k in range(width // LANES):
