@@ -199,6 +199,21 @@ def test_bad_weights_of_values_are_found_before_anything_is_written(case, kind, 
                 moments(z, sample_weight=w, axis=axis)
 
 
+@pytest.mark.parametrize("kind", ["f4", "f8"])
+@pytest.mark.parametrize("case", [((2, 3, 37), 1), ((3, 83), -1), ((2, 3, 5, 4), 1)], ids=cases.name)
+def test_a_bad_weight_is_found_wherever_it_is(case, kind):
+    """In every lane, in the second of two channels or columns that are summed side by side, and in what overlaps."""
+    shape, axis = case
+    x = cases.normal(shape)
+    w = np.random.default_rng(6).random(shape).astype(kind)
+    for place in range(x.size):
+        good, w.flat[place] = w.flat[place], -1
+        with pytest.raises(ValueError, match=r"sample_weight must be finite and not negative, got -1\.0"):
+            moments(x, sample_weight=w, axis=axis)
+        w.flat[place] = good
+    moments(x, sample_weight=w, axis=axis)
+
+
 def test_bad_weights_where_arrays_are_copied():
     """Strides that fit neither access pattern: the result is not copied back."""
     x, out = cases.normal((4, 3, 8, 6))[:, :, ::2], np.full((4, 3, 8, 6), 7, np.float32)[:, :, ::2]

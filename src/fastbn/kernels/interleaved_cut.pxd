@@ -88,10 +88,10 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
 
 cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t most, Py_ssize_t results_height) noexcept nogil:
     """Both grids: sums of so many rows and columns at most, and results of so many rows."""
+    cdef Py_ssize_t operands = 2 if job.reads_pair else 1
     cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if job.reads_pair else HALF))
-    cdef bint streams = summed(job) > 1 and k.large
-    k.sums = grid(k, height, chunk, 2 if job.reads_pair else 1, LEAST if streams else 2 * LEAST)
-    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), 2 if job.reads_pair else 1, LEAST)
+    k.sums = grid(k, height, chunk, operands, LEAST if summed(job) > 1 and k.large else 2 * LEAST)
+    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), operands, LEAST)
 
 
 cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:

@@ -347,7 +347,8 @@ cdef inline void rows_as(const floating* u, Py_ssize_t su, const floating* v, Py
                          Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
                          const floating* b, const double* numbers, bint pair, bint third, int bend,
                          bint stream) noexcept nogil:
-    """Rows in the order of memory, in one loop or in one for each row; ahead is 0 where nothing is to be fetched."""
+    """Rows in the order of memory, in one loop or in one for each row; where coefficients are then loaded less often, some rows
+    together. ahead is 0 where nothing is to be fetched."""
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
     cdef bint twice = bend == SMOOTH and 2 * LANES <= SIDE * (sizeof(vd) // sizeof(floating))
     cdef Py_ssize_t i, k, m, r = 0, columns = 2 * LANES if twice else LANES
