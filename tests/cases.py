@@ -78,7 +78,7 @@ def channel_shape(x, axis) -> tuple[int, ...]:
     return tuple(np.shape(x)[a] for a in axes)
 
 
-def training_results(x, dy, *, gamma, beta, axis, out=None, dx_out=None) -> dict[str, np.ndarray]:
+def training_results(x, dy, *, gamma, beta, axis, activation=None, out=None, dx_out=None) -> dict[str, np.ndarray]:
     """Everything that a training step gives: output, moving statistics, gradients."""
     channels = math.prod(channel_shape(x, axis))
     mean, variance = moving(channels, np.float64)
@@ -90,6 +90,7 @@ def training_results(x, dy, *, gamma, beta, axis, out=None, dx_out=None) -> dict
         moving_variance=variance,
         training=True,
         axis=axis,
+        activation=activation,
         out=out,
     )
     dx, dgamma, dbeta = fastbn.batch_norm_backward(dy, cache, out=dx_out)

@@ -15,6 +15,7 @@ import reference as ref
 from cases import BOTH, DTYPES, THREADS
 
 import fastbn
+from fastbn.kernels import _cpu, dispatch
 
 pytestmark = pytest.mark.kernels
 
@@ -67,6 +68,38 @@ def test_any_number_of_threads(case, dtype):
     for n in (*THREADS, 1, 5):
         with fastbn.threads(n):
             digests.add(digest(everything(x, dy, gamma, beta, axis)))
+    assert len(digests) == 1
+
+
+# One each for every way that a core's own cache decides about: short, middling and longer runs, and rows from memory.
+WAYS = (((40, 48, 20, 20), 1), ((12, 24, 50, 50), 1), ((10, 16, 70, 70), 1), ((27_000, 130), -1))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("case", WAYS, ids=cases.name)
+def test_any_size_of_a_cores_own_cache(case, dtype, activation):
+    shape, axis = case
+    x, dy, gamma, beta = inputs(shape, axis, dtype)
+    mean, variance = cases.moving(len(gamma))
+    drivers = dispatch.drivers(dispatch.level)
+    before = [driver.set_own_cache(1 << 20) for driver in drivers]
+    assert before == [_cpu.own_cache()] * 2
+    digests = set()
+    try:
+        for size in (1 << 18, 1 << 20, 1 << 21):
+            for driver in drivers:
+                driver.set_own_cache(size)
+            for n in (1, 2):
+                with fastbn.threads(n):
+                    got = cases.training_results(x, dy, gamma=gamma, beta=beta, axis=axis, activation=activation)
+                    got["inference"] = fastbn.batch_norm(
+                        x, moving_mean=mean, moving_variance=variance, axis=axis, activation=activation
+                    )
+                digests.add(digest(got))
+    finally:
+        for driver, size in zip(drivers, before, strict=True):
+            driver.set_own_cache(size)
     assert len(digests) == 1
 
 

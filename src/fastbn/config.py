@@ -31,7 +31,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     -------
     dict or None
         With mode "dicts": keys "fastbn", "python", "numpy", "machine", "level" (of the kernels in use),
-        "levels_built", "levels_supported" (by the processor) and "threads".
+        "levels_built", "levels_supported" (by the processor), "own_cache" (bytes of a core's second level cache, by
+        which the kernels walk memory: as the system reports them, from 256 KB to 2 MB, or 1 MB) and "threads".
 
     Raises
     ------
@@ -54,6 +55,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "level": dispatch.level,
         "levels_built": list(dispatch.built()),
         "levels_supported": list(_cpu.supported()),
+        "own_cache": _cpu.own_cache(),
         "threads": thread_info(),
     }
     if mode == "dicts":

@@ -1,9 +1,11 @@
-"""Which instruction set levels this processor, and the operating system's handling of its registers, allow.
+"""Which instruction set levels this processor, and the operating system's handling of its registers, allow; its caches.
 
 x86-64-v3 and -v4 are the levels of the x86-64 psABI. The compiler's builtin includes the operating system's part
 (XSAVE of the wide registers). Its own names for the levels are not known to every compiler that builds this, so the
 features are asked for one by one, as far as the kernels' code can hold instructions of them.
 """
+
+from .caches cimport find_own_cache
 
 cdef extern from *:
     """
@@ -35,3 +37,8 @@ def supported():
     if fastbn_has_v4():
         levels.append("v4")
     return tuple(levels)
+
+
+def own_cache():
+    """Return the bytes of a core's own cache by which drivers walk memory."""
+    return find_own_cache()

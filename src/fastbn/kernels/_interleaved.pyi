@@ -24,5 +24,6 @@ def run(
     kept: NDArray[Any] | None = None,
     counting: tuple[NDArray[Any] | None, tuple[int, ...], bool, NDArray[Any], bool] | None = None,
 ) -> bool: ...
+def set_own_cache(size: int) -> int: ...
 
 ENTRY: Any

@@ -16,6 +16,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport NAN
 from libc.string cimport memset
 
+from . cimport caches
 from ._plan cimport Plan, bind_weights
 from .channels cimport coefficients, load, settle
 from .convert cimport DOUBLE, FLOAT, give, is_native, take
@@ -297,4 +298,12 @@ def run(Plan plan, int operation, u, v, y, gamma, beta, mean, variance, double e
     return not finish(status)
 
 
+def set_own_cache(Py_ssize_t size):
+    """Walk memory as is best with so many bytes of cache for each core; return what it was. The bits stay the same."""
+    before = caches.own_cache
+    caches.own_cache = size
+    return before
+
+
+caches.own_cache = caches.find_own_cache()
 ENTRY = PyCapsule_New(<void*> do_any, DRIVER, NULL)

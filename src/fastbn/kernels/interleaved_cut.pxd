@@ -1,4 +1,5 @@
 """How the interleaved driver cuts: rows of whole lanes, and blocks of rows by the shape alone."""
+from .caches cimport is_roomy
 from .job cimport Job, summed
 from .packs cimport LANES
 
@@ -130,7 +131,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     set_columns(&k, k.positions * columns)
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
-    k.large = job.outer * columns * job.u.size * (3 if job.reads_pair else 2) >= LARGE
+    k.large = job.outer * columns * job.u.size * (3 if job.reads_pair else 2) >= LARGE and (job.streams or not is_roomy())
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD // (summed(job) * k.columns), <Py_ssize_t> (LEAST if k.large else 0))

@@ -1,22 +1,24 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
+from .caches cimport is_roomy, own_cache
 from .job cimport Job, Operand, summed
 from .lines cimport GATHERED, LINE
 from .packs cimport ABREAST
 
 cdef enum:
-    TILE = 4096            # values of a part at most: two such runs of float32 fill a 32 KB first level cache
-    GROUP = 64             # channels taken together at most: their lanes fill half of such a cache
-    IMAGES = 4             # whose runs of a channel are summed together, its lanes in registers,
-    SMALL_RUN = 512        # where they are of fewer values
-    LONG_RUN = 1 << 16     # values; shorter neighbouring runs are summed together until they reach this
-    FETCHED_RUN = 2048     # values; shorter runs end before the processor's own prefetching has paid
-    FUSED_RUN = 4096       # values of operands that channels taken together for the fused pass have side by side, if they can
-    CACHED = 1 << 20       # bytes of operands that are still in the second level cache when they are read again
-    OWN = 1 << 23          # bytes of operands of which the cores' own caches keep much
-    SHARED = 1 << 24       # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
-    SHARED_PAIR = 1 << 26  # the same of two operands
-    STRETCH = 1 << 18      # bytes of one task where channels are cut
-    WAVE = 1 << 28         # bytes between two looks for signals
+    TILE = 4096             # values of a part at most: two such runs of float32 fill a 32 KB first level cache
+    GROUP = 64              # channels taken together at most: their lanes fill half of such a cache
+    IMAGES = 4              # whose runs of a channel are summed together, its lanes in registers,
+    SMALL_RUN = 512         # where they are of fewer values
+    LONG_RUN = 1 << 16      # values; shorter neighbouring runs are summed together until they reach this
+    FETCHED_RUN = 2048      # values; shorter runs end before the processor's own prefetching has paid
+    FUSED_RUN = 4096        # values of operands that channels taken together for the fused pass have side by side, if they can,
+    SHORT_FUSED_RUN = 1536  # values of an operand that short runs have, or are not fused
+    SMALL = 1 << 20         # bytes of operands that are near enough whatever the way
+    OWN = 1 << 23           # bytes of operands of which the cores' own caches keep much
+    SHARED = 1 << 24        # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
+    SHARED_PAIR = 1 << 26   # the same of two operands
+    STRETCH = 1 << 18       # bytes of one task where channels are cut
+    WAVE = 1 << 28          # bytes between two looks for signals
 
 
 cdef struct Cut:
@@ -46,6 +48,22 @@ cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t l
     return (places | (k.cut | length) * operand.size) % LINE != 0
 
 
+cdef inline bint goes_in_order(const Job* job, Py_ssize_t span, Py_ssize_t bytes) noexcept nogil:
+    """Whether it is better to walk memory in its order twice than to take so many channels of it at a time."""
+    if is_roomy():
+        # 1024 x 16 x 8 x 8, four channels at a time: training 220 and 470 us, 512 x 32 x 10 x 10, eight: 360 and 470.
+        return job.inner < SMALL_RUN and bytes > SMALL and span * job.inner < SHORT_FUSED_RUN
+    # A channel is many runs of middling length (big NCHW training 1.92 limits against 2.08, conv2 backward 2.22 against 2.25
+    # with and 2.86 without fetching by hand);
+    if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
+        return True
+    # or all is in the last level cache still when it is read again, and there the order of memory is worth more than the
+    # second level (12.8 MB of 28 x 28: training 2.45 to 2.03 limits, backward 2.76 to 2.15; 2 MB of 8 x 8: backward 2.65 to
+    # 2.35).
+    return ((job.inner < FETCHED_RUN and bytes > OWN or job.inner < SMALL_RUN and bytes > SMALL)
+            and bytes <= (SHARED_PAIR if job.reads_pair else SHARED))
+
+
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t itemsize = job.u.size
@@ -61,21 +79,13 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if k.segments == 1:
         k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)
     k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, FUSED_RUN // (operands * job.inner)))
-    k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= CACHED
+    k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= own_cache
     if job.weights.unchecked:  # nothing is written before all of them have been seen
         k.fused = False
     bytes = job.outer * job.channels * job.inner * itemsize * operands
     k.abreast = ABREAST > 1 and bytes // operands * summed(job) <= SHARED
-    k.fetches = k.fused and job.inner < FETCHED_RUN and not k.abreast
-    if ((job.inner < FETCHED_RUN and bytes > OWN or job.inner < SMALL_RUN and bytes > CACHED)
-            and bytes <= (SHARED_PAIR if job.reads_pair else SHARED)):
-        # All is in the last level cache still when it is read again, and there the order of memory is worth more than the
-        # second level (12.8 MB of 28 x 28: training 2.45 to 2.03 limits, backward 2.76 to 2.15; 2 MB of 8 x 8: backward 2.65
-        # to 2.35).
-        k.fused = False
-    if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
-        # A channel is many runs of middling length: walking memory in its order twice was faster (big NCHW training 1.92
-        # limits against 2.08, conv2 backward 2.22 against 2.25 with and 2.86 without fetching by hand).
+    k.fetches = k.fused and job.inner < (TILE if is_roomy() else FETCHED_RUN) and not k.abreast
+    if goes_in_order(job, k.span, bytes):
         k.fused = False
     tile_bytes = k.images * k.length * itemsize
     row_bytes = tile_bytes * k.segments
