@@ -184,7 +184,7 @@ def test_overflow_of_a_half_is_infinity():
 
 
 @pytest.mark.parametrize("name", HALVES + BYTES)
-@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
 @pytest.mark.parametrize("case", SHAPES[::3], ids=cases.name)
 def test_activation_and_residual_are_those_of_float32(case, activation, name):
     shape, axis = case

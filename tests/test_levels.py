@@ -150,6 +150,13 @@ class TestInstructions:
             assert loops(path, register, *formula, without="movntp[sd]")
             assert loops(path, register, *formula, f"movntp{kind}")
 
+    def test_values_of_16_bits_are_scaled_in_registers(self, level, driver, build):
+        """Converted, scaled and converted back in one loop, from AVX2 on."""
+        path, register = module(build, driver, level), REGISTERS[level]
+        formula = ("subps", "mulps", "addps")
+        for conversions in (("cvtph2ps", "cvtps2ph"), ("pmovzxwd", "pslld")):
+            assert bool(loops(path, register, *formula, *conversions)) == (level != "base")
+
     def test_loops_over_data_are_packed_throughout(self, level, driver, build):
         """Almost all arithmetic in loops that widen, scale or stream is on packs: what is scalar is a remainder."""
         path = module(build, driver, level)

@@ -9,7 +9,7 @@ from libc.string cimport memset
 
 from .kernels._plan cimport pattern_of, streams
 from .kernels.channels cimport blend
-from .kernels.convert cimport DOUBLE, FLOAT
+from .kernels.kinds cimport DOUBLE, FLOAT
 from .kernels.job cimport DRIVER, FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Driver, Job, Operand, Operation, Parameter
 from .kernels.moments cimport merge
 from .kernels.omp cimport omp_in_parallel

@@ -16,7 +16,7 @@ cimport numpy as cnp
 from ._memory cimport empty_like
 from ._plan cimport Pattern, bind_weights, keep_in_result, pattern_of, set_bend, set_gate, streams
 from .channels cimport load_all
-from .convert cimport UINT8
+from .kinds cimport UINT8
 from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, finish, weigh_gradient
 from .plain cimport (
     apart, apart_from, apart_from_array, bind, extent, in_order, in_range, is_plain, is_result, kind_of, learns_apart, same_or_apart,

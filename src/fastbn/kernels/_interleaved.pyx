@@ -26,12 +26,14 @@ from .convert cimport give, is_native, take
 from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, cut_group, table_length, tile_of, whole
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
+    kind_of_results, native,
 )
+from .kinds cimport BFLOAT, DOUBLE, HALF, size_of
 from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, from_sums, is_far, merge
-from .packs cimport LANES
+from .packs cimport HAS_SMALL_PACKS, LANES
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_rows
 from .weights cimport (
@@ -54,14 +56,14 @@ cdef inline Py_ssize_t offset(const Job* job, const Operand* operand, Py_ssize_t
 
 
 cdef struct View:
-    # Some rows of a piece of columns, in place or staged.
+    # Some rows of a piece of columns, in place or staged; the stride is in values.
     char* data
     Py_ssize_t stride
 
 
 cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint is_dense, bint direct, Py_ssize_t row,
                       Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
-    """The operand itself where its columns are native, dense and whole lanes, else a copy padded with zeros."""
+    """The operand itself where its columns are dense and whole lanes, else a copy in the type of arithmetic, padded with zeros."""
     cdef View w
     cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns)
     cdef bint gapless = is_dense and columns == m and stride == m * operand.size
@@ -69,7 +71,7 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     cdef Py_ssize_t r, j
     if direct:
         w.data = x + column * operand.size
-        w.stride = stride // <Py_ssize_t> sizeof(floating)
+        w.stride = stride // operand.size
         return w
     w.data = <char*> buffer
     w.stride = m
@@ -102,12 +104,21 @@ cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, b
             give(operand, buffer + j, m, rows, y + offset(job, operand, column + j), stride)
 
 
-cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, Py_ssize_t rows,
+cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
                 Py_ssize_t columns, bint large, Py_ssize_t ahead, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
-    """*apply* to views. Not inline: its many forms are compiled once, whoever calls it."""
-    apply_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, <floating*> w.data, w.stride,
-               <floating*> y.data, y.stride, rows, columns, large, ahead, p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride,
-               form, stream)
+    """*apply* to views of a kind. Not inline: its many forms are compiled once, whoever calls it."""
+    cdef Py_ssize_t size = size_of(kind), su = u.stride * size, sv = v.stride * size, sw = w.stride * size, sy = y.stride * size
+    cdef const floating* a = p + stride
+    cdef const floating* c = a + stride
+    cdef const floating* q = c + stride
+    cdef const floating* b = q + stride
+    if floating is float and HAS_SMALL_PACKS and kind == HALF:
+        apply_rows(u.data, su, v.data, sv, w.data, sw, y.data, sy, rows, columns, large, ahead, p, a, c, q, b, form, stream, HALF)
+    elif floating is float and HAS_SMALL_PACKS and kind == BFLOAT:
+        apply_rows(u.data, su, v.data, sv, w.data, sw, y.data, sy, rows, columns, large, ahead, p, a, c, q, b, form, stream, BFLOAT)
+    else:
+        apply_rows(u.data, su, v.data, sv, w.data, sw, y.data, sy, rows, columns, large, ahead, p, a, c, q, b, form, stream,
+                   native(p))
 
 
 cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const View* v, Py_ssize_t row,
@@ -131,7 +142,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
                  buffer + STAGED)
         if job.by_output:
             source = &w
-    scale(&job.gate, u, source, &w, &g, rows, whole(columns), False, 0, gates + column, k.padded, False)
+    scale(&job.gate, u, source, &w, &g, native(gates), rows, whole(columns), False, 0, gates + column, k.padded, False)
     if job.kept.data != NULL and not direct:
         unstage(job, k, &job.kept, dense_kept, <floating*> g.data, row, rows, column, columns)
         g = view(job, k, &job.kept, dense_kept, False, row, rows, column, columns, buffer)

@@ -11,25 +11,29 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef bint dense_u = dense(job, k, &job.u), dense_y = dense(job, k, &job.y)
     cdef bint reads_v = job.writes_pair or job.gated
     cdef bint dense_v = reads_v and dense(job, k, &job.v)
-    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
-    cdef bint direct_y = dense_y and is_native(&job.y)
     cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT  # then w are weights
     cdef bint dense_w = job.form.third and (dense_weights(job, k) if weighted else dense(job, k, &job.w))
+    # Values of 16 bits are read and written where they are if all are, else staged.
+    cdef int kind = kind_of_results(job)
+    if kind > DOUBLE and not (dense_u and dense_y and (dense_v or not reads_v) and (dense_w or not job.form.third)):
+        kind = native(table)
+    cdef bint direct_u = dense_u and job.u.kind == kind, direct_v = dense_v and job.v.kind == kind
+    cdef bint direct_y = dense_y and job.y.kind == kind
     cdef bint direct_w = dense_w and (job.weights.size == sizeof(floating) and job.weights.repeat >= job.outer
-                                      if weighted else is_native(&job.w))
+                                      if weighted else job.w.kind == kind)
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_y or direct_w else 0
     cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
     if job.form.third and not dense_w and not weighted:
         most = PIECE
     cdef Py_ssize_t j, r, rows, n, step, high = k.results.step, start = 0, stop = t.columns
     # Rows of y that start at whole lanes can be stored past the caches.
-    cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * sizeof(floating)) == 0
-                         and k.positions * job.y.outer % <Py_ssize_t> (LANES * sizeof(floating)) == 0)
+    cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * job.y.size) == 0
+                         and k.positions * job.y.outer % (LANES * job.y.size) == 0)
     # Others are put together in a tile first, if they are one stretch of memory.
     cdef bint gathers = (job.streams and not streams and direct_y and most == CHUNK and k.columns <= GATHERED // 4
                          and t.columns == k.columns and k.columns % LANES == 0
                          and k.positions * job.y.outer == k.columns * job.y.size)
-    cdef bint inside, direct
+    cdef bint inside, direct, large = k.large and job.y.kind == kind
     cdef bint overlaps = False  # the last lanes, those before
     cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
@@ -66,8 +70,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                     w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 elif job.form.third:
                     w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-                scale(&job.form, &u, &v, &w, &y, rows, whole(n), k.large and is_native(&job.y), FETCHED if n < stride else 0,
-                      table + t.column + j, k.padded, streams and direct and not overlaps)
+                scale(&job.form, &u, &v, &w, &y, kind if inside else native(table), rows, whole(n), large,
+                      FETCHED if n < stride else 0, table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:
                     stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)
                 elif not direct:

@@ -1,7 +1,7 @@
 """A plan: what a call of one shape, one type and one set of strides will do. Made once, kept, run often."""
 cimport numpy as cnp
 
-from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
+from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter, weigh_gradient
 from .lanes cimport BENT, CLIPPED, SMOOTH, STRAIGHT
 

@@ -19,16 +19,17 @@ from libc.string cimport memset
 from . cimport caches
 from ._plan cimport Plan, bind_weights
 from .channels cimport coefficients, load, settle
-from .convert cimport DOUBLE, FLOAT, give, is_native, take
+from .convert cimport give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of,
-    is_interrupted,
+    is_interrupted, kind_of_results, native,
 )
+from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, size_of
 from .lanes cimport PRESENT, WEIGHTED, apply_runs
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
-from .packs cimport ABREAST, LANES
+from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
 from .planar_cut cimport GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_runs
@@ -37,22 +38,22 @@ from .weights cimport (
     weight, weight_at, weights_at,
 )
 
-cdef inline bint ready(const Operand* operand, Py_ssize_t n, const floating* typed) noexcept nogil:
-    """Whether a run needs no staging; typed only names the type."""
-    return operand.inner == sizeof(floating) and n >= LANES and is_native(operand)
+cdef inline bint ready(const Operand* operand, Py_ssize_t n, int kind) noexcept nogil:
+    """Whether a run of a kind needs no staging."""
+    return operand.kind == kind and operand.inner == operand.size and n >= LANES
 
 
-cdef inline bint all_ready(const Job* job, Py_ssize_t n, const floating* typed) noexcept nogil:
+cdef inline bint all_ready(const Job* job, Py_ssize_t n, int kind) noexcept nogil:
     """Whether no run that *apply* is about needs staging."""
-    return (ready(&job.u, n, typed) and ready(&job.y, n, typed) and (not job.writes_pair or ready(&job.v, n, typed))
-            and (not job.form.third or ready(&job.w, n, typed)))
+    return (ready(&job.u, n, kind) and ready(&job.y, n, kind) and (not job.writes_pair or ready(&job.v, n, kind))
+            and (not job.form.third or ready(&job.w, n, kind)))
 
 
 cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssize_t n, floating pad,
                                   floating* tile) noexcept nogil:
     """A run as *reduce* and *apply* want it: x itself where it is that, else a copy of at least LANES values."""
     cdef Py_ssize_t i
-    if ready(operand, n, tile):
+    if ready(operand, n, native(tile)):
         return <const floating*> x
     take(operand, x, operand.inner, n, tile, 1)
     for i in range(n, LANES):
@@ -98,36 +99,42 @@ cdef inline void reduce_any(const Job* job, bint direct, const char* x, const ch
                         begins, first, second)
 
 
-cdef inline void apply_any(const Job* job, bint direct, const char* x, const char* x2, const char* x3, char* y,
+cdef inline void apply_any(const Job* job, bint direct, int kind, const char* u, const char* v, const char* w, char* y,
                            Py_ssize_t runs, Py_ssize_t n, const floating* table, Py_ssize_t channels,
                            floating* tile) noexcept nogil:
-    """A run of any form, or those of several channels that need no staging; the table starts at the first one's column."""
-    cdef const floating* u = <const floating*> x
-    cdef const floating* v = <const floating*> x2
-    cdef const floating* w = <const floating*> x3
-    cdef floating* z = <floating*> y
-    cdef Py_ssize_t m = n, size = sizeof(floating)
+    """A run of any form, or those of several channels, of a kind, that need no staging; the table starts at the first one's
+    column."""
+    cdef char* z = y
+    cdef Py_ssize_t m = n
     cdef bint unstaged = direct
     if not direct:
-        u = stage(&job.u, x, n, 0, tile)
+        kind = native(tile)
+        u = <const char*> stage(&job.u, u, n, 0, tile)
         if job.writes_pair:
-            v = stage(&job.v, x2, n, 0, tile + TILE)
+            v = <const char*> stage(&job.v, v, n, 0, tile + TILE)
         if job.form.third:
-            w = stage(&job.w, x3, n, 0, tile + 2 * TILE)
-        unstaged = ready(&job.y, n, tile)
+            w = <const char*> stage(&job.w, w, n, 0, tile + 2 * TILE)
+        unstaged = ready(&job.y, n, kind)
         if not unstaged:
-            z = tile  # over a staged u
+            z = <char*> tile  # over a staged u
             m = max(n, <Py_ssize_t> LANES)
-    apply_runs(u, job.u.channel // size, v, job.v.channel // size, w, job.w.channel // size, z, job.y.channel // size,
-               runs, m, table, channels, &job.form, job.streams and unstaged)
+    if floating is float and HAS_SMALL_PACKS and kind == HALF:
+        apply_runs(u, job.u.channel, v, job.v.channel, w, job.w.channel, z, job.y.channel, runs, m, table, channels,
+                   &job.form, job.streams and unstaged, HALF)
+    elif floating is float and HAS_SMALL_PACKS and kind == BFLOAT:
+        apply_runs(u, job.u.channel, v, job.v.channel, w, job.w.channel, z, job.y.channel, runs, m, table, channels,
+                   &job.form, job.streams and unstaged, BFLOAT)
+    else:
+        apply_runs(u, job.u.channel, v, job.v.channel, w, job.w.channel, z, job.y.channel, runs, m, table, channels,
+                   &job.form, job.streams and unstaged, native(tile))
     if not unstaged:
-        give(&job.y, z, 1, n, y, job.y.inner)
+        give(&job.y, <const floating*> z, 1, n, y, job.y.inner)
 
 
 cdef void gate_runs(const Job* gate, bint direct, const char* dy, const char* v, const char* w, char* g,
                     Py_ssize_t runs, Py_ssize_t n, const floating* gates, floating* tile) noexcept nogil:
     """Runs of dy times the derivative of the activation. Not inline: it would cost the calls beside it theirs."""
-    apply_any(gate, direct, dy, v, w, g, runs, n, gates, gate.channels, tile)
+    apply_any(gate, direct, native(tile), dy, v, w, g, runs, n, gates, gate.channels, tile)
 
 
 cdef inline char* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
@@ -135,33 +142,33 @@ cdef inline char* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssiz
     return operand.data + n * operand.outer + c * operand.channel + s * operand.inner
 
 
-cdef inline Operand in_tile(Py_ssize_t length, const floating* typed) noexcept nogil:
+cdef inline Operand in_tile(Py_ssize_t length, int kind) noexcept nogil:
     """The operand that runs of that length are when they lie side by side in a tile."""
     cdef Operand o
     o.data = NULL
-    o.kind = FLOAT if floating is float else DOUBLE
-    o.size = o.inner = sizeof(floating)
+    o.kind = kind
+    o.size = o.inner = size_of(kind)
     o.outer, o.channel = 0, length * o.size
     return o
 
 
-cdef inline Operand staged(const Operand* operand, Py_ssize_t length, const floating* typed) noexcept nogil:
-    """The operand that neighbouring runs become when they are converted together; native ones stay."""
-    return operand[0] if is_native(operand) else in_tile(length, typed)
+cdef inline Operand staged(const Operand* operand, Py_ssize_t length, int kind) noexcept nogil:
+    """The operand of a kind that neighbouring runs become when they are converted together; those of that kind stay."""
+    return operand[0] if operand.kind == kind else in_tile(length, kind)
 
 
-cdef inline Py_ssize_t side_by_side(const Operand* operand, Py_ssize_t length) noexcept nogil:
+cdef inline Py_ssize_t side_by_side(const Operand* operand, Py_ssize_t length, int kind) noexcept nogil:
     """How many channels' runs of that length can be converted at once; 0 where the values of a run are apart."""
-    if is_native(operand):
-        return GROUP if operand.inner == operand.size and length >= LANES else 0
     if operand.inner != operand.size or length < LANES:
         return 0
+    if operand.kind == kind:
+        return GROUP
     return max(<Py_ssize_t> 1, TILE // length) if operand.channel == length * operand.size else 1
 
 
-cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_t n, floating* tile) noexcept nogil:
-    """Where n values that lie side by side are in the type of arithmetic: in the tile, or where they were."""
-    if is_native(operand):
+cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_t n, int kind, floating* tile) noexcept nogil:
+    """Where n values that lie side by side are of that kind: in the tile, in the type of arithmetic, or where they were."""
+    if operand.kind == kind:
         return x
     take(operand, x, operand.size, n, tile, 1)
     return <const char*> tile

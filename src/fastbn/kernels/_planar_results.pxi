@@ -3,9 +3,10 @@
 cdef struct Runs:
     # How runs of one length are scaled; worked out once for many of them.
     Py_ssize_t length
+    int kind               # in which operands are read and results written; others are staged
     Py_ssize_t together    # neighbouring channels at most that are staged at once,
     Py_ssize_t at_once     # and that are worked on by one call
-    bint converts          # operands, to the type of arithmetic, or gathers
+    bint converts          # operands to that kind, or gathers
     bint gathers           # results in a tile, to store lines whole
     bint reads_v
     bint direct
@@ -17,39 +18,42 @@ cdef struct Runs:
 
 cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
     cdef bint whole = job.y.inner == job.y.size and length >= LANES
-    r.length = length
+    cdef int kind = kind_of_results(job)
+    if kind > DOUBLE and not all_ready(job, length, kind):
+        kind = native(typed)
+    r.length, r.kind = length, kind
     r.near = job[0]
     r.reads_v = job.writes_pair or job.gated
     r.gathers = job.streams and whole and shares_lines(&job.y, k, length)
-    r.converts = r.gathers or not (is_native(&job.u) and is_native(&job.y) and (is_native(&job.v) or not r.reads_v)
-                                   and (is_native(&job.w) or not job.form.third))
+    r.converts = r.gathers or not (job.u.kind == kind and job.y.kind == kind and (job.v.kind == kind or not r.reads_v)
+                                   and (job.w.kind == kind or not job.form.third))
     r.together = job.channels
     if r.converts:
-        r.together = min(side_by_side(&job.u, length), side_by_side(&job.y, length))
+        r.together = min(side_by_side(&job.u, length, kind), side_by_side(&job.y, length, kind))
         if r.reads_v:
-            r.together = min(r.together, side_by_side(&job.v, length))
+            r.together = min(r.together, side_by_side(&job.v, length, kind))
         if job.form.third:
-            r.together = min(r.together, side_by_side(&job.w, length))
+            r.together = min(r.together, side_by_side(&job.w, length, kind))
         r.converts = r.together > 0
         r.gathers = r.gathers and r.converts
         r.together = max(r.together, <Py_ssize_t> 1)
         if r.gathers:
             r.together = min(r.together, max(<Py_ssize_t> 1, GATHERED // length) if job.y.channel == length * job.y.size else 1)
     if r.converts:
-        r.near.u = staged(&job.u, length, typed)
-        r.near.v = staged(&job.v, length, typed)
-        r.near.w = staged(&job.w, length, typed)
-        r.near.y = in_tile(length, typed) if r.gathers else staged(&job.y, length, typed)
-        r.near.streams = job.streams and is_native(&job.y) and not r.gathers
+        r.near.u = staged(&job.u, length, kind)
+        r.near.v = staged(&job.v, length, kind)
+        r.near.w = staged(&job.w, length, kind)
+        r.near.y = in_tile(length, kind) if r.gathers else staged(&job.y, length, kind)
+        r.near.streams = job.streams and job.y.kind == kind and not r.gathers
     elif job.streams and shares_lines(&job.y, k, length):
         r.near.streams = False
     r.step_u = r.near.u.channel
     r.gate_direct = False
     if job.gated:
         r.gate = gate_of(&r.near)
-        r.gate.y = r.near.u = in_tile(length, typed)
-        r.gate_direct = all_ready(&r.gate, length, typed)
-    r.direct = all_ready(&r.near, length, typed)
+        r.gate.y = r.near.u = in_tile(length, kind)
+        r.gate_direct = all_ready(&r.gate, length, kind)
+    r.direct = all_ready(&r.near, length, kind)
     r.at_once = 1
     if r.direct and (not job.gated or r.gate_direct):
         r.at_once = max(<Py_ssize_t> 1, TILE // length) if job.gated else job.channels
@@ -60,6 +64,7 @@ cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0
     """One run of each of the channels c0..c1 of an image."""
     cdef const floating* gates = table + 5 * job.channels
     cdef Py_ssize_t length = r.length, c = c0, i, m, several
+    cdef int kind = r.kind
     cdef const char* u
     cdef const char* v
     cdef const char* w
@@ -74,14 +79,14 @@ cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0
         w = at(&job.w, n, c, s0)
         y = z = at(&job.y, n, c, s0)
         if r.converts:
-            u = convert(&job.u, u, m * length, buffer)
+            u = convert(&job.u, u, m * length, kind, buffer)
             if r.reads_v:
-                v = convert(&job.v, v, m * length, buffer + TILE)
+                v = convert(&job.v, v, m * length, kind, buffer + TILE)
             if job.form.third:
-                w = convert(&job.w, w, m * length, buffer + 2 * TILE)
-            if r.gathers or not is_native(&job.y):
+                w = convert(&job.w, w, m * length, kind, buffer + 2 * TILE)
+            if r.gathers or job.y.kind != kind:
                 y = <char*> buffer  # over u, which is of the same type
-                if is_native(&job.u) and is_native(&job.y):
+                if job.u.kind == kind and job.y.kind == kind:
                     y += away(y, u, z)
                 tile = y
         i = c
@@ -91,18 +96,18 @@ cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0
             if job.gated:
                 g = <const char*> (buffer + 3 * TILE)
                 gate_runs(&r.gate, r.gate_direct, u, v, w, <char*> g, several, length, gates + i, buffer + 4 * TILE)
-            apply_any(&r.near, r.direct, g, v, w, y, several, length, table + i, job.channels, buffer)
+            apply_any(&r.near, r.direct, kind, g, v, w, y, several, length, table + i, job.channels, buffer)
             u += several * r.step_u
             v += several * r.near.v.channel
             w += several * r.near.w.channel
             y += several * r.near.y.channel
             i += several
-        if r.gathers and is_native(&job.y):
+        if r.gathers and job.y.kind == kind:
             stream_lines(rest, z, tile, m * length * job.y.size)
         elif r.gathers:
             give(&job.y, buffer, 1, m * length, <char*> (buffer + TILE), job.y.size)
             stream_lines(rest, z, <char*> (buffer + TILE), m * length * job.y.size)
-        elif r.converts and not is_native(&job.y):
+        elif r.converts and job.y.kind != kind:
             give(&job.y, buffer, 1, m * length, z, job.y.size)
         c += m
 
@@ -112,7 +117,8 @@ cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, 
     """`apply_image` of a gradient whose third operand are weights."""
     cdef Job near = job[0]
     cdef floating* weights = buffer + 2 * TILE
-    cdef bint direct = (ready(&job.u, length, table) and ready(&job.v, length, table) and ready(&job.y, length, table))
+    cdef bint direct = (ready(&job.u, length, native(table)) and ready(&job.v, length, native(table))
+                        and ready(&job.y, length, native(table)))
     # As wide as arithmetic, and side by side: then they are read where they are.
     cdef bint unstaged = (job.form.third and job.weights.size == sizeof(floating)
                           and job.weights.inner == sizeof(floating) and length >= LANES)
@@ -134,8 +140,8 @@ cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, 
             taken = min(c1, c + max(<Py_ssize_t> 1, TILE // length)) if dense else c + 1
             take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, (taken - c) * length, weights)
             w = <const char*> weights
-        apply_any(&near, direct, at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 1, length, table + c,
-                  job.channels, buffer)
+        apply_any(&near, direct, native(table), at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 1, length,
+                  table + c, job.channels, buffer)
 
 
 cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t last, Py_ssize_t c0, Py_ssize_t c1,

@@ -21,6 +21,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef Job near = job[0]
     cdef Job gate
     cdef Py_ssize_t together = c1 - c0
+    cdef int kind = native(buffer)
     cdef bint converts = not is_native(&job.u) or (job.reads_pair and not is_native(&job.v))
     cdef bint direct, gate_direct = False
     cdef const char* u
@@ -30,22 +31,22 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
     cdef Py_ssize_t c, n, i, m, several, at_once = 1, next_u, next_v, step_u, images, most = 1
     if converts:
-        together = side_by_side(&job.u, t.length)
+        together = side_by_side(&job.u, t.length, kind)
         if job.reads_pair:
-            together = min(together, side_by_side(&job.v, t.length))
+            together = min(together, side_by_side(&job.v, t.length, kind))
         converts = together > 0
         together = max(together, <Py_ssize_t> 1)
     if converts:
-        near.u = staged(&job.u, t.length, buffer)
-        near.v = staged(&job.v, t.length, buffer)
+        near.u = staged(&job.u, t.length, kind)
+        near.v = staged(&job.v, t.length, kind)
     step_u = near.u.channel
     if job.gated:
         gate = gate_of(&near)
         if gate.y.data == NULL:
-            gate.y = in_tile(t.length, buffer)
-        gate_direct = all_ready(&gate, t.length, buffer)
+            gate.y = in_tile(t.length, kind)
+        gate_direct = all_ready(&gate, t.length, kind)
         near.u = gate.y
-    direct = ready(&near.u, t.length, buffer) and (not job.reads_pair or ready(&near.v, t.length, buffer))
+    direct = ready(&near.u, t.length, kind) and (not job.reads_pair or ready(&near.v, t.length, kind))
     if direct and not converts and not job.gated and t.length < SMALL_RUN:
         most = IMAGES
     if direct and (not job.gated or gate_direct):
@@ -59,9 +60,9 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
             u = at(&job.u, n, c0 + c, t.s0)
             v = at(&job.v, n, c0 + c, t.s0)
             if converts:
-                u = convert(&job.u, u, m * t.length, buffer)
+                u = convert(&job.u, u, m * t.length, kind, buffer)
                 if job.reads_pair:
-                    v = convert(&job.v, v, m * t.length, buffer + TILE)
+                    v = convert(&job.v, v, m * t.length, kind, buffer + TILE)
             next_u, next_v = (step_u, near.v.channel) if k.fetches else (<Py_ssize_t> 0, <Py_ssize_t> 0)
             i = c
             while i < c + m:

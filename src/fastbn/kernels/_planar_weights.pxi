@@ -46,7 +46,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     memset(counts, 0, sizeof(counts))
-    if (t.length < SMALL_RUN and ready(&job.u, t.length, buffer)
+    if (t.length < SMALL_RUN and ready(&job.u, t.length, native(buffer))
             and (job.weights.data == NULL or (job.weights.inner == 1 and job.weights.repeat >= job.outer))):
         most = IMAGES
     while n < t.n1:
@@ -120,7 +120,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef const char* at_w
     cdef const char* x
     cdef const floating* u
-    cdef bint direct = not stages and ready(&job.u, t.length, buffer) and (not each or in_place(job, t.length, wide))
+    cdef bint direct = not stages and ready(&job.u, t.length, native(buffer)) and (not each or in_place(job, t.length, wide))
     cdef bint alike = each or job.weights.channel == 0  # channels whose sums are side by side may share the weight of a run
     cdef Py_ssize_t at_once = ABREAST if k.abreast and direct and alike else 1
     cdef double one = 1

@@ -2,17 +2,9 @@
 from cython cimport floating
 
 from .job cimport Operand
+from .kinds cimport DOUBLE
 
 cdef extern from "convert.h" nogil:
-    enum:
-        FLOAT "FASTBN_FLOAT"
-        DOUBLE "FASTBN_DOUBLE"
-        # What follows is computed in float.
-        HALF "FASTBN_HALF"
-        BFLOAT "FASTBN_BFLOAT"
-        # What follows is never written: results are float.
-        UINT8 "FASTBN_UINT8"
-        INT8 "FASTBN_INT8"
     void load_small "fastbn_load"(int kind, const char* x, Py_ssize_t sx, Py_ssize_t n, float* y, Py_ssize_t sy)
     void store_small "fastbn_store"(int kind, const float* x, Py_ssize_t sx, Py_ssize_t n, char* y, Py_ssize_t sy)
 

@@ -1,5 +1,9 @@
 """What a driver is told: operands, parameters, and where its numbers per channel go."""
-from .lanes cimport PRESENT, WEIGHTED, Form
+from cython cimport floating
+
+from .kinds cimport DOUBLE, FLOAT
+from .lanes cimport BENT, PRESENT, WEIGHTED, Form
+from .packs cimport HAS_SMALL_PACKS
 
 cdef enum Operation:
     MOMENTS    # x -> (mean, m2)
@@ -138,6 +142,22 @@ cdef inline Py_ssize_t summed(const Job* job) noexcept nogil:
     """Operands as large as x that sums read."""
     cdef bint weighted = job.weights.data != NULL and not job.weights.marks and (job.weights.channel != 0 or job.weights.inner != 0)
     return 2 if job.reads_pair or weighted else 1
+
+
+cdef inline int native(const floating* typed) noexcept nogil:
+    """The kind that is computed in; typed only names the type."""
+    return FLOAT if floating is float else DOUBLE
+
+
+cdef inline int kind_of_results(const Job* job) noexcept nogil:
+    """The kind that *apply* reads and writes in place: that of the result, or what is computed in, if others are staged."""
+    cdef int kind = job.y.kind
+    if kind <= DOUBLE:
+        return kind
+    if (HAS_SMALL_PACKS and not job.gated and job.form.bend <= BENT and job.u.kind == kind
+            and (not job.form.pair or job.v.kind == kind) and (not job.form.third or job.w.kind == kind)):
+        return kind
+    return FLOAT
 
 
 cdef inline void weigh_gradient(Job* job) noexcept nogil:

@@ -59,6 +59,13 @@ cdef extern from "lanes.h" nogil:
     vc count "fastbn_count"(vc c, vk k)
     void store_counts "fastbn_store_counts"(uint8_t* at, vc c)
 
+cdef extern from "small_packs.h" nogil:
+    const bint HAS_SMALL_PACKS "FASTBN_HAS_SMALL_PACKS"  # values of 16 bits go to and from packs
+    vf load_half_pack "fastbn_load_half_pack"(const void* x)
+    vf load_bfloat_pack "fastbn_load_bfloat_pack"(const void* x)
+    void store_half_pack "fastbn_store_half_pack"(void* y, vf z, bint stream)
+    void store_bfloat_pack "fastbn_store_bfloat_pack"(void* y, vf z, bint stream)
+
 
 ctypedef fused pack:
     vf

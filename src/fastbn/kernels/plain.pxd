@@ -6,7 +6,7 @@ from libc.string cimport strcmp, strrchr
 
 cimport numpy as cnp
 
-from .convert cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
+from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport Job, Operand, Parameter
 from .weights cimport fits, largest_of
 

@@ -24,7 +24,7 @@ from cython cimport floating
 from libc.math cimport isfinite
 from libc.stdint cimport int32_t, int64_t
 
-from .convert cimport DOUBLE, FLOAT
+from .kinds cimport DOUBLE, FLOAT
 from .job cimport Weights
 from .moments cimport CANCELLED
 from .packs cimport (

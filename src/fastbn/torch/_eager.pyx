@@ -19,7 +19,7 @@ cimport numpy as cnp
 from ..kernels._calls cimport carry_out
 from ..kernels._plan cimport set_bend, set_gate
 from ..kernels.channels cimport load_all
-from ..kernels.convert cimport DOUBLE, FLOAT
+from ..kernels.kinds cimport DOUBLE, FLOAT
 from ..kernels.job cimport FROZEN, GRADIENT, NORMALIZE, TRAIN, Job, Operand, Parameter
 from ..kernels.lanes cimport STRAIGHT
 from ..kernels.plain cimport learns_apart
