@@ -35,7 +35,7 @@ cdef enum Bend:
 
 
 cdef enum:
-    ASIDE = 4  # packs of a run with a smooth activation that are worked on side by side
+    ASIDE = 4  # packs with a smooth activation that are worked on side by side
     WIDE = 512  # columns; the coefficients of so many are loaded once
     TALL = 4  # for so many rows,
     BAND = 8  # and of fewer columns for so many
@@ -274,7 +274,7 @@ cdef inline void lanes_as(const char* u, Py_ssize_t su, const char* v, Py_ssize_
                           Py_ssize_t sw, char* y, Py_ssize_t sy, Py_ssize_t rows, const floating* p, const floating* a,
                           const floating* c, const floating* q, const floating* b, const double* numbers,
                           Py_ssize_t columns, int kind, bint pair, bint third, int bend, bint stream) noexcept nogil:
-    """LANES columns of up to TALL rows, or twice as many of one."""
+    """LANES columns of up to TALL rows, or several times as many of one."""
     cdef vf[TALL * NF] zf
     cdef vd[TALL * ND] zd
     if floating is float:
@@ -367,8 +367,9 @@ cdef inline void rows_as(const char* u, Py_ssize_t su, const char* v, Py_ssize_t
     """Rows in the order of memory, in one loop or in one for each row; where coefficients are then loaded less often, some rows
     together. ahead is 0 where nothing is to be fetched."""
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
-    cdef bint twice = bend == SMOOTH and 2 * LANES <= SIDE * (sizeof(vd) // sizeof(floating))
-    cdef Py_ssize_t i, k, m, r = 0, o, size = size_of(kind), columns = 2 * LANES if twice else LANES
+    cdef Py_ssize_t side = (1 if bend != SMOOTH else ASIDE if NF == 1 and floating is float and not pair
+                            else 2 if 2 * LANES <= SIDE * <Py_ssize_t> (sizeof(vd) // sizeof(floating)) else 1)
+    cdef Py_ssize_t i, k, m, r = 0, o, size = size_of(kind), columns = side * LANES
     if (bend != SMOOTH and not (large and ahead)
             and held_whole(u, su, v, sv, w, sw, y, sy, rows, width, p, a, c, q, b, numbers, kind, pair, third, bend, stream)):
         return
@@ -389,7 +390,7 @@ cdef inline void rows_as(const char* u, Py_ssize_t su, const char* v, Py_ssize_t
             lanes_as(u + r * su + o, su, v + r * sv + o, sv, w + r * sw + o, sw, y + r * sy + o, sy, TALL, p + i, a + i,
                      c + i, q + i, b + i, numbers, LANES, kind, pair, third, bend, stream)
         r += TALL
-    if large and not twice:
+    if large and side == 1:
         if ahead:
             in_order_as(u, su, v, sv, w, sw, y, sy, rows, width, ahead, p, a, c, q, b, numbers, kind, pair, third, bend, stream, True)
         else:
@@ -401,8 +402,8 @@ cdef inline void rows_as(const char* u, Py_ssize_t su, const char* v, Py_ssize_t
             i, o = k * columns, k * columns * size
             lanes_as(u + r * su + o, 0, v + r * sv + o, 0, w + r * sw + o, 0, y + r * sy + o, 0, 1, p + i, a + i, c + i,
                      q + i, b + i, numbers, columns, kind, pair, third, bend, stream)
-        if twice and width % columns:
-            i, o = width - LANES, (width - LANES) * size
+        for k in range(width % columns // LANES if side > 1 else 0):
+            i, o = width - (k + 1) * LANES, (width - (k + 1) * LANES) * size
             lanes_as(u + r * su + o, 0, v + r * sv + o, 0, w + r * sw + o, 0, y + r * sy + o, 0, 1, p + i, a + i, c + i,
                      q + i, b + i, numbers, LANES, kind, pair, third, bend, stream)
         r += 1
