@@ -136,6 +136,7 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     if out is None:
         target = result_like(source)
         in_order(&job, &job.y, target)
+        job.fresh = True
     else:
         if not is_result(out, source):
             return None
@@ -245,6 +246,7 @@ def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, ou
     if out is None:
         target = result_like(source)
         in_order(&job, &job.y, target)
+        job.fresh = True
     else:
         if not is_result(out, source):
             return None

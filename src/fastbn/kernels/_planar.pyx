@@ -239,7 +239,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
         gate = gate_of(job)
         coefficients(&gate, 0, job.channels, job.channels, table + 5 * job.channels)
     if k.fused:
-        return do_step(job, k, BOTH, parts, table)
+        status = do_step(job, k, BOTH, parts, table)
+        return UNFIT if status == DONE and job.weights.unchecked and not are_fit(job, k, parts) else status
     if job.reduces:
         status = do_step(job, k, REDUCE, parts, table)
         if status != DONE:

@@ -53,6 +53,7 @@ cdef struct Job:
     bint by_output    # which is told from the activation's result, w
     Form gate         # the formula of that
     bint streams      # y is stored past the caches
+    bint fresh        # nobody will see y if the job ends in failure
     Py_ssize_t outer, channels, inner
     Operand u, v, w, y  # w is the residual, or the result of the activation
     Operand kept        # where the gated dy goes; in no memory where nobody wants it
@@ -76,7 +77,7 @@ cdef enum Status:
     DONE
     NO_MEMORY
     INTERRUPTED  # a signal handler raised: the exception is set
-    UNFIT        # unchecked weights cannot be summed as they are: nothing but statistics was written
+    UNFIT        # unchecked weights cannot be summed as they are: nothing but statistics and a fresh y was written
 
 
 # What a driver module exports, in a capsule of this name, to calls that need no Python on the way. It returns a Status,

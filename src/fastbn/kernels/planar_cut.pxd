@@ -67,7 +67,7 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t span, Py_ssize_t bytes
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t itemsize = job.u.size
-    cdef Py_ssize_t operands = 2 if job.reads_pair else 1
+    cdef Py_ssize_t operands = summed(job)
     cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * operands
     cdef Py_ssize_t tile_bytes, row_bytes, bytes
     # The first four decide about parts, so they depend on the shape alone.
@@ -80,10 +80,10 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
         k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)
     k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, FUSED_RUN // (operands * job.inner)))
     k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= own_cache
-    if job.weights.unchecked:  # nothing is written before all of them have been seen
+    if job.weights.unchecked and not job.fresh:  # nothing is written before all of them have been seen
         k.fused = False
     bytes = job.outer * job.channels * job.inner * itemsize * operands
-    k.abreast = ABREAST > 1 and bytes // operands * summed(job) <= SHARED
+    k.abreast = ABREAST > 1 and bytes <= SHARED
     k.fetches = k.fused and job.inner < (TILE if is_roomy() else FETCHED_RUN) and not k.abreast
     if goes_in_order(job, k.span, bytes):
         k.fused = False
