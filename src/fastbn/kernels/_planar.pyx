@@ -30,7 +30,7 @@ from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
 from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
-from .planar_cut cimport GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
+from .planar_cut cimport BACK, GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_runs
 from .weights cimport (
@@ -179,6 +179,17 @@ include "_planar_sums.pxi"
 include "_planar_results.pxi"
 
 
+cdef void apply_back(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, const floating* table,
+                     floating* buffer) noexcept nogil:
+    """`apply_rest` to channels c0..c1, the last images first: what was summed last is nearest."""
+    cdef Py_ssize_t pieces = (c1 - c0) * k.cuts
+    cdef Py_ssize_t images = max(<Py_ssize_t> 1, BACK // (pieces * k.cut)), end = job.outer, begin
+    while end > 0:
+        begin = max(<Py_ssize_t> 0, end - images)
+        apply_rest(job, k, begin * pieces, end * pieces, c0, c1, table, buffer)
+        end = begin
+
+
 cdef enum Step:
     REDUCE
     APPLY
@@ -200,7 +211,7 @@ cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, doub
     if step == BOTH:
         merge_channels(job, k, c0, c1, parts)
         coefficients(job, c0, c1, job.channels, table)
-        apply_rest(job, k, 0, job.outer * (c1 - c0) * k.cuts, c0, c1, table, buffer)
+        apply_back(job, k, c0, c1, table, buffer)
 
 
 cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py_ssize_t end, double* parts,

@@ -13,6 +13,7 @@ cdef enum:
     FETCHED_RUN = 2048      # values; shorter runs end before the processor's own prefetching has paid
     FUSED_RUN = 4096        # values of operands that channels taken together for the fused pass have side by side, if they can,
     SHORT_FUSED_RUN = 1536  # values of an operand that short runs have, or are not fused
+    BACK = 1 << 15          # values of neighbouring images that are applied in the order of memory, after later ones
     SMALL = 1 << 20         # bytes of operands that are near enough whatever the way
     OWN = 1 << 23           # bytes of operands of which the cores' own caches keep much
     SHARED = 1 << 24        # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
@@ -84,9 +85,12 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
         k.fused = False
     bytes = job.outer * job.channels * job.inner * itemsize * operands
     k.abreast = ABREAST > 1 and bytes <= SHARED
-    k.fetches = k.fused and job.inner < (TILE if is_roomy() else FETCHED_RUN) and not k.abreast
+    k.fetches = k.fused and job.inner < FETCHED_RUN and not k.abreast
     if goes_in_order(job, k.span, bytes):
         k.fused = False
+    if k.fused and is_roomy():  # what is not in the cores' own caches is far
+        k.abreast = ABREAST > 1 and bytes <= job.threads * own_cache
+        k.fetches = job.inner < TILE and not k.abreast
     tile_bytes = k.images * k.length * itemsize
     row_bytes = tile_bytes * k.segments
     if k.fused:
