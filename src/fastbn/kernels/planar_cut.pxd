@@ -62,7 +62,7 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t span, Py_ssize_t bytes
     # second level (12.8 MB of 28 x 28: training 2.45 to 2.03 limits, backward 2.76 to 2.15; 2 MB of 8 x 8: backward 2.65 to
     # 2.35).
     return ((job.inner < FETCHED_RUN and bytes > OWN or job.inner < SMALL_RUN and bytes > SMALL)
-            and bytes <= (SHARED_PAIR if job.reads_pair else SHARED))
+            and bytes <= (SHARED_PAIR if summed(job) > 1 else SHARED))
 
 
 cdef inline Cut cut(const Job* job) noexcept nogil:
