@@ -228,7 +228,7 @@ cdef inline void apply_runs(const char* u, Py_ssize_t su, const char* v, Py_ssiz
     """Scale and shift runs of n >= LANES values of a kind, each of another channel, su to sy bytes apart.
 
     Coefficients lie as [p, a, c, q, b][run], the first of each so many apart. Values of 16 bits have no smooth activation, no
-    weights and no gate (`is_direct`).
+    weights and no gate (`kind_of_results`).
     """
     if f.bend == STRAIGHT:
         runs_by(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, f, stream, kind, STRAIGHT)
@@ -440,7 +440,7 @@ cdef inline void apply_rows(const char* u, Py_ssize_t su, const char* v, Py_ssiz
                             Py_ssize_t ahead, const floating* p, const floating* a, const floating* c, const floating* q,
                             const floating* b, const Form* f, bint stream, int kind) noexcept nogil:
     """Scale and shift rows of a kind, su to sy bytes apart, with one set of coefficients per column; the width is a multiple of
-    LANES. Values of 16 bits have no smooth activation, no weights and no gate (`is_direct`).
+    LANES. Values of 16 bits have no smooth activation, no weights and no gate (`kind_of_results`).
 
     With ``stream``, every row of y is aligned to LANES values, and shares no memory with u, v and w.
     """
