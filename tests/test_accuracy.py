@@ -139,6 +139,48 @@ def test_inference_with_float64_statistics_keeps_both_parts_of_the_mean(case, me
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 130), (2, 130, 40)], ids=str)
+def test_variances_of_any_size_change_no_bit_of_their_neighbours(shape, dtype):
+    sizes = [5e-324, 1e-310, 9e-301, 1e-300, 1e-30, 1e30, 1e300, 1.1e300, 1.7e308]
+    x = cases.normal(shape, dtype)
+    variance = np.geomspace(0.1, 10.0, shape[1])
+    arguments = {"axis": 1, "epsilon": 0.0, "moving_mean": np.zeros(shape[1])}
+    near = batch_norm(x, gamma=np.ones(shape[1]), moving_variance=variance.copy(), **arguments)
+    gamma, places = np.ones(shape[1]), np.arange(3, 3 + 13 * len(sizes), 13)
+    variance[places] = sizes
+    gamma[places] = np.sqrt(sizes)
+    y = batch_norm(x, gamma=gamma, moving_variance=variance, **arguments)
+    # Rounded: gamma, the root, its reciprocal, both together, and times x. float32 rounds 1 +- 7 U64 to 1.
+    tolerance = (0.0 if dtype == np.float32 else 5 * ref.U64) * np.abs(x[:, places].astype(np.float64))
+    assert (np.abs(y[:, places] - x[:, places]) <= tolerance).all()
+    assert np.delete(y, places, 1).tobytes() == np.delete(near, places, 1).tobytes()
+    for value, expected in ((np.inf, 0.0), (np.nan, np.nan), (-1.0, np.nan), (0.0, 0.0)):
+        variance[places] = value
+        y = batch_norm(x, gamma=np.ones(shape[1]), moving_variance=variance, **arguments)
+        assert np.array_equal(y[:, places], np.full_like(y[:, places], expected), equal_nan=True)
+        assert np.delete(y, places, 1).tobytes() == np.delete(near, places, 1).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 16, 70, 3001])
+def test_one_value_per_channel_is_its_mean(channels, dtype):
+    info = np.finfo(dtype)
+    x = np.geomspace(info.smallest_subnormal, info.max / 2, channels, dtype=np.float64).astype(dtype)[np.newaxis]
+    x[:, 1::2] *= -1
+    mean, variance = cases.batch_statistics(x)
+    assert (mean == x[0]).all()
+    assert (variance == 0).all()
+    for bad in (np.inf, -np.inf, np.nan):
+        poisoned = x.copy()
+        poisoned[0, -1] = bad
+        mean, variance = cases.batch_statistics(poisoned)
+        assert not np.isfinite(mean[-1])
+        assert np.isnan(variance[-1])
+        assert (mean[:-1] == x[0, :-1]).all()
+        assert (variance[:-1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-30, 0.0])
 @pytest.mark.parametrize("shape", [(37, 61), (1, 61), (70, 61), (3, 61, 7, 7), (2, 61, 40, 41)], ids=str)
 def test_a_constant_channel_gives_exactly_beta(shape, epsilon, dtype):

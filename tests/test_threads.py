@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import threadpoolctl
 
 import fastbn
-from fastbn import get_num_threads, set_num_threads, threads
+from fastbn import functional, get_num_threads, passes, set_num_threads, threads
 from fastbn.kernels import _runtime
 from fastbn.threads import cgroup_limit, thread_info
 
@@ -327,6 +328,55 @@ def test_a_quota_limits_the_default(monkeypatch):
 
 
 # --- the report ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "training", "gradient", "taken"),
+    [
+        ((64, 512), False, False, True),  # so many values,
+        ((56, 512), False, False, False),
+        ((48, 512), True, False, True),  # or fewer whose sums are taken,
+        ((40, 512), True, False, False),
+        ((42, 512), True, True, True),  # or of two operands,
+        ((36, 512), True, True, False),
+        ((1, 8192), False, False, True),  # or few of many channels each of which has coefficients,
+        ((1, 3000), True, False, False),
+        ((1, 512, 7, 7), False, False, False),
+        ((1, 512, 7, 7), True, False, True),  # or lanes to fold.
+        ((1, 128, 7, 7), True, True, False),
+    ],
+)
+def test_teams_follow_the_work(shape, training, gradient, taken, monkeypatch):
+    """What the sums and the channels take counts as well, the same on both ways to a driver."""
+    asked: list[int] = []
+
+    def team(work):
+        asked.append(work)
+        return 1
+
+    monkeypatch.setattr(functional, "team", team)
+    monkeypatch.setattr(passes, "team", team)
+    x = np.ones(shape, np.float32)
+    statistics = {"moving_mean": np.zeros(shape[1]), "moving_variance": np.ones(shape[1])}
+    if gradient:
+        _, cache = fastbn.batch_norm_forward(x, training=True, axis=1)
+        asked.clear()
+
+    def call():
+        if gradient:
+            fastbn.batch_norm_backward(x, cache)
+        else:
+            fastbn.batch_norm(x, axis=1, training=training, **statistics)
+
+    call()  # a direct call only asks where there is enough to do
+    assert bool(asked) == taken
+    direct = asked[:]
+    asked.clear()
+    monkeypatch.setattr(functional._calls, "forward", lambda *_: None)
+    monkeypatch.setattr(functional._calls, "backward", lambda *_: None)
+    call()
+    assert direct in ([], asked)
+    assert (asked[0] > passes.SERIAL) == taken
 
 
 def test_thread_info():

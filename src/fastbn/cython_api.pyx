@@ -7,7 +7,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython cimport floating
 from libc.string cimport memset
 
-from .kernels._plan cimport pattern_of, streams
+from .kernels._plan cimport pattern_of, streams, work_of
 from .kernels.channels cimport blend
 from .kernels.kinds cimport DOUBLE, FLOAT
 from .kernels.job cimport DRIVER, FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Driver, Job, Operand, Operation, Parameter
@@ -55,11 +55,11 @@ cdef int connect() except -1:
 connect()
 
 
-cdef int team(Py_ssize_t size, int threads) noexcept nogil:
-    """How many threads a job of so many values gets, at most those that were offered."""
+cdef int team(Py_ssize_t work, int threads) noexcept nogil:
+    """How many threads so much work gets, at most those that were offered."""
     if is_forked or omp_in_parallel():
         return 1
-    return max(1, min(min(threads, <int> MOST_THREADS), size // values_per_thread))
+    return max(1, min(min(threads, <int> MOST_THREADS), work // values_per_thread))
 
 
 cdef bint set_extents(Job* job, Operation operation, Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,
@@ -71,7 +71,8 @@ cdef bint set_extents(Job* job, Operation operation, Py_ssize_t outer, Py_ssize_
         return False
     job.operation = operation
     job.outer, job.channels, job.inner = outer, channels, inner
-    job.threads = team(outer * channels * inner, threads)
+    job.threads = team(work_of(outer, channels, inner, operation != NORMALIZE, operation == GRADIENT or operation == FROZEN),
+                       threads)
     return True
 
 

@@ -19,7 +19,8 @@ from .threads import get_num_threads
 Array = NDArray[Any]
 
 # Values per thread below which another thread costs more than it brings: starting a team takes some microseconds,
-# in which one core normalizes about this many values that are in cache.
+# in which one core normalizes about this many values that are in cache. Other work is counted in such values: see
+# `work_of` in kernels/_plan.pxd.
 VALUES_PER_THREAD: Final = 16384
 SERIAL: Final = 2 * VALUES_PER_THREAD - 1
 
@@ -104,9 +105,9 @@ def kept(arguments: tuple[Any, ...], total: Array | None, mask: Any, sample_weig
     return cache
 
 
-def team(size: int) -> int:
-    """Return how many threads a call on so many values uses."""
-    return 1 if size <= SERIAL else min(get_num_threads(), size // VALUES_PER_THREAD)
+def team(work: int) -> int:
+    """Return how many threads a call uses for so much work."""
+    return 1 if work <= SERIAL else min(get_num_threads(), work // VALUES_PER_THREAD)
 
 
 def run(
@@ -189,8 +190,8 @@ def run(
         return done
     u, v = (x, None) if dy is None else (dy, x)
     return kernels.run(
-        plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(x.size), residual, bend,
-        by_output, kept, counting(x, axes, weights, total),
+        plan, operation, u, v, out, gamma, beta, mean, variance, epsilon, first, second, team(plan.work(operation)),
+        residual, bend, by_output, kept, counting(x, axes, weights, total),
     )  # fmt: skip
 
 

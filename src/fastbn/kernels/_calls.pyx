@@ -14,7 +14,7 @@ from libc.string cimport memset
 cimport numpy as cnp
 
 from ._memory cimport empty_like
-from ._plan cimport Pattern, bind_weights, keep_in_result, pattern_of, set_bend, set_gate, streams
+from ._plan cimport Pattern, bind_weights, keep_in_result, pattern_of, set_bend, set_gate, streams, work_of
 from .channels cimport load_all
 from .kinds cimport UINT8
 from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, finish, weigh_gradient
@@ -48,7 +48,7 @@ cdef inline object copy_of(object parameter):
 cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     """Hand a job whose operands, parameters and weights are set to the driver of its pattern; 1 if the weights are unfit."""
     cdef Pattern pattern = pattern_of(job.outer, job.inner)
-    cdef Py_ssize_t size = job.outer * job.channels * job.inner
+    cdef Py_ssize_t work
     job.reduces = job.operation != NORMALIZE
     job.applies = True
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
@@ -57,7 +57,8 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
         weigh_gradient(job)
     job.streams = streams(job)
     keep_in_result(job)
-    job.threads = 1 if size <= serial else threads(size)
+    work = work_of(job.outer, job.channels, job.inner, job.reduces, job.reads_pair)
+    job.threads = 1 if work <= serial else threads(work)
     job.interruptible = True
     cdef int status
     with nogil:
@@ -79,9 +80,9 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
     in_place : bool
         Whether it may be x that is overwritten.
     threads : callable
-        Returns the size of the team for large batches, from the number of values.
+        Returns the size of the team for large batches, from the work there is (`work_of` in _plan.pxd).
     serial : int
-        Values up to which a batch is worked on by one thread.
+        Work that one thread does at most.
     mask, sample_weight, nan_policy, residual
         As the user gave them.
     bent : fastbn.activation.Activation, optional

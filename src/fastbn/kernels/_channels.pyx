@@ -4,7 +4,8 @@ cimport numpy as cnp
 import numpy as np
 
 from ._plan cimport bind_parameter
-from .channels cimport blend, blend_counted, load, put_gradients, reciprocal_deviation, store, variance_of
+from .channels cimport blend, blend_counted, load, put_gradients, store, variance_of
+from .deviations cimport reciprocal_deviation, reciprocal_deviations
 from .job cimport Parameter
 from .moments cimport merge
 from .weights cimport merge_weighted
@@ -44,13 +45,14 @@ def parameter_gradients(first, second, variance, double epsilon, dgamma, dbeta):
     cdef Parameter scale, shift, var
     cdef const double* sums = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first)
     cdef const double* products = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second)
-    cdef double deviation
+    cdef double deviation, value
     cdef Py_ssize_t c
     bind_parameter(&var, variance)
     bind_parameter(&scale, dgamma)
     bind_parameter(&shift, dbeta)
     for c in range(dgamma.shape[0]):
-        deviation = reciprocal_deviation(load(&var, c, 1), epsilon)
+        value = load(&var, c, 1)
+        reciprocal_deviations(&value, epsilon, 1, not scale.wide, &deviation)
         put_gradients(&scale, &shift, c, 1, sums + c, products + c, &deviation)
 
 

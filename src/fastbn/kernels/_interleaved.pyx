@@ -20,7 +20,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.string cimport memcpy, memset
 
 from . cimport caches
-from ._plan cimport Plan, bind_weights
+from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
 from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, cut_group, table_length, tile_of, whole
@@ -32,7 +32,7 @@ from .kinds cimport BFLOAT, DOUBLE, HALF, size_of
 from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_rows
-from .moments cimport CANCELLED, add, from_sums, is_far, merge
+from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
 from .packs cimport HAS_SMALL_PACKS, LANES
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_rows
@@ -312,6 +312,9 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef int status = NO_MEMORY, shares = 1
     cdef Job own = job[0]
     cdef size_t parts_size, tables_size
+    if k.group == job.channels and too_little(job):
+        own.threads = 1
+        k = cut(&own)
     if k.group < job.channels:
         shares = job.threads
         own = channels_of(job, 0, k.group)

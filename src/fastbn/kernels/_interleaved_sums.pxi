@@ -126,6 +126,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     cdef double* part = parts + task // k.sums.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
+    cdef double share = exact_reciprocal(t.rows)
     cdef Py_ssize_t j
     if job.weighs and not job.reads_pair:
         count_block(job, k, task, parts, gates)
@@ -151,8 +152,8 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
         for j in range(t.columns):
             part[j] = first[j]
             squares[j] = second[j]
-            from_sums(p[j], t.rows, part + j, squares + j)
-        if floating is float:
+            from_sums(p[j], t.rows, share, part + j, squares + j)
+        if floating is float and t.rows > 1:  # what one value leaves is exact
             for j in range(t.columns):
                 far[j] = squares[j] * CANCELLED < second[j]
                 again |= far[j]
@@ -168,7 +169,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
         sum_rows(&rest, k, &t, p, q, True, first, second, gates)
         if not job.reads_pair:
             for j in range(t.columns):
-                from_sums(p[j], t.rows, first + j, second + j)
+                from_sums(p[j], t.rows, share, first + j, second + j)
         for j in range(t.columns):
             part[j] = first[j] if far[j] else part[j]
             squares[j] = second[j] if far[j] else squares[j]

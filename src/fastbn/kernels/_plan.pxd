@@ -18,11 +18,30 @@ cdef enum:
     STREAM_INFERENCE = 9 << 22
     STREAM_TRAINING = 3 << 23
     STREAM_GRADIENT = 3 << 22
+    # What is done for a channel takes as long as so many values of an inference: its coefficients,
+    CHANNEL = 7
+    RUNS = 70  # and of a planar one the sums of its lanes.
+    # Work for which two teams are started; less of it is done by one thread, and so what one core has summed stays near it.
+    TWICE = 5 << 14
 
 
 cdef inline Pattern pattern_of(Py_ssize_t outer, Py_ssize_t inner) noexcept nogil:
     """By shape alone, so that strides never decide the order of additions."""
     return INTERLEAVED if inner <= SHORT_RUN or inner <= min(outer, <Py_ssize_t> MIDDLE_RUN) else PLANAR
+
+
+cdef inline Py_ssize_t work_of(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, bint reduces,
+                               bint reads_pair) noexcept nogil:
+    """How much there is to do, in values of an inference: what the number of threads follows."""
+    cdef Py_ssize_t size = outer * channels * inner
+    return (size + (size // 4 if reduces else 0) + (size // 4 if reads_pair else 0)
+            + channels * (RUNS if reduces and pattern_of(outer, inner) == PLANAR else CHANNEL))
+
+
+cdef inline bint too_little(const Job* job) noexcept nogil:
+    """Whether one thread is to do what would take a team to sum, and another one to apply."""
+    return (job.threads > 1 and job.reduces and job.applies
+            and work_of(job.outer, job.channels, job.inner, True, job.reads_pair) < TWICE)
 
 
 cdef inline bint streams(const Job* job) noexcept nogil:

@@ -46,6 +46,11 @@ cdef class Plan:
             self.y_strides[i] = y[i] if y is not None else 0
             self.kept_strides[i] = kept[i] if kept is not None else 0
 
+    def work(self, int operation):
+        """How much there is to do, in values of an inference."""
+        return work_of(self.outer, self.channels, self.inner, operation != NORMALIZE and operation != POOLED,
+                       operation == GRADIENT or operation == FROZEN)
+
     cdef int bind(self, Job* job, Operation operation, u, v, y, gamma, beta, mean, variance, double epsilon,
                   first, second, int threads, w, bend, bint by_output, kept) except -1:
         """Fill in a job. The arrays were checked by the caller and must outlive it.

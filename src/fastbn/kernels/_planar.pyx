@@ -17,7 +17,7 @@ from libc.math cimport NAN
 from libc.string cimport memset
 
 from . cimport caches
-from ._plan cimport Plan, bind_weights
+from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, settle
 from .convert cimport give, is_native, take
 from .job cimport (
@@ -28,7 +28,7 @@ from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, size_of
 from .lanes cimport PRESENT, WEIGHTED, apply_runs
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
-from .moments cimport CANCELLED, add, fold, from_sums, is_far, merge
+from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
 from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
 from .planar_cut cimport BACK, GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
 from .scratch cimport scratch_give, scratch_take
@@ -273,6 +273,9 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Cut k = cut(job)
     cdef Job own = job[0]
     cdef int status = NO_MEMORY
+    if not k.fused and too_little(job):
+        own.threads = 1
+        k = cut(&own)
     cdef Py_ssize_t sums = job.channels * k.tiles * (2 + job.weighs + job.weights.unchecked)
     cdef bint keeps = job.first != NULL or not job.reduces
     cdef size_t parts_size = (sums + (0 if keeps else 3 * job.channels)) * sizeof(double)

@@ -101,7 +101,7 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
     cdef Job behind
     cdef const Job* rest = job
     cdef Span t = span_of(job, k, tile)
-    cdef double count = (t.n1 - t.n0) * t.length
+    cdef double count = (t.n1 - t.n0) * t.length, share = exact_reciprocal(count)
     cdef Py_ssize_t c
     if job.weighs and not job.reads_pair:
         count_parts(job, k, tile, c0, c1, parts, buffer)
@@ -125,13 +125,13 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
         part = parts + ((c0 + c) * k.tiles + tile) * 2
         squares = part[1]
         if not job.reads_pair:
-            from_sums(p[c], count, part, part + 1)
+            from_sums(p[c], count, share, part, part + 1)
         if floating is float:
             if not job.reads_pair:
                 if part[1] * CANCELLED < squares:
                     p[c] = <float> part[0]
                     sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, p + c, True, parts, gates, buffer)
-                    from_sums(p[c], count, part, part + 1)
+                    from_sums(p[c], count, share, part, part + 1)
             elif is_far(q[c], load(&job.variance, c0 + c, 1)):
                 sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, gates, buffer)
             else:

@@ -1,9 +1,11 @@
 """Arithmetic per channel, a few side by side: the coefficients of *apply*, moving statistics, gradients of parameters."""
 from cython cimport floating
-from libc.math cimport INFINITY, sqrt
+from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
+from .deviations cimport reciprocal_deviations
 from .job cimport FROZEN, GRADIENT, POOLED, TRAIN, Job, Parameter
+from .moments cimport divide
 
 
 cdef inline double load(const Parameter* p, Py_ssize_t c, double default) noexcept nogil:
@@ -19,12 +21,6 @@ cdef inline void store(const Parameter* p, Py_ssize_t c, double value) noexcept 
         (<double*> (p.data + c * p.stride))[0] = value
     else:
         (<float*> (p.data + c * p.stride))[0] = <float> value
-
-
-cdef inline double reciprocal_deviation(double variance, double epsilon) noexcept nogil:
-    """1 / sqrt(variance + epsilon); 0 where both are 0, so that a constant channel gives beta with any epsilon."""
-    cdef double s = variance + epsilon
-    return 0.0 if s == 0 else 1 / sqrt(s)
 
 
 cdef enum:
@@ -87,14 +83,11 @@ cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance,
                        const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
     """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
     cdef double[BATCH] room
-    cdef const double* now
-    cdef Py_ssize_t c = 0, i, n
+    cdef Py_ssize_t c = 0, n
     while c < channels:
         n = min(channels - c, <Py_ssize_t> BATCH)
         blend_one(old_mean, loaded(mean, c, n, 0, room), c, n, momentum)
-        now = loaded(variance, c, n, 0, room)
-        for i in range(n):
-            room[i] = now[i] / divisor
+        divide(loaded(variance, c, n, 0, room), divisor, n, room)
         blend_one(old_variance, room, c, n, momentum)
         c += n
 
@@ -137,24 +130,30 @@ cdef inline void settle(const Job* job) noexcept nogil:
         blend(&job.mean, &job.variance, &mean, &variance, job.channels, max(count - job.ddof, 1.0) / count, job.keeps)
 
 
-cdef inline const double* variances(const Job* job, Py_ssize_t c, Py_ssize_t n, double* counts, double* room) noexcept nogil:
-    """Variances of channels c to c + n, and counts. A channel without any weight is as if its variance were infinite."""
-    cdef double count = 1 if job.operation == POOLED else <double> job.outer * <double> job.inner
+cdef inline void averages(const Job* job, const double* sums, Py_ssize_t c, Py_ssize_t n, double* found) noexcept nogil:
+    """Sums of channels c to c + n over their counts; over 1 where there is no weight at all."""
+    cdef Py_ssize_t i
+    if job.weighs:
+        for i in range(n):
+            found[i] = sums[c + i] / (1 if job.total[c + i] == 0 else job.total[c + i])
+    else:
+        divide(sums + c, 1 if job.operation == POOLED else <double> job.outer * <double> job.inner, n, found)
+
+
+cdef inline const double* variances(const Job* job, Py_ssize_t c, Py_ssize_t n, double* room) noexcept nogil:
+    """Variances of channels c to c + n. A channel without any weight is as if its variance were infinite."""
     cdef const double* numbers
     cdef double* found = job.second + c if job.settles else room
     cdef Py_ssize_t i
-    if job.weighs:
-        numbers = job.second + c if job.operation == TRAIN else loaded(&job.variance, c, n, 1, room)
-        for i in range(n):
-            counts[i] = 1 if job.total[c + i] == 0 else job.total[c + i]
-            found[i] = INFINITY if job.total[c + i] == 0 else numbers[i] / counts[i] if job.operation == TRAIN else numbers[i]
-        return found
+    if job.operation == TRAIN:
+        averages(job, job.second, c, n, found)
+        numbers = found
+    else:
+        numbers = loaded(&job.variance, c, n, 1, room)
+    if not job.weighs:
+        return numbers
     for i in range(n):
-        counts[i] = count
-    if job.operation != TRAIN:
-        return loaded(&job.variance, c, n, 1, room)
-    for i in range(n):
-        found[i] = job.second[c + i] / count
+        found[i] = INFINITY if job.total[c + i] == 0 else numbers[i]
     return found
 
 
@@ -171,67 +170,67 @@ cdef inline void put_gradients(const Parameter* dgamma, const Parameter* dbeta, 
         store_all(dgamma, c, n, value)
 
 
+cdef inline void coefficients_of(const Job* job, Py_ssize_t c, Py_ssize_t n, Py_ssize_t stride, floating* p) noexcept nogil:
+    """`coefficients` of up to BATCH channels from c on."""
+    cdef double[BATCH] mean_room
+    cdef double[BATCH] gamma_room
+    cdef double[BATCH] beta_room
+    cdef double[BATCH] variance_room
+    cdef double[BATCH] scale
+    cdef double[BATCH] ks
+    cdef double[BATCH] slopes
+    cdef const double* mean = job.first + c if job.operation == TRAIN else loaded(&job.mean, c, n, 0, mean_room)
+    cdef const double* variance = variances(job, c, n, variance_room)
+    cdef const double* gamma = loaded(&job.gamma, c, n, 1, gamma_room)
+    cdef const double* beta
+    cdef double k, slope
+    cdef Py_ssize_t i
+    cdef floating* a = p + stride
+    cdef floating* shift = a + stride
+    cdef floating* q = shift + stride
+    cdef floating* b = q + stride
+    reciprocal_deviations(variance, job.epsilon, n, floating is float, scale)
+    if job.operation == FROZEN:
+        for i in range(n):
+            p[i] = shift[i] = 0
+            a[i] = <floating> (gamma[i] * scale[i])
+    elif job.operation == GRADIENT or job.operation == POOLED:
+        # dx = gamma r (dy - sum(dy) / m - (x - mean) r dgamma / m); never r^3, which data far from 1 would take
+        # out of range
+        averages(job, job.first, c, n, ks)
+        averages(job, job.second, c, n, slopes)
+        for i in range(n):
+            k = ks[i]
+            slope = -scale[i] * (slopes[i] * scale[i])
+            a[i] = <floating> (gamma[i] * scale[i])
+            p[i] = <floating> (0 if job.weighs else k)
+            q[i] = <floating> mean[i]
+            b[i] = <floating> slope
+            shift[i] = <floating> (-(k - p[i]) - (mean[i] - q[i]) * slope)
+    else:
+        beta = loaded(&job.beta, c, n, 0, beta_room)
+        for i in range(n):
+            k = gamma[i] * scale[i]
+            a[i] = <floating> k
+            p[i] = <floating> mean[i]
+            shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
+    # Last: dgamma may be gamma.
+    put_gradients(&job.dgamma, &job.dbeta, c, n, job.first + c, job.second + c, scale)
+
+
 cdef inline void coefficients(const Job* job, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t stride,
                               floating* table) noexcept nogil:
     """The numbers of channels c0..c1 for *apply*, as [p, a, shift, q, b][channel] with that many channels in a row.
 
     y = (u - p) * a + shift, or ((u - p) + ((v - q) * b + shift)) * a. What is subtracted from the data is the leading
     part of a mean, in the type of the data; what that rounding left over goes, scaled, into the shift. So the result is
-    as exact on data far from zero as on data around it.
+    as exact on data far from zero as on data around it. q and b are only written where a second operand is scaled.
 
     A gradient's parameters get theirs here: dbeta = sum(dy), dgamma = sum(dy * (x - mean)) / sqrt(variance + epsilon).
     """
-    cdef double[BATCH] mean_room
-    cdef double[BATCH] gamma_room
-    cdef double[BATCH] beta_room
-    cdef double[BATCH] scale
-    cdef double[BATCH] counts
-    cdef const double* mean
-    cdef const double* variance
-    cdef const double* gamma
-    cdef const double* beta
-    cdef double k, slope
-    cdef Py_ssize_t c = c0, i, n
-    cdef floating* p
-    cdef floating* a
-    cdef floating* shift
-    cdef floating* q
-    cdef floating* b
-    while c < c1:
-        n = min(c1 - c, <Py_ssize_t> BATCH)
-        p = table + c
-        a = p + stride
-        shift = a + stride
-        q = shift + stride
-        b = q + stride
-        mean = job.first + c if job.operation == TRAIN else loaded(&job.mean, c, n, 0, mean_room)
-        variance = variances(job, c, n, counts, scale)
-        gamma = loaded(&job.gamma, c, n, 1, gamma_room)
-        for i in range(n):
-            scale[i] = reciprocal_deviation(variance[i], job.epsilon)
-        if job.operation == FROZEN:
-            for i in range(n):
-                p[i] = q[i] = b[i] = shift[i] = 0
-                a[i] = <floating> (gamma[i] * scale[i])
-        elif job.operation == GRADIENT or job.operation == POOLED:
-            # dx = gamma r (dy - sum(dy) / m - (x - mean) r dgamma / m); never r^3, which data far from 1 would take
-            # out of range
-            for i in range(n):
-                k = job.first[c + i] / counts[i]
-                slope = -scale[i] * (job.second[c + i] / counts[i] * scale[i])
-                a[i] = <floating> (gamma[i] * scale[i])
-                p[i] = <floating> (0 if job.weighs else k)
-                q[i] = <floating> mean[i]
-                b[i] = <floating> slope
-                shift[i] = <floating> (-(k - p[i]) - (mean[i] - q[i]) * slope)
-        else:
-            beta = loaded(&job.beta, c, n, 0, beta_room)
-            for i in range(n):
-                q[i] = b[i] = 0
-                k = gamma[i] * scale[i]
-                a[i] = <floating> k
-                p[i] = <floating> mean[i]
-                shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
-        # Last: dgamma may be gamma.
-        put_gradients(&job.dgamma, &job.dbeta, c, n, job.first + c, job.second + c, scale)
-        c += n
+    cdef Py_ssize_t c = c0
+    while c + BATCH <= c1:  # a constant number, so that loops are known
+        coefficients_of(job, c, BATCH, stride, table + c)
+        c += BATCH
+    if c < c1:
+        coefficients_of(job, c, c1 - c, stride, table + c)

@@ -14,6 +14,8 @@ mean of x - p, p's own deviation is d, so m2 >= d * d, and the cancellation in m
 most a factor n of a part (some thousand) whatever the data are: neither an outlier nor an order of the values can spoil
 it.
 """
+from libc.math cimport frexp
+
 cdef enum:
     CANCELLED = 64  # the mean is 8 times the deviation: m2 keeps 47 of the 53 bits
 
@@ -29,9 +31,27 @@ cdef inline double fold(const double* s) noexcept nogil:
             + (((s[1] + s[9]) + (s[5] + s[13])) + ((s[3] + s[11]) + (s[7] + s[15]))))
 
 
-cdef inline void from_sums(double shift, double count, double* first, double* second) noexcept nogil:
-    """(sum(x - shift), sum((x - shift)^2)) -> (mean, m2), in place."""
-    cdef double d = first[0] / count
+cdef inline double exact_reciprocal(double count) noexcept nogil:
+    """1 / count where multiplying by it is dividing by count, bit for bit; else 0. Divisions take most of a channel's time."""
+    cdef int exponent
+    return 1 / count if frexp(count, &exponent) == 0.5 else 0.0
+
+
+cdef inline void divide(const double* x, double count, Py_ssize_t n, double* y) noexcept nogil:
+    """y = x / count; y may be x."""
+    cdef double share = exact_reciprocal(count)
+    cdef Py_ssize_t i
+    if share != 0:
+        for i in range(n):
+            y[i] = x[i] * share
+    else:
+        for i in range(n):
+            y[i] = x[i] / count
+
+
+cdef inline void from_sums(double shift, double count, double share, double* first, double* second) noexcept nogil:
+    """(sum(x - shift), sum((x - shift)^2)) -> (mean, m2), in place; share is `exact_reciprocal` of the count."""
+    cdef double d = first[0] * share if share != 0 else first[0] / count
     cdef double m2 = second[0] - first[0] * d
     first[0] = shift + d
     second[0] = 0.0 if m2 < 0 else m2  # a NaN stays

@@ -49,9 +49,9 @@ def connect(**given):
             api = NULL
 
 
-def team(Py_ssize_t size):
-    """Return how many threads a call on so many values uses: no more than PyTorch does."""
-    return min(<Py_ssize_t> get_num_threads(), <Py_ssize_t> get_torch_threads(), size // values_per_thread)
+def team(Py_ssize_t work):
+    """Return how many threads a call uses for so much work: no more than PyTorch does."""
+    return min(<Py_ssize_t> get_num_threads(), <Py_ssize_t> get_torch_threads(), work // values_per_thread)
 
 
 cdef class Call:

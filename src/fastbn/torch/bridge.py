@@ -100,20 +100,20 @@ def in_order(x: Array) -> tuple[tuple[int, ...] | None, int]:
     return None, 1
 
 
-def limited(size: int, call: Callable[[], Result]) -> Result:
+def limited(call: Callable[[], Result]) -> Result:
     """Make a call with no more threads than PyTorch uses.
 
     Where both share an OpenMP runtime, fastbn knows of `torch.set_num_threads` by itself; elsewhere it does not.
     """
-    if size > SERIAL and torch.get_num_threads() < get_num_threads():
+    if torch.get_num_threads() < get_num_threads():
         with threads(torch.get_num_threads()):
             return call()
     return call()
 
 
-def team(size: int) -> int:
-    """Return how many threads a call on so many values uses: no more than PyTorch does."""
-    return min(passes.team(size), torch.get_num_threads())
+def team(work: int) -> int:
+    """Return how many threads a call uses for so much work: no more than PyTorch does."""
+    return min(passes.team(work), torch.get_num_threads())
 
 
 def forward(
@@ -178,7 +178,7 @@ def forward(
         _, cache = functional.batch_norm_forward(source, **arguments)
         return Statistics(cache.statistics.mean, cache.statistics.variance, not training)
 
-    statistics = limited(source.size, call)
+    statistics = limited(call)
     if later and source.size:
         assert running_mean is not None
         assert running_var is not None
@@ -229,7 +229,7 @@ def backward(
         beta=vector(bias),
         **kept,
     )
-    _, dweight, dbias, *rest = limited(source.size, lambda: functional.batch_norm_backward(gradient, cache, out=target))
+    _, dweight, dbias, *rest = limited(lambda: functional.batch_norm_backward(gradient, cache, out=target))
     dresidual = None
     if rest:
         dresidual = tensor_of(rest[0] if order is None else rest[0].transpose(np.argsort(order)))

@@ -174,7 +174,6 @@ class _Synchronized(torch.autograd.Function):
 
         y = bridge.empty_like(x)
         _, _, pooled = bridge.limited(
-            x.numel(),
             lambda: core.forward(
                 bridge.array(x),
                 _gather(group),
@@ -203,7 +202,6 @@ class _Synchronized(torch.autograd.Function):
         dx = bridge.empty_like(x)
         cache = passes.Cache(bridge.array(x), (1,), "batch", ctx.statistics, bridge.vector(weight), ctx.eps)
         _, dweight, dbias = bridge.limited(
-            x.numel(),
             lambda: core.backward(bridge.array(dy), cache, _gather(ctx.group), ctx.count, out=bridge.array(dx)),
         )
         result = dx, torch.from_numpy(dweight), torch.from_numpy(dbias)
