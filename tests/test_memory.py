@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +84,34 @@ def test_what_is_kept_is_bounded(x):
         fastbn.normalize(np.zeros(shape, np.float32), np.zeros(64), np.ones(64))
     largest = (LARGE[0] + 40_000 * 11) * 64 * 4
     assert resident_bytes() - before < 3 * largest
+
+
+def lazily_free_bytes():
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("LazyFree:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("this kernel does not count what it may take")
+
+
+@linux
+def test_the_system_may_take_what_is_kept_beyond_a_bound():
+    """128 MB of kept blocks stay as they are, so that a loop does not pay for marking them."""
+    statistics = np.zeros(64), np.ones(64)
+
+    def leave(*sizes):
+        """Give back results of so many MB, the first one first, and return how many MB the system may take."""
+        results = [fastbn.normalize(np.zeros((size << 12, 64), np.float32), *statistics) for size in sizes]
+        while results:
+            del results[0]
+        gc.collect()
+        return lazily_free_bytes() >> 20
+
+    leave(144, 144)
+    others = leave(32, 36)
+    assert leave(40, 44) == others
+    assert leave(74, 48) == others + 74  # beside the last two
+    assert leave(144, 160) == others + 144 + 160
+    assert leave(52, 54) == others
 
 
 @linux
