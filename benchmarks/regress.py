@@ -2,22 +2,27 @@
 
 FOLDER is where another build was installed, by `pip install --target FOLDER ...`; it is compared with the fastbn
 that is installed here (or with `--new FOLDER`). Each build has a process of its own. They are told to work in
-turns, never at once, on arrays of the same sizes, in blocks whose order changes: a machine that is busy for a while
-slows both down alike. Where arrays happen to lie in memory makes a difference that stays as long as a process lives
-(measured: up to 12 % between two copies of one build), so there are several pairs of processes, each of which counts
-once. What is printed is how long the new build takes, in times of what the other takes: the median over pairs, with a
-95 % confidence interval. The exit code is 1 where the whole interval of a row lies above the threshold.
+turns, never at once, on arrays of the same sizes, in blocks whose order changes: a machine that is busy for a
+while slows both down alike. Where arrays happen to lie in memory makes a difference that stays as long as a
+process lives (measured: up to 12 % between two copies of one build), so there are several pairs of processes, each
+of which counts once. With `--cold MB` calls go round arrays of so many MB together, so that none finds its own in
+a cache: as in a training step, where other layers come in between. What is printed is how long the new build
+takes, in times of what the other takes: the median over pairs, with a 95 % confidence interval. The exit code is 1
+where the whole interval of a row lies above the threshold.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +69,7 @@ def serve(folder: str) -> None:
     builds.use(folder)
     import fastbn
 
-    call = lambda: None  # noqa: E731
+    calls: Iterator[Callable[[], Any]] = iter(())
     for line in sys.stdin:
         message = json.loads(line)
         answer: Any = None
@@ -74,13 +79,17 @@ def serve(folder: str) -> None:
             entry = ENTRIES[message["entry"]]
             if available(entry):
                 case = Case(tuple(message["shape"]), message["layout"], entry.dtype)
-                call = prepare(entry.operation, "fastbn", case, **entry.options(case))
-                call()
+                copies = 1 + int(message["cold"] * 1e6) // (case.x.nbytes + case.dy.nbytes + case.out.nbytes)
+                cases = [case] + [copy.deepcopy(case) for _ in range(copies - 1)]
+                calls = itertools.cycle([prepare(entry.operation, "fastbn", c, **entry.options(c)) for c in cases])
+                for _ in range(copies):
+                    next(calls)()
                 answer = True
         else:
-            call()
+            next(calls)()
             times, end = [], time.perf_counter() + message["seconds"]
             while len(times) < 3 or time.perf_counter() < end:
+                call = next(calls)
                 start = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - start)
@@ -121,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each build on each row")
     parser.add_argument("--pairs", type=int, default=10, help="of processes")
     parser.add_argument("--threshold", type=float, default=1.1, help="ratio above which a row has become slower")
+    parser.add_argument("--cold", type=float, default=0, metavar="MB", help="of arrays to go round")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(arguments)
     operations, cases = names(args.ops, ENTRIES, "operation"), names(args.cases, CASES, "case")
@@ -135,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
                 shape, layouts = CASES[case]
                 for layout in layouts:
                     rows = found.setdefault((name, case, layout), [])
-                    wanted = {"do": "prepare", "entry": name, "shape": shape, "layout": layout}
+                    wanted = {"do": "prepare", "entry": name, "shape": shape, "layout": layout, "cold": args.cold}
                     if new.ask(wanted) and old.ask(wanted):
                         rows.append(compare(new, old, args.seconds / args.pairs))
         new.close()

@@ -395,7 +395,7 @@ def test_regress_compares_two_builds(tmp_path, capfd):
     printed = capfd.readouterr().out
     assert f"old: {tmp_path.resolve()}" in printed
     assert "| train | tiny | interleaved |" in printed
-    assert regress.main([str(tmp_path), "--threshold", "0.001", *arguments]) == 1
+    assert regress.main([str(tmp_path), "--threshold", "0.001", "--cold", "0.1", *arguments]) == 1
     assert "slower" in capfd.readouterr().out
 
 

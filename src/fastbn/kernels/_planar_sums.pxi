@@ -11,6 +11,15 @@ cdef inline void put_parts(const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssiz
         part[1] = fold(second + c * LANES)
 
 
+cdef inline Py_ssize_t to_later(const Operand* operand, const Cut* k, Py_ssize_t c, Py_ssize_t channels,
+                                Py_ssize_t images) noexcept nogil:
+    """Bytes from the run of one of so many channels to what is fetched meanwhile; those of other images follow the last."""
+    cdef Py_ssize_t ahead = min(k.ahead, channels)
+    if ahead and c + ahead >= channels:
+        return images * operand.outer + (ahead - channels) * operand.channel
+    return k.near + ahead * operand.channel
+
+
 cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
                    const double* q, bint shifted, double* parts, const floating* gates, floating* buffer) noexcept nogil:
     """Both sums of one tile of channels c0..c1 to their parts."""
@@ -20,6 +29,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef Span t = span_of(job, k, tile)
     cdef Job near = job[0]
     cdef Job gate
+    cdef Operand walked
     cdef Py_ssize_t together = c1 - c0
     cdef int kind = native(buffer)
     cdef bint converts = not is_native(&job.u) or (job.reads_pair and not is_native(&job.v))
@@ -29,7 +39,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef const char* w
     cdef char* g
     cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
-    cdef Py_ssize_t c, n, i, m, several, at_once = 1, next_u, next_v, step_u, images, most = 1
+    cdef Py_ssize_t c, n, i, m, several, at_once = 1, next_u, next_v, images, left, most = 1
     if converts:
         together = side_by_side(&job.u, t.length, kind)
         if job.reads_pair:
@@ -39,7 +49,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     if converts:
         near.u = staged(&job.u, t.length, kind)
         near.v = staged(&job.v, t.length, kind)
-    step_u = near.u.channel
+    walked = near.u
     if job.gated:
         gate = gate_of(&near)
         if gate.y.data == NULL:
@@ -63,16 +73,14 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                 u = convert(&job.u, u, m * t.length, kind, buffer)
                 if job.reads_pair:
                     v = convert(&job.v, v, m * t.length, kind, buffer + TILE)
-            next_u, next_v = (step_u, near.v.channel) if k.fetches else (<Py_ssize_t> 0, <Py_ssize_t> 0)
             i = c
             while i < c + m:
                 several = min(c + m - i, at_once)
-                if k.fetches and i + several == c1 - c0:
-                    # After the last channel comes the first of another image.
-                    if several > 1:
-                        several -= 1
-                    else:
-                        next_u, next_v = job.u.outer - i * step_u, near.v.outer - i * near.v.channel
+                left = c1 - c0 - k.ahead - i
+                if left > 0:  # then come those that are followed by other images
+                    several = min(several, left)
+                next_u = to_later(&walked, k, i, c1 - c0, images)
+                next_v = to_later(&near.v, k, i, c1 - c0, images)
                 g = <char*> u
                 if job.gated:
                     w = at(&job.w, n, c0 + i, t.s0)
@@ -83,7 +91,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                               scratch)
                 reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, k.abreast, next_u + (u - g),
                            next_v, n == t.n0, first + i * LANES, second + i * LANES, scratch)
-                u += several * step_u
+                u += several * walked.channel
                 v += several * near.v.channel
                 i += several
             c += m

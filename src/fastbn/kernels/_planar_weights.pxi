@@ -18,14 +18,6 @@ cdef inline Py_ssize_t padded(floating* run, Py_ssize_t n, floating pad) noexcep
     return max(n, <Py_ssize_t> LANES)
 
 
-cdef inline Py_ssize_t to_next(const Job* job, const Cut* k, Py_ssize_t c, Py_ssize_t channels, const char* x,
-                               const floating* u) noexcept nogil:
-    """Bytes from u to the run that comes after x, of so many channels that are taken together, if that is to be fetched."""
-    if not k.fetches:
-        return 0
-    return x + (job.u.channel if c < channels - 1 else job.u.outer - c * job.u.channel) - <const char*> u
-
-
 cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
                     bint shifted, double* parts, floating* buffer) noexcept nogil:
     """`sum_tile` of values that count or do not, in moments."""
@@ -71,10 +63,10 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 u = stage(&job.u, x, t.length, <floating> p[c], buffer)
                 counts[c] += t.length
                 reduce_any(job, True, <const char*> u, <const char*> u, 1, 1, m, p + c, p + c, shifted,
-                           False, to_next(job, k, c, c1 - c0, x, u), 0, False, first + c * LANES, second + c * LANES, buffer)
+                           False, to_later(&job.u, k, c, c1 - c0, images), 0, False, first + c * LANES, second + c * LANES, buffer)
             else:
                 u = stage(&job.u, x, t.length, pad, buffer)
-                next_u = to_next(job, k, c, c1 - c0, x, u) // <Py_ssize_t> sizeof(floating)
+                next_u = to_later(&job.u, k, c, c1 - c0, images) // <Py_ssize_t> sizeof(floating)
                 counts[c] += keep_run(u, job.u.outer // <Py_ssize_t> sizeof(floating), marks, job.weights.minor, images, m, p[c],
                                       job.omits, shifted, next_u, first + c * LANES, second + c * LANES)
         n += images
@@ -164,7 +156,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
                         choose(u, <float*> weights, t.length, &pad, 0, job.omits, buffer + TILE)
                     m = padded(buffer + TILE, t.length, <floating> p[c])
                     u = buffer + TILE
-                next_u = to_next(job, k, c, c1 - c0, x, u) // size
+                next_u = to_later(&job.u, k, c, c1 - c0, images) // size
                 weigh_runs(u, job.u.channel // size, job.u.outer // size, w, job.weights.channel, job.weights.minor, one, several,
                            images, m, p + c, each, wide, shifted, c == 0 or own, several > 1, next_u, next_w, sums + c * LANES,
                            first + c * LANES, second + c * LANES, bits)

@@ -134,7 +134,8 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.large = job.outer * columns * job.u.size * (3 if job.reads_pair else 2) >= LARGE and (job.streams or not is_roomy())
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
-    k.ahead = max(AHEAD // (summed(job) * k.columns), <Py_ssize_t> (LEAST if k.large else 0))
+    k.ahead = max(AHEAD * (2 if is_roomy() and summed(job) * k.columns >= CHUNK else 1) // (summed(job) * k.columns),
+                  <Py_ssize_t> (LEAST if k.large else 0))
     height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
     k.group = group_of(job, &k)
     if k.rows * k.columns < SHARED:

@@ -14,6 +14,7 @@ cdef enum:
     FUSED_RUN = 4096        # values of operands that channels taken together for the fused pass have side by side, if they can,
     SHORT_FUSED_RUN = 1536  # values of an operand that short runs have, or are not fused
     BACK = 1 << 15          # values of neighbouring images that are applied in the order of memory, after later ones
+    NEAR = 1 << 11          # bytes that sums fetch in advance, since what the processor fetches by itself ends with every page
     SMALL = 1 << 20         # bytes of operands that are near enough whatever the way
     OWN = 1 << 23           # bytes of operands of which the cores' own caches keep much
     SHARED = 1 << 24        # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
@@ -39,8 +40,9 @@ cdef struct Cut:
     Py_ssize_t portion     # pieces per task of a pass that sums nothing, which may depend on the threads
     Py_ssize_t portions
     bint fused             # one task does all of its channels
-    bint fetches           # sums fetch the run after the one they add
-    bint abreast           # or take several side by side: what comes from memory is better walked in one stretch
+    bint abreast           # sums take several side by side: what comes from memory is better walked in one stretch
+    Py_ssize_t ahead       # they fetch in advance the runs of so many channels later,
+    Py_ssize_t near        # or so many bytes of the same run
 
 
 cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t length) noexcept nogil:
@@ -85,12 +87,17 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
         k.fused = False
     bytes = job.outer * job.channels * job.inner * itemsize * operands
     k.abreast = ABREAST > 1 and bytes <= SHARED
-    k.fetches = k.fused and job.inner < FETCHED_RUN and not k.abreast
+    k.ahead, k.near = (1 if k.fused and job.inner < FETCHED_RUN and not k.abreast else 0), 0
     if goes_in_order(job, k.span, bytes):
         k.fused = False
     if k.fused and is_roomy():  # what is not in the cores' own caches is far
         k.abreast = ABREAST > 1 and bytes <= job.threads * own_cache
-        k.fetches = job.inner < TILE and not k.abreast
+        k.ahead = 1 if job.inner < TILE and not k.abreast else 0
+    if is_roomy():
+        if k.length * itemsize < NEAR:
+            k.ahead = (NEAR + k.length * itemsize - 1) // (k.length * itemsize)
+        elif not k.ahead:
+            k.near = NEAR
     tile_bytes = k.images * k.length * itemsize
     row_bytes = tile_bytes * k.segments
     if k.fused:
