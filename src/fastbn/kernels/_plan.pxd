@@ -79,6 +79,7 @@ cdef inline void keep_in_result(Job* job) noexcept nogil:
     if (job.gated and job.kept.data == NULL and job.y.data != NULL and job.y.data != job.v.data
             and (job.gate.bend == SMOOTH or (not job.streams and job.y.size >= 4))):
         job.kept = job.y
+        job.streams = False  # its lines are in a cache
 
 
 cdef class Plan:

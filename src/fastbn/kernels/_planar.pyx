@@ -25,7 +25,7 @@ from .job cimport (
     is_interrupted, kind_of_results, native,
 )
 from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, size_of
-from .lanes cimport PRESENT, WEIGHTED, apply_runs
+from .lanes cimport PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form, apply_runs
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
@@ -99,6 +99,35 @@ cdef inline void reduce_any(const Job* job, bint direct, const char* x, const ch
                         begins, first, second)
 
 
+cdef void bend_together(const Job* job, const char* u, const char* v, const char* w, char* y, Py_ssize_t runs, Py_ssize_t n,
+                        const floating* table, Py_ssize_t channels) noexcept nogil:
+    """`apply_any` with a smooth activation to short runs: all that comes before it into a tile, then the tile as one run.
+
+    What is left over of a short run would take longest.
+    """
+    cdef floating room[TILE + LANES]
+    cdef floating* tile = aligned(<floating*> room)
+    cdef floating[5] same = [0, 1, -0.0, 0, 0]  # coefficients that change no bit, not even a sign
+    cdef Form straight = job.form, bend = job.form
+    cdef const Operand* operand = &job.v if job.form.pair else &job.u
+    cdef const char* x = v if job.form.pair else u
+    cdef Py_ssize_t r = 0, step = n * sizeof(floating), m
+    straight.bend, straight.pair, bend.third = STRAIGHT, False, False
+    while r < runs:
+        m = min(runs - r, TILE // n)
+        apply_runs(x + r * operand.channel, operand.channel, x, 0, w + r * job.w.channel, job.w.channel, <char*> tile, step, m, n,
+                   table + r, channels, &straight, False, native(table))
+        apply_runs(u + r * step if job.form.pair else <char*> tile, 0, <char*> tile, 0, w, 0, y + r * step, 0, 1, m * n, same, 1,
+                   &bend, job.streams, native(table))
+        r += m
+
+
+cdef inline bint bends_together(const Job* job, Py_ssize_t n) noexcept nogil:
+    """Whether runs of that length, which need no staging, are short ones with a smooth activation, and lie side by side."""
+    return (job.form.bend == SMOOTH and n < SMALL_RUN and job.y.channel == n * job.y.size
+            and (not job.form.pair or job.u.channel == n * job.u.size))
+
+
 cdef inline void apply_any(const Job* job, bint direct, int kind, const char* u, const char* v, const char* w, char* y,
                            Py_ssize_t runs, Py_ssize_t n, const floating* table, Py_ssize_t channels,
                            floating* tile) noexcept nogil:
@@ -118,6 +147,9 @@ cdef inline void apply_any(const Job* job, bint direct, int kind, const char* u,
         if not unstaged:
             z = <char*> tile  # over a staged u
             m = max(n, <Py_ssize_t> LANES)
+    elif runs > 1 and bends_together(job, n):
+        bend_together(job, u, v, w, y, runs, n, table, channels)
+        return
     if floating is float and HAS_SMALL_PACKS and kind == HALF:
         apply_runs(u, job.u.channel, v, job.v.channel, w, job.w.channel, z, job.y.channel, runs, m, table, channels,
                    &job.form, job.streams and unstaged, HALF)
