@@ -96,6 +96,8 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if is_roomy():
         if k.length * itemsize < NEAR:
             k.ahead = (NEAR + k.length * itemsize - 1) // (k.length * itemsize)
+        elif k.length * itemsize <= 4 * NEAR:
+            k.ahead = ABREAST if k.abreast else 1
         elif not k.ahead:
             k.near = NEAR
     tile_bytes = k.images * k.length * itemsize
