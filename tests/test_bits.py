@@ -237,20 +237,28 @@ def test_in_place_or_not(case, dtype):
 
 
 # A little more than what is stored past the caches, by runs that share lines of memory, and by rows.
-LARGE = (((65, 1001, 10, 10), 1), ((5, 7, 461, 461), 1), ((100_000, 67), -1), ((420_000, 16), -1), ((4600, 2096), -1))
+LARGE = (
+    ((65, 1001, 10, 10), 1),
+    ((5, 7, 461, 461), 1),
+    ((100_000, 67), -1),
+    ((420_003, 16), -1),
+    ((38_001, 176), -1),
+    ((4600, 2096), -1),
+)
+SIZES = {np.float64: 0.5, np.float32: 1, np.float16: 2}
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("dtype", SIZES, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("case", LARGE, ids=cases.name)
 def test_past_the_caches_or_through_them(case, dtype, activation):
     """In place results are stored through the caches, others of this size past them."""
     shape, axis = case
-    if dtype is np.float16:
-        shape = (2 * shape[0], *shape[1:])
+    shape = (int(SIZES[dtype] * shape[0]) + 1, *shape[1:])
     rng = np.random.default_rng(8)
     x, dy = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in "xy")
-    y, dx = (np.empty(x.size + 1, dtype)[1:].reshape(shape) for _ in "xy")  # not where a line begins
+    memory = np.full((2, x.size + 9), 7, dtype)
+    y, dx = (m[1:-8].reshape(shape) for m in memory)  # not where a line begins
     options = {"axis": axis, "training": True, "activation": activation}
     _, cache = fastbn.batch_norm_forward(x, out=y, **options)
     fastbn.batch_norm_backward(dy, cache, out=dx)
@@ -258,6 +266,21 @@ def test_past_the_caches_or_through_them(case, dtype, activation):
     ref.assert_same_bits(dx, dy)
     fastbn.batch_norm(x, out=x, **options)
     ref.assert_same_bits(y, x)
+    assert (memory[:, 0] == 7).all()
+    assert (memory[:, -8:] == 7).all()
+
+
+def test_past_the_caches_with_a_residual():
+    x, residual = np.random.default_rng(8).standard_normal((2, 38_001, 176), dtype=np.float32)
+    memory = np.empty(x.size + 16, np.float32)
+    for first in range(0, 16, 3):
+        y = memory[first : first + x.size].reshape(x.shape)
+        fastbn.batch_norm(x, training=True, residual=residual, activation="relu", out=y)
+        if first == 0:
+            expected = y.copy()
+        ref.assert_same_bits(y, expected)
+    fastbn.batch_norm(x, training=True, residual=residual, activation="relu", out=x)
+    ref.assert_same_bits(x, expected)
 
 
 @pytest.mark.parametrize("weights", [None, "position"])

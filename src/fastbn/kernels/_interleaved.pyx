@@ -175,6 +175,13 @@ cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, f
                 table[j * k.padded + i] = 0
 
 
+cdef inline void wrap(const Cut* k, floating* table) noexcept nogil:
+    """The first columns of a table once more behind its last."""
+    cdef Py_ssize_t j
+    for j in range(5):
+        memcpy(table + j * k.padded + k.columns, table + j * k.padded, LANES * sizeof(floating))
+
+
 cdef void finish_channels(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, double* parts,
                           floating* table) noexcept nogil:
     """From the parts of channels c0..c1 to their statistics and to the coefficients of their columns."""
@@ -246,6 +253,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
             finish_channels(job, k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
     if not job.applies:
         return DONE
+    if k.columns % LANES == 0:
+        wrap(k, table)
     status = do_blocks(&rest, k, NULL, table, gates)
     if status == DONE and job.settles:
         settle(job)

@@ -1,5 +1,39 @@
 # Results of the interleaved driver: blocks of rows, in the order of memory.
 
+cdef inline View from_column(const View* x, Py_ssize_t columns, Py_ssize_t size) noexcept nogil:
+    """A view from some columns on; of rows that are one stretch of memory."""
+    cdef View w = x[0]
+    w.data += columns * size
+    return w
+
+
+cdef void apply_stretch(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
+                        Py_ssize_t columns, Py_ssize_t before, bint large, const floating* table,
+                        Py_ssize_t stride) noexcept nogil:
+    """*apply* to rows that are one stretch of memory, stored past the caches where no row of y starts at whole lanes.
+
+    The first of these is so many columns later, so rows are taken from there to the same place of the next. The first columns of
+    a table stand behind its last once more.
+    """
+    cdef Py_ssize_t size = size_of(kind), last = (rows - 1) * columns
+    cdef View us = from_column(u, before, size), vs = from_column(v, before, size)
+    cdef View ws = from_column(w, before, size), ys = from_column(y, before, size)
+    scale(form, u, v, w, y, kind, 1, LANES, False, 0, table, stride, False)
+    scale(form, &us, &vs, &ws, &ys, kind, rows - 1, columns, large, 0, table + before, stride, True)
+    us, vs = from_column(&us, last, size), from_column(&vs, last, size)
+    ws, ys = from_column(&ws, last, size), from_column(&ys, last, size)
+    scale(form, &us, &vs, &ws, &ys, kind, 1, columns - LANES, False, 0, table + before, stride, True)
+    last += columns - LANES
+    us, vs = from_column(u, last, size), from_column(v, last, size)
+    ws, ys = from_column(w, last, size), from_column(y, last, size)
+    scale(form, &us, &vs, &ws, &ys, kind, 1, LANES, False, 0, table + columns - LANES, stride, False)
+
+
+cdef inline bint is_stretch(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
+    """Whether an operand's rows follow one another without a gap."""
+    return k.positions * operand.outer == k.columns * operand.size
+
+
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
                       const floating* gates) noexcept nogil:
     cdef Tile t = tile_of(k, &k.results, task)
@@ -34,11 +68,27 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                          and t.columns == k.columns and k.columns % LANES == 0
                          and k.positions * job.y.outer == k.columns * job.y.size)
     cdef bint inside, direct, large = k.large and job.y.kind == kind
+    # Columns before the first whole lanes of y, if there are no whole ones at its beginning.
+    cdef Py_ssize_t before = (LANES - <Py_ssize_t> (<size_t> job.y.data % (LANES * job.y.size)) // job.y.size) % LANES
     cdef bint overlaps = False  # the last lanes, those before
     cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
     cdef line left
     left.n = 0
+    if (job.streams and not streams and not job.gated and not weighted and direct_u and direct_y
+            and (direct_v or not reads_v) and (direct_w or not job.form.third) and t.columns == k.columns
+            and k.columns % LANES == 0 and k.columns > LANES and t.rows > 1 and <size_t> job.y.data % job.y.size == 0
+            and is_stretch(job, k, &job.u) and is_stretch(job, k, &job.y) and (is_stretch(job, k, &job.v) or not reads_v)
+            and (is_stretch(job, k, &job.w) or not job.form.third)):
+        u = v = w = view(job, k, &job.u, True, True, t.row, t.rows, 0, k.columns, ub)
+        y = view(job, k, &job.y, True, True, t.row, t.rows, 0, k.columns, ub)
+        if reads_v:
+            v = view(job, k, &job.v, True, True, t.row, t.rows, 0, k.columns, ub)
+        if job.form.third:
+            w = view(job, k, &job.w, True, True, t.row, t.rows, 0, k.columns, ub)
+        apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, k.columns, before, large, table, k.padded)
+        fence()
+        return
     if gathers:
         direct_y = False
         high = min(high, GATHERED // k.columns)
