@@ -18,6 +18,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ import numpy as np
 
 from . import builds
 from .cases import Case
-from .compare import CASES, ENTRIES, available, names
+from .compare import BOTH, CASES, ENTRIES, ROWS, available, names
 from .operations import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,13 +120,22 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def shaped(name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the case of a shape such as 32x512x7x7: batch, channels, positions, in the layouts that it may have."""
+    shape = tuple(int(n) for n in name.split("x"))
+    return shape, BOTH if len(shape) > 2 else ROWS
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="FOLDER", help="where the build to compare with is installed")
     parser.add_argument("--new", default="", metavar="FOLDER", help="default: the fastbn that is installed here")
     parser.add_argument("--ops", default="train,inference,backward", metavar="A,B", help=", ".join(ENTRIES))
     parser.add_argument(
-        "--cases", default="conv2,conv4,conv5,rgb,mlp512,table10,tiny", metavar="A,B", help=", ".join(CASES)
+        "--cases",
+        default="conv2,conv4,conv5,rgb,mlp512,table10,tiny",
+        metavar="A,B",
+        help=", ".join(CASES) + ", or shapes",
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each build on each row")
     parser.add_argument("--pairs", type=int, default=10, help="of processes")
@@ -133,7 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cold", type=float, default=0, metavar="MB", help="of arrays to go round")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(arguments)
-    operations, cases = names(args.ops, ENTRIES, "operation"), names(args.cases, CASES, "case")
+    shapes = {name: shaped(name) for name in args.cases.split(",") if re.fullmatch(r"\d+(x\d+)+", name)}
+    known = CASES | shapes
+    operations, cases = names(args.ops, ENTRIES, "operation"), names(args.cases, known, "case")
     folders = [str(Path(f).resolve()) if f else "" for f in (args.new, args.old)]
     found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for pair in range(args.pairs):
@@ -142,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"new: {new.location}\nold: {old.location}\n")
         for name in operations:
             for case in cases:
-                shape, layouts = CASES[case]
+                shape, layouts = known[case]
                 for layout in layouts:
                     rows = found.setdefault((name, case, layout), [])
                     wanted = {"do": "prepare", "entry": name, "shape": shape, "layout": layout, "cold": args.cold}

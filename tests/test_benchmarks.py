@@ -397,6 +397,10 @@ def test_regress_compares_two_builds(tmp_path, capfd):
     assert "| train | tiny | interleaved |" in printed
     assert regress.main([str(tmp_path), "--threshold", "0.001", "--cold", "0.1", *arguments]) == 1
     assert "slower" in capfd.readouterr().out
+    assert regress.main([str(tmp_path), "--threshold", "1000", *arguments, "--cases", "3x4,2x3x2x5"]) == 0
+    printed = capfd.readouterr().out
+    assert "| train | 3x4 | interleaved |" in printed
+    assert "| train | 2x3x2x5 | planar |" in printed
 
 
 def test_regress_wants_a_build(tmp_path):
