@@ -176,7 +176,7 @@ cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, f
 
 
 cdef inline void wrap(const Cut* k, floating* table) noexcept nogil:
-    """The first columns of a table once more behind its last."""
+    """The first columns of a table once more behind its last: see `apply_stretch`."""
     cdef Py_ssize_t j
     for j in range(5):
         memcpy(table + j * k.padded + k.columns, table + j * k.padded, LANES * sizeof(floating))
@@ -253,7 +253,7 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
             finish_channels(job, k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
     if not job.applies:
         return DONE
-    if k.columns % LANES == 0:
+    if job.streams and k.columns % LANES == 0:
         wrap(k, table)
     status = do_blocks(&rest, k, NULL, table, gates)
     if status == DONE and job.settles:

@@ -8,14 +8,14 @@ cdef inline View from_column(const View* x, Py_ssize_t columns, Py_ssize_t size)
 
 
 cdef void apply_stretch(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
-                        Py_ssize_t columns, Py_ssize_t before, bint large, const floating* table,
-                        Py_ssize_t stride) noexcept nogil:
+                        Py_ssize_t columns, bint large, const floating* table, Py_ssize_t stride) noexcept nogil:
     """*apply* to rows that are one stretch of memory, stored past the caches where no row of y starts at whole lanes.
 
-    The first of these is so many columns later, so rows are taken from there to the same place of the next. The first columns of
+    The first of these is some columns later, so rows are taken from there to the same place of the next. The first columns of
     a table stand behind its last once more.
     """
     cdef Py_ssize_t size = size_of(kind), last = (rows - 1) * columns
+    cdef Py_ssize_t before = LANES - <Py_ssize_t> (<size_t> y.data % (LANES * size)) // size
     cdef View us = from_column(u, before, size), vs = from_column(v, before, size)
     cdef View ws = from_column(w, before, size), ys = from_column(y, before, size)
     scale(form, u, v, w, y, kind, 1, LANES, False, 0, table, stride, False)
@@ -63,36 +63,34 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     # Rows of y that start at whole lanes can be stored past the caches.
     cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * job.y.size) == 0
                          and k.positions * job.y.outer % (LANES * job.y.size) == 0)
-    # Others are put together in a tile first, if they are one stretch of memory.
-    cdef bint gathers = (job.streams and not streams and direct_y and most == CHUNK and k.columns <= GATHERED // 4
-                         and t.columns == k.columns and k.columns % LANES == 0
-                         and k.positions * job.y.outer == k.columns * job.y.size)
+    # Others are taken as one stretch of memory, if they are that; where something is staged, they are put together in a tile.
+    cdef bint stretch = (job.streams and not streams and direct_y and t.columns == k.columns and k.columns % LANES == 0
+                         and is_stretch(job, k, &job.y))
+    cdef bint gathers = stretch and most == CHUNK and k.columns <= GATHERED // 4
+    cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
+                          and (direct_w or not job.form.third))
     cdef bint inside, direct, large = k.large and job.y.kind == kind
-    # Columns before the first whole lanes of y, if there are no whole ones at its beginning.
-    cdef Py_ssize_t before = (LANES - <Py_ssize_t> (<size_t> job.y.data % (LANES * job.y.size)) // job.y.size) % LANES
     cdef bint overlaps = False  # the last lanes, those before
     cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
     cdef line left
     left.n = 0
-    if (job.streams and not streams and not job.gated and not weighted and direct_u and direct_y
-            and (direct_v or not reads_v) and (direct_w or not job.form.third) and t.columns == k.columns
-            and k.columns % LANES == 0 and k.columns > LANES and t.rows > 1 and <size_t> job.y.data % job.y.size == 0
-            and is_stretch(job, k, &job.u) and is_stretch(job, k, &job.y) and (is_stretch(job, k, &job.v) or not reads_v)
-            and (is_stretch(job, k, &job.w) or not job.form.third)):
+    if (stretch and unstaged and not weighted and k.columns > LANES and t.rows > 1
+            and <size_t> job.y.data % job.y.size == 0 and is_stretch(job, k, &job.u)
+            and (is_stretch(job, k, &job.v) or not reads_v) and (is_stretch(job, k, &job.w) or not job.form.third)):
         u = v = w = view(job, k, &job.u, True, True, t.row, t.rows, 0, k.columns, ub)
         y = view(job, k, &job.y, True, True, t.row, t.rows, 0, k.columns, ub)
         if reads_v:
             v = view(job, k, &job.v, True, True, t.row, t.rows, 0, k.columns, ub)
         if job.form.third:
             w = view(job, k, &job.w, True, True, t.row, t.rows, 0, k.columns, ub)
-        apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, k.columns, before, large, table, k.padded)
+        apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, k.columns, large, table, k.padded)
         fence()
         return
     if gathers:
         direct_y = False
         high = min(high, GATHERED // k.columns)
-    if direct_u and direct_y and not job.gated and (direct_v or not reads_v) and (direct_w or not job.form.third):
+    if unstaged and not gathers:
         high = t.rows  # nothing is staged but columns that are left over, after all others
         stop = width
     while start < t.columns:

@@ -3,6 +3,8 @@ from libc.math cimport sqrt
 
 cdef extern from *:
     """
+    #include <stdint.h>
+    #include <string.h>
     /* 1 / sqrt(s) for numbers in range, without a root or a division, which take the time of all else that is done for a
      * channel: Newton's steps double the digits of what halving the exponent begins with (within 3.5 %), and every compiler
      * vectorizes them. Four are enough for float64, but for 2 units of the last place. */

@@ -37,21 +37,22 @@ cdef inline double exact_reciprocal(double count) noexcept nogil:
     return 1 / count if frexp(count, &exponent) == 0.5 else 0.0
 
 
+cdef inline double divided(double x, double count, double share) noexcept nogil:
+    """x / count; share is `exact_reciprocal` of the count, of which loops know that it does not change."""
+    return x * share if share != 0 else x / count
+
+
 cdef inline void divide(const double* x, double count, Py_ssize_t n, double* y) noexcept nogil:
     """y = x / count; y may be x."""
     cdef double share = exact_reciprocal(count)
     cdef Py_ssize_t i
-    if share != 0:
-        for i in range(n):
-            y[i] = x[i] * share
-    else:
-        for i in range(n):
-            y[i] = x[i] / count
+    for i in range(n):
+        y[i] = divided(x[i], count, share)
 
 
 cdef inline void from_sums(double shift, double count, double share, double* first, double* second) noexcept nogil:
     """(sum(x - shift), sum((x - shift)^2)) -> (mean, m2), in place; share is `exact_reciprocal` of the count."""
-    cdef double d = first[0] * share if share != 0 else first[0] / count
+    cdef double d = divided(first[0], count, share)
     cdef double m2 = second[0] - first[0] * d
     first[0] = shift + d
     second[0] = 0.0 if m2 < 0 else m2  # a NaN stays
