@@ -277,10 +277,11 @@ def assert_others_clean(result, clean, shape, axis):
         ref.assert_same_bits(a[..., 1:], b[..., 1:], key)
 
 
-@pytest.mark.parametrize("shape", [(400, 20), (6, 20, 9, 9), (3, 20, 100, 100)])
-def test_a_channel_far_from_zero_changes_no_bit_of_its_neighbours(shape):
-    """Sums that would cancel are taken again around their mean: for that channel alone."""
-    x, dy = cases.normal(shape, np.float32, seed=1), cases.normal(shape, np.float32, seed=2)
+@pytest.mark.parametrize("mean", [0.0, 1e3], ids=["among near ones", "among far ones"])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (400, 20), (6, 20, 9, 9), (3, 20, 100, 100)])
+def test_how_far_a_channel_is_from_zero_changes_no_bit_of_its_neighbours(shape, mean):
+    """Sums that would cancel are taken around their mean: for that channel alone, though all that are far go that way at once."""
+    x, dy = cases.normal(shape, np.float32, mean=mean, seed=1), cases.normal(shape, np.float32, seed=2)
 
     def results(x):
         y, cache = batch_norm_forward(x, training=True, axis=1)
@@ -288,9 +289,9 @@ def test_a_channel_far_from_zero_changes_no_bit_of_its_neighbours(shape):
         m = moments(x, axis=1)
         return [np.moveaxis(y, 1, 0), np.moveaxis(dx, 1, 0), dgamma, dbeta, m.mean, m.m2]
 
-    near = results(x)
-    for offset in (9.0, 1e4, np.nan, np.inf):
-        far_x = x.copy()
-        far_x[:, 3] += np.float32(offset)
-        for a, b in zip(results(far_x), near, strict=True):
+    alike = results(x)
+    for offset in (9.0, 1e4, np.nan, np.inf, -mean):
+        other = x.copy()
+        other[:, 3] += np.float32(offset)
+        for a, b in zip(results(other), alike, strict=True):
             assert np.delete(a, 3, 0).tobytes() == np.delete(b, 3, 0).tobytes()

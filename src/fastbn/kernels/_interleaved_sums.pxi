@@ -1,25 +1,22 @@
 # Sums of the interleaved driver: of tiles to parts, of parts to columns, and of columns to channels.
 
 cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
-                   const double* q, bint pair, bint shifted, bint omits, double* first, double* second,
+                   const double* q, bint pair, bint shifted, bint omits, bint begins, double* first, double* second,
                    const floating* typed) noexcept nogil:
     """*reduce* of views. Float64 data are always relative to a shift, and so is a gradient of which some is missing."""
+    cdef const floating* x = <const floating*> u.data
+    cdef const floating* x2 = <const floating*> v.data
     if omits:
-        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, True, True,
-                    first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, True, begins, first, second)
     elif shifted or floating is double:
         if pair:
-            reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, True,
-                        False, first, second)
+            reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, False, begins, first, second)
         else:
-            reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, True,
-                        False, first, second)
+            reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, True, False, begins, first, second)
     elif pair:
-        reduce_rows(<floating*> u.data, u.stride, <floating*> v.data, v.stride, rows, ahead, width, p, q, True, False, False,
-                    first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, False, False, begins, first, second)
     else:
-        reduce_rows(<floating*> u.data, u.stride, <floating*> u.data, u.stride, rows, ahead, width, p, p, False, False, False,
-                    first, second)
+        reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, False, False, begins, first, second)
 
 
 cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
@@ -41,20 +38,17 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
     cdef Py_ssize_t j, r, rows, n, m, step, stop = t.columns
     cdef bint inside
     cdef View u, v
-    memset(first, 0, whole(t.columns) * sizeof(double))
-    memset(second, 0, whole(t.columns) * sizeof(double))
     if direct_u and (direct_v or not job.reads_pair) and not job.gated and t.columns % LANES and t.columns >= LANES:
         # The last lanes overlap those before: what is left over needs no staging, and is all that is taken from their sums.
         stop = width
         j = t.columns - LANES
         memcpy(edge, p + j, LANES * sizeof(double))
         memcpy(edge + LANES, q + j, LANES * sizeof(double))
-        memset(edge + 2 * LANES, 0, 2 * LANES * sizeof(double))
         u = v = view(job, k, &job.u, True, True, t.row, t.rows, t.column + j, LANES, ub)
         if job.reads_pair:
             v = view(job, k, &job.v, True, True, t.row, t.rows, t.column + j, LANES, vb)
         add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, job.reads_pair and job.omits,
-                 edge + 2 * LANES, edge + 3 * LANES, gates)
+                 True, edge + 2 * LANES, edge + 3 * LANES, gates)
         for j in range(width, t.columns):
             first[j] = edge[3 * LANES + j - t.columns]
             second[j] = edge[4 * LANES + j - t.columns]
@@ -73,7 +67,7 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             if job.gated:
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
-                     job.reads_pair and job.omits, first + j, second + j, gates)
+                     job.reads_pair and job.omits, step == 0, first + j, second + j, gates)
             j += n
 
 
@@ -81,13 +75,13 @@ cdef enum:
     APART = CHUNK + 5 * LANES  # numbers of columns: not a power of two, or all would share some sets of a first level cache
 
 
-cdef bint spread_means(const Job* job, const Tile* t, double* means, double* room, bint* far) noexcept nogil:
-    """The means that columns of a gradient have, and which are far from 0; whether any is."""
+cdef Py_ssize_t spread_means(const Job* job, const Tile* t, double* means, double* room, bint* far) noexcept nogil:
+    """The means that columns of a gradient have, and which are far from 0; how many are."""
     cdef const double* mean
     cdef const double* variance
-    cdef Py_ssize_t c = t.column // job.inner % job.channels, s = t.column % job.inner, j = 0, i, n
+    cdef Py_ssize_t c = t.column // job.inner % job.channels, s = t.column % job.inner, j = 0, i, n, remote = 0
     cdef double value
-    cdef bint distant, some = False
+    cdef bint distant
     while j < t.columns and job.inner == 1:
         n = min(t.columns - j, job.channels - c)
         mean = loaded(&job.mean, c, n, 0, means + j)
@@ -95,84 +89,85 @@ cdef bint spread_means(const Job* job, const Tile* t, double* means, double* roo
         for i in range(n):
             means[j + i] = mean[i]
             far[j + i] = is_far(mean[i], variance[i])
-            some |= far[j + i]
+            remote += far[j + i]
         j += n
         c = 0
     while j < t.columns:
         n = min(t.columns - j, job.inner - s)
         value = load(&job.mean, c, 0)
         distant = is_far(value, load(&job.variance, c, 1))
-        some |= distant
         for i in range(j, j + n):
             means[i] = value
             far[i] = distant
+        remote += n * distant
         j += n
         s = 0
         c = c + 1 if c + 1 < job.channels else 0
-    return some
+    return remote
 
 
 cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* parts, const floating* gates) noexcept nogil:
     """A task's columns to its parts, lying as [block][first, second][column]."""
     cdef Tile t = tile_of(k, &k.sums, task)
-    cdef double room[4 * APART + LANES]
+    cdef double room[6 * APART + LANES]
     cdef double* p = aligned(<double*> room)
     cdef double* q = p + APART
-    cdef double* first = q + APART
+    cdef double* other = q + APART
+    cdef double* other_squares = other + APART
+    cdef double* first = other_squares + APART
     cdef double* second = first + APART
     cdef bint far[CHUNK]
-    cdef bint again = False
+    cdef bint shifted = floating is double or job.omits, again = False
+    # Of few rows most time goes into what is done for a column: their sums are made where they stay.
+    cdef bint in_parts = t.rows <= k.sums.step and t.columns % LANES == 0 and k.columns % LANES == 0
     cdef Job rest
     cdef double* part = parts + task // k.sums.chunks * 2 * k.columns + t.column
     cdef double* squares = part + k.columns
     cdef const char* u0 = job.u.data + t.row * k.positions * job.u.outer
-    cdef double share = exact_reciprocal(t.rows)
-    cdef Py_ssize_t j
+    cdef double share = exact_reciprocal(t.rows), raw
+    cdef Py_ssize_t j, remote
     if job.weighs and not job.reads_pair:
         count_block(job, k, task, parts, gates)
         return
-    memset(p, 0, whole(t.columns) * sizeof(double))
+    if in_parts:
+        first, second = part, squares
     if job.reads_pair:
-        memset(q, 0, whole(t.columns) * sizeof(double))
-    if floating is double and not job.reads_pair:
+        memset(q + t.columns // LANES * LANES, 0, LANES * sizeof(double))
+        remote = spread_means(job, &t, q, other, far)
+        again = remote > 0 and not shifted
+        if remote == t.columns:
+            shifted, again = True, False
+        if shifted or again or job.weighs:
+            memset(p, 0, whole(t.columns) * sizeof(double))
+    elif floating is double:
         for j in range(t.columns):
             p[j] = (<const floating*> (u0 + offset(job, &job.u, t.column + j)))[0]
-    if job.reads_pair:
-        again = spread_means(job, &t, q, first, far) and floating is float
     if job.omits and job.weights.data != NULL:  # there is NaN: without looking for it all sums would be found again
         hide_block(job, k, &t, p, q, part, squares, gates)
         return
-    if job.omits:
-        sum_rows(job, k, &t, p, q, True, first, second, gates)
-        memcpy(part, first, t.columns * sizeof(double))
-        memcpy(squares, second, t.columns * sizeof(double))
-        return
-    sum_rows(job, k, &t, p, q, floating is double, first, second, gates)
+    sum_rows(job, k, &t, p, q, shifted, first, second, gates)
     if not job.reads_pair:
         for j in range(t.columns):
-            part[j] = first[j]
-            squares[j] = second[j]
-            from_sums(p[j], t.rows, share, part + j, squares + j)
-        if floating is float and t.rows > 1:  # what one value leaves is exact
-            for j in range(t.columns):
-                far[j] = squares[j] * CANCELLED < second[j]
+            raw = second[j]
+            from_sums(p[j] if floating is double else 0, t.rows, share, first + j, second + j)
+            if floating is float and t.rows > 1:  # what one value leaves is exact
+                far[j] = second[j] * CANCELLED < raw
                 again |= far[j]
-                p[j] = <float> part[j]
-    else:
+                p[j] = <float> first[j]
+    elif not shifted:
         for j in range(t.columns):
-            part[j] = first[j]
-            squares[j] = second[j]
-            if floating is float:
-                squares[j] -= q[j] * part[j]
+            second[j] -= q[j] * first[j]
     if again:
         rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
-        sum_rows(&rest, k, &t, p, q, True, first, second, gates)
-        if not job.reads_pair:
-            for j in range(t.columns):
-                from_sums(p[j], t.rows, share, first + j, second + j)
+        sum_rows(&rest, k, &t, p, q, True, other, other_squares, gates)
         for j in range(t.columns):
-            part[j] = first[j] if far[j] else part[j]
-            squares[j] = second[j] if far[j] else squares[j]
+            if not job.reads_pair:
+                from_sums(p[j], t.rows, share, other + j, other_squares + j)
+            first[j] = other[j] if far[j] else first[j]
+            second[j] = other_squares[j] if far[j] else second[j]
+    if not in_parts:
+        memcpy(part, first, t.columns * sizeof(double))
+        memcpy(squares, second, t.columns * sizeof(double))
     if job.weighs:
         hide_block(job, k, &t, p, q, part, squares, gates)
 

@@ -236,8 +236,6 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
     cdef Py_ssize_t j, r, i, rows, n, m, step
     cdef bint inside
     cdef View u, v, w, x, y
-    memset(first, 0, whole(t.columns) * sizeof(double))
-    memset(second, 0, whole(t.columns) * sizeof(double))
     w.data, w.stride = NULL, 0
     for step in range((t.rows + k.sums.step - 1) // k.sums.step):
         r = step * k.sums.step
@@ -262,7 +260,7 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
                          wb32 + i * m if weighted else NULL, m, job.omits, hidden_u + i * m, hidden_v + i * m)
             x.data, x.stride = <char*> hidden_u, m
             y.data, y.stride = <char*> hidden_v, m
-            add_rows(&x, &y, rows, 0, m, p + j, q + j, True, True, False, first + j, second + j, typed)
+            add_rows(&x, &y, rows, 0, m, p + j, q + j, True, True, False, step == 0, first + j, second + j, typed)
             j += n
 
 

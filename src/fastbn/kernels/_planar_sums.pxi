@@ -110,13 +110,15 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
     cdef const Job* rest = job
     cdef Span t = span_of(job, k, tile)
     cdef double count = (t.n1 - t.n0) * t.length, share = exact_reciprocal(count)
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, remote = 0
+    cdef bint shifted
     if job.weighs and not job.reads_pair:
         count_parts(job, k, tile, c0, c1, parts, buffer)
         return
     for c in range(c1 - c0):
         p[c] = 0
         q[c] = load(&job.mean, c0 + c, 0) if job.reads_pair else 0
+        remote += job.reads_pair and is_far(q[c], load(&job.variance, c0 + c, 1))
         if floating is double and not job.reads_pair:
             p[c] = (<floating*> at(&job.u, t.n0, c0 + c, t.s0))[0]
     if job.omits:  # there is NaN: without looking for it all sums would be found again
@@ -125,25 +127,24 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
         else:
             sum_tile(job, k, tile, c0, c1, p, q, True, parts, gates, buffer)
         return
-    sum_tile(job, k, tile, c0, c1, p, q, floating is double, parts, gates, buffer)
+    shifted = floating is double or remote == c1 - c0
+    sum_tile(job, k, tile, c0, c1, p, q, shifted, parts, gates, buffer)
     if job.gated and job.kept.data != NULL:
         behind = behind_gate(job)
         rest = &behind
     for c in range(c1 - c0):
         part = parts + ((c0 + c) * k.tiles + tile) * 2
-        squares = part[1]
         if not job.reads_pair:
+            squares = part[1]
             from_sums(p[c], count, share, part, part + 1)
-        if floating is float:
-            if not job.reads_pair:
-                if part[1] * CANCELLED < squares:
-                    p[c] = <float> part[0]
-                    sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, p + c, True, parts, gates, buffer)
-                    from_sums(p[c], count, share, part, part + 1)
-            elif is_far(q[c], load(&job.variance, c0 + c, 1)):
-                sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, gates, buffer)
-            else:
-                part[1] -= q[c] * part[0]
+            if floating is float and part[1] * CANCELLED < squares:
+                p[c] = <float> part[0]
+                sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, p + c, True, parts, gates, buffer)
+                from_sums(p[c], count, share, part, part + 1)
+        elif not shifted and is_far(q[c], load(&job.variance, c0 + c, 1)):
+            sum_tile(rest, k, tile, c0 + c, c0 + c + 1, p + c, q + c, True, parts, gates, buffer)
+        elif not shifted:
+            part[1] -= q[c] * part[0]
         if job.weighs and not are_finite(part[0], part[1]):
             hide_tile(job, k, tile, c0 + c, c0 + c + 1, q + c, parts, buffer)
 

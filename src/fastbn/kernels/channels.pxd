@@ -5,7 +5,7 @@ from libc.string cimport memcpy
 
 from .deviations cimport reciprocal_deviations
 from .job cimport FROZEN, GRADIENT, POOLED, TRAIN, Job, Parameter
-from .moments cimport divide
+from .moments cimport divide, divided, exact_reciprocal
 
 
 cdef inline double load(const Parameter* p, Py_ssize_t c, double default) noexcept nogil:
@@ -65,17 +65,20 @@ cdef inline void store_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, const
             store(p, c + i, values[i])
 
 
-cdef inline void blend_one(const Parameter* old, const double* now, Py_ssize_t c, Py_ssize_t n, double momentum) noexcept nogil:
+cdef inline void blend_one(const Parameter* old, const double* now, double divisor, Py_ssize_t c, Py_ssize_t n,
+                           double momentum) noexcept nogil:
     cdef double[BATCH] value
     cdef double[BATCH] room
     cdef const double* past
+    cdef double share = exact_reciprocal(divisor)
     cdef Py_ssize_t i
-    for i in range(n):
-        value[i] = (1 - momentum) * now[i]
-    if momentum != 0:  # else a NaN of the past would stay
+    if momentum != 0:
         past = loaded(old, c, n, 0, room)
         for i in range(n):
-            value[i] += momentum * past[i]
+            value[i] = (1 - momentum) * divided(now[i], divisor, share) + momentum * past[i]
+    else:  # a NaN of the past would stay
+        for i in range(n):
+            value[i] = divided(now[i], divisor, share)
     store_all(old, c, n, value)
 
 
@@ -84,12 +87,14 @@ cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance,
     """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
     cdef double[BATCH] room
     cdef Py_ssize_t c = 0, n
-    while c < channels:
-        n = min(channels - c, <Py_ssize_t> BATCH)
-        blend_one(old_mean, loaded(mean, c, n, 0, room), c, n, momentum)
-        divide(loaded(variance, c, n, 0, room), divisor, n, room)
-        blend_one(old_variance, room, c, n, momentum)
-        c += n
+    while c + BATCH <= channels:  # a constant number, so that loops are known
+        blend_one(old_mean, loaded(mean, c, BATCH, 0, room), 1, c, BATCH, momentum)
+        blend_one(old_variance, loaded(variance, c, BATCH, 0, room), divisor, c, BATCH, momentum)
+        c += BATCH
+    n = channels - c
+    if n > 0:
+        blend_one(old_mean, loaded(mean, c, n, 0, room), 1, c, n, momentum)
+        blend_one(old_variance, loaded(variance, c, n, 0, room), divisor, c, n, momentum)
 
 
 cdef inline void blend_counted(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,

@@ -131,7 +131,7 @@ cdef inline Py_ssize_t pitch(Py_ssize_t stride, Py_ssize_t width, Py_ssize_t cou
 
 cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t rows,
                                 Py_ssize_t ahead, Py_ssize_t width, Py_ssize_t k, Py_ssize_t count, const double* p,
-                                const double* q, bint pair, bint shifted, bint omits, double* first,
+                                const double* q, bint pair, bint shifted, bint omits, bint begins, double* first,
                                 double* second) noexcept nogil:
     """`reduce_rows` of so many times LANES columns, ABREAST at most, from the k-th on: their sums are side by side."""
     cdef vd s[ABREAST * ND]
@@ -142,10 +142,13 @@ cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating
     cdef const floating* next_v = later(v, sv, rows, ahead, width, k)
     cdef Py_ssize_t i = k * LANES, c, j, r, pu = pitch(su, width, count), pv = pitch(sv, width, count)
     for j in range(count * ND):
-        s[j] = (<vd*> (first + i))[j]
-        t[j] = (<vd*> (second + i))[j]
+        s[j] = t[j] = splat_d(0)
         ps[j] = (<vd*> (p + i))[j]
         qs[j] = (<vd*> (q + i))[j]
+    if not begins:
+        for j in range(count * ND):
+            s[j] = (<vd*> (first + i))[j]
+            t[j] = (<vd*> (second + i))[j]
     for r in range(rows):
         for c in range(count):
             prefetch(next_u + r * pu + c * LANES)
@@ -160,15 +163,15 @@ cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating
 
 cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv,
                              Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, const double* q,
-                             bint pair, bint shifted, bint omits, double* first, double* second) noexcept nogil:
-    """Add rows to one pair of sums per column; su and sv are the distances between rows in values.
+                             bint pair, bint shifted, bint omits, bint begins, double* first, double* second) noexcept nogil:
+    """Add rows to one pair of sums per column, which may begin here; su and sv are the distances between rows in values.
 
     Where it omits, pairs whose v is NaN add nothing. The width is a multiple of LANES.
     """
     cdef Py_ssize_t k = 0, end = width // LANES
     while ABREAST > 1 and k + ABREAST <= end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, first, second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, begins, first, second)
         k += ABREAST
     while k < end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, first, second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, begins, first, second)
         k += 1
