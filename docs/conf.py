@@ -69,18 +69,6 @@ html_theme_options: dict[str, Any] = {
 }
 html_sidebars: dict[str, list[str]] = {"index": [], "performance": []}
 
-# The order of the pages that have a place; every other Markdown file is listed with those for other libraries.
-GUIDE = ["modes", "layer", "layouts", "conventions", "weights", "accuracy", "threads", "state", "plots", "features"]
-OWN = ["index", "guide", "libraries", "gallery", "performance", "development", "design"]
-# page: who needs it, the extra to install, where to start
-LIBRARIES = {
-    "sklearn": ("a scikit-learn pipeline", "sklearn", "fastbn.sklearn.BatchNormScaler"),
-    "pytorch": ("a PyTorch model on CPUs", "torch", "fastbn.torch.convert"),
-    "dask": ("a Dask cluster", "dask", "fastbn.dask"),
-    "mpi": ("MPI ranks", "mpi", "fastbn.mpi"),
-    "cython": ("Cython code of your own", "cython", "fastbn.cython_api"),
-}
-
 # Public modules beside fastbn itself, and what each needs.
 MODULES = {
     "fastbn.sklearn": "scikit-learn",
@@ -109,15 +97,6 @@ GROUPS = {
     "Statistics": ["moments", "Moments", "recompute_statistics"],
     "Threads and configuration": ["threads", "set_num_threads", "get_num_threads", "show_config"],
 }
-
-
-def pages() -> dict[str, list[str]]:
-    """Return the names of the Markdown files of each list of contents."""
-    there = {path.stem for path in DOCS.glob("*.md")} - set(OWN)
-    guide = [name for name in GUIDE if name in there]
-    others = sorted(there - set(guide), key=lambda name: (name.startswith("from_"), name))
-    libraries = [name for name in LIBRARIES if name in others]
-    return {"guide": guide, "libraries": libraries + [name for name in others if name not in libraries]}
 
 
 def public(module: Any) -> list[str]:
@@ -289,19 +268,9 @@ def draw_thumbnails(app: Any) -> None:
         image.savefig(gallery / "images" / "thumb" / f"sphx_glr_{page.stem}_thumb.png", dpi=100)
 
 
-def fill_in(app: Any, name: str, source: list[str]) -> None:
-    """Put what there is where a page says @guide@, @libraries@ or @rows@."""
-    lists = pages()
-    rows = [
-        f'| [{who}]({page}.md) | `pip install ".[{extra}]"` | `{start}` |'
-        for page, (who, extra, start) in LIBRARIES.items()
-        if page in lists["libraries"]
-    ]
-    text = source[0].replace("@rows@", "\n".join(rows))
-    for group, names in lists.items():
-        text = text.replace(f"@{group}@", "\n".join(names))
-    # Files at the root have pages in docs/auto, examples in the gallery.
-    text = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", text)
+def link(app: Any, name: str, source: list[str]) -> None:
+    """Let links to files at the root lead to their pages in docs/auto, those to examples to the gallery."""
+    text = re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", lambda m: f"](auto/{m[1].lower()}.md", source[0])
     source[0] = re.sub(r"\]\(\.\./examples/(\w+)\.py", r"](auto/gallery/\1.rst", text)
 
 
@@ -313,8 +282,6 @@ def skip_foreign(app: Any, what: str, name: str, value: Any, skip: bool, options
 
 def setup(app: Any) -> None:
     sys.path.insert(0, str(DOCS))
-    app.connect("source-read", fill_in)
+    app.connect("source-read", link)
     app.connect("builder-inited", draw_thumbnails, priority=900)  # after the gallery's own
     app.connect("autodoc-skip-member", skip_foreign)
-    # Their lists depend on what other pages there are.
-    app.connect("env-get-outdated", lambda *_: ["index", "guide", "libraries"])

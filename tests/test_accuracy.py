@@ -280,7 +280,7 @@ def assert_others_clean(result, clean, shape, axis):
 @pytest.mark.parametrize("mean", [0.0, 1e3], ids=["among near ones", "among far ones"])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 64), (400, 20), (6, 20, 9, 9), (3, 20, 100, 100)])
 def test_how_far_a_channel_is_from_zero_changes_no_bit_of_its_neighbours(shape, mean):
-    """Sums that would cancel are taken around their mean: for that channel alone, though all that are far go that way at once."""
+    """Sums that would cancel are taken around their mean, for that channel alone; where all are far, at once."""
     x, dy = cases.normal(shape, np.float32, mean=mean, seed=1), cases.normal(shape, np.float32, seed=2)
 
     def results(x):

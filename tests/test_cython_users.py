@@ -344,6 +344,27 @@ def test_a_module_built_against_the_package(tmp_path, rng):
 
 
 @pytest.mark.slow
+def test_a_module_built_by_meson(tmp_path, rng):
+    """The file that the page gives is all that it takes, with the programs of this environment."""
+    pytest.importorskip("mesonbuild")
+    pytest.importorskip("Cython")
+    (tmp_path / "tables.pyx").write_text(blocks("cython")[1])
+    (tmp_path / "meson.build").write_text(blocks("meson")[0])
+    programs = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for step in (["setup", "build"], ["compile", "-C", "build"]):
+        command = [sys.executable, "-m", "mesonbuild.mesonmain", *step]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | programs, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    tables = load("tables", next((tmp_path / "build").glob("tables.*.so")))
+    rows = rng.normal(3, 2, (300, 7)).astype(np.float32)
+    want = fastbn.batch_norm(rows, training=True)
+    tables.normalize_tables(rows, np.array([0, 300], np.intp))
+    assert (rows == want).all()
+
+
+@pytest.mark.slow
 def test_another_signature_is_an_error_at_import(tmp_path):
     """A module built against other declarations does not import, and so never calls what it does not mean."""
     pytest.importorskip("setuptools")

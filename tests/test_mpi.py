@@ -444,7 +444,8 @@ def test_without_mpi4py():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert 'fastbn.mpi needs mpi4py and an MPI library: pip install "fastbn[mpi]"' in run.stderr
+    needs = 'mpi4py (pip install "fastbn[mpi]") and an MPI library (Debian: apt-get install openmpi-bin)'
+    assert f"fastbn.mpi needs {needs}: import of mpi4py halted" in run.stderr  # and how the import failed
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -105,16 +105,27 @@ def test_a_first_program_takes_one_line_and_one_block(name):
     assert said(second[1])
 
 
-def test_the_start_page_has_a_row_for_each():
-    """With the same line, which docs/conf.py puts there."""
-    source = (ROOT / "docs" / "conf.py").read_text()
-    libraries = next(
-        ast.literal_eval(node.value)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "LIBRARIES"
-    )
-    assert {name: row[1] for name, row in libraries.items()} == {name: extra for name, (extra, _) in STARTS.items()}
-    assert "@rows@" in page("index").read_text()
+@pytest.mark.parametrize("path", [ROOT / "README.md", page("index")], ids=lambda path: path.name)
+def test_the_start_pages_have_a_row_for_each(path):
+    """With a link to its page and the line that this begins with, for whoever reads the file as it is."""
+    prefix = "docs/" if path.parent == ROOT else ""
+    for name, (extra, _) in STARTS.items():
+        rows = [line for line in path.read_text().splitlines() if f"]({prefix}{name}.md) | " in line]
+        assert len(rows) == 1, name
+        assert f'| `pip install ".[{extra}]"` |' in rows[0]
+
+
+def test_every_page_is_in_one_list_of_contents():
+    """Those of the guide and of other libraries list their pages also for whoever reads the file as it is."""
+    listed = []
+    for name in ("index", "guide", "libraries", "development"):
+        text = page(name).read_text()
+        ((entries,)) = re.findall(r"^```{toctree}\n(?::.*\n)*\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        entries = [re.sub(r".*<(\w+)>", r"\1", entry) for entry in entries.split("\n") if entry]
+        if name in ("guide", "libraries"):
+            assert re.findall(r"^- \[.+\]\((\w+)\.md\)", text, flags=re.MULTILINE) == entries
+        listed += [entry for entry in entries if "auto/" not in entry]
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "index")
 
 
 def test_mpi_program_on_two_ranks(tmp_path):

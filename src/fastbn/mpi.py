@@ -268,6 +268,7 @@ def _world() -> Communicator:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise ImportError('fastbn.mpi needs mpi4py and an MPI library: pip install "fastbn[mpi]"') from error
+        needs = 'mpi4py (pip install "fastbn[mpi]") and an MPI library (Debian: apt-get install openmpi-bin)'
+        raise ImportError(f"fastbn.mpi needs {needs}: {error}") from error
     world: Communicator = MPI.COMM_WORLD
     return world
