@@ -236,10 +236,14 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
     cdef Py_ssize_t share, shares = (job.channels + SHARE - 1) // SHARE
     cdef int threads = job.threads, status
     cdef floating* gates = table + table_length(k, job.channels) if job.gated else NULL
-    cdef Job gate, rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
+    cdef Job gate, behind
+    cdef const Job* rest = job
     if job.gated:
         gate = gate_of(job)
         tabulate(&gate, k, 0, job.channels, gates)
+        if job.kept.data != NULL:
+            behind = behind_gate(job)
+            rest = &behind
     if job.reduces:
         status = do_blocks(job, k, parts, table, gates)
         if status != DONE:
@@ -255,7 +259,7 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
         return DONE
     if job.streams and k.columns % LANES == 0:
         wrap(k, table)
-    status = do_blocks(&rest, k, NULL, table, gates)
+    status = do_blocks(rest, k, NULL, table, gates)
     if status == DONE and job.settles:
         settle(job)
     return status
@@ -290,18 +294,22 @@ cdef inline void take_numbers(Job* job, const Cut* k, const Room* room, double* 
         job.total = parts + 2 * k.sums.blocks * k.columns if room.numbers == 0 else numbers + 2 * step
 
 
-cdef void do_group(const Job* job, const Cut* k, Py_ssize_t c0, const Room* room, double* parts, floating* table) noexcept nogil:
-    """All steps of a group of channels."""
-    cdef Py_ssize_t c1 = min(c0 + k.group, job.channels)
+cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, const Room* room, double* parts, floating* table) noexcept nogil:
+    """All steps of a group of channels, or of those that are left."""
+    cdef Py_ssize_t c1 = min(c0 + g.group, job.channels)
     cdef Job own = channels_of(job, c0, c1)
-    cdef Cut g = cut_group(&own, k, c1 - c0)
+    cdef Cut last
     own.threads = 1
     own.interruptible = False
-    take_numbers(&own, &g, room, parts)
-    do_steps(&own, &g, parts, table)
+    if c1 - c0 < g.group:
+        last = cut_group(&own, g, c1 - c0)
+        g = &last
+    take_numbers(&own, g, room, parts)
+    do_steps(&own, g, parts, table)
 
 
 cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table) noexcept nogil:
+    """All groups, each cut like this one."""
     cdef Py_ssize_t groups = (job.channels + k.group - 1) // k.group, share, i
     cdef Py_ssize_t numbers = room.parts + room.numbers, tables = room.tables // <Py_ssize_t> sizeof(floating)
     cdef int threads = job.threads
@@ -337,7 +345,7 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
     if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
         if k.group < job.channels:
-            status = do_groups(job, &k, &room, aligned(parts), aligned(table))
+            status = do_groups(job, &g, &room, aligned(parts), aligned(table))
         else:
             take_numbers(&own, &k, &room, aligned(parts))
             status = do_steps(&own, &k, aligned(parts), aligned(table))

@@ -1,4 +1,5 @@
 """1 / sqrt(variance + epsilon) of channels."""
+from cython cimport floating
 from libc.math cimport sqrt
 
 cdef extern from *:
@@ -35,7 +36,7 @@ cdef inline double reciprocal_deviation(double variance, double epsilon) noexcep
     return 0.0 if s == 0 else 1 / sqrt(s)
 
 
-cdef inline void reciprocal_deviations(const double* variance, double epsilon, Py_ssize_t n, bint narrow,
+cdef inline void reciprocal_deviations(const floating* variance, double epsilon, Py_ssize_t n, bint narrow,
                                        double* found) noexcept nogil:
     """`reciprocal_deviation` of n channels.
 
