@@ -240,6 +240,7 @@ def test_in_place_or_not(case, dtype):
 LARGE = (
     ((65, 1001, 10, 10), 1),
     ((5, 7, 461, 461), 1),
+    ((42, 300, 23, 23), 1),
     ((100_000, 67), -1),
     ((420_003, 16), -1),
     ((38_001, 176), -1),
@@ -270,17 +271,41 @@ def test_past_the_caches_or_through_them(case, dtype, activation):
     assert (memory[:, -8:] == 7).all()
 
 
-def test_past_the_caches_with_a_residual():
-    x, residual = np.random.default_rng(8).standard_normal((2, 38_001, 176), dtype=np.float32)
+@pytest.mark.parametrize("shape", [(38_001, 176), (42, 300, 23, 23)], ids=["rows", "planes"])
+def test_past_the_caches_with_a_residual(shape):
+    """At every third place of a line; the gradient of the residual is kept beside that of x."""
+    x, residual, dy = np.random.default_rng(8).standard_normal((3, *shape), dtype=np.float32)
     memory = np.empty(x.size + 16, np.float32)
+    options = {"axis": 1, "training": True, "activation": "relu"}
     for first in range(0, 16, 3):
         y = memory[first : first + x.size].reshape(x.shape)
-        fastbn.batch_norm(x, training=True, residual=residual, activation="relu", out=y)
+        fastbn.batch_norm(x, residual=residual, out=y, **options)
         if first == 0:
             expected = y.copy()
+            _, cache = fastbn.batch_norm_forward(x, residual=residual, **options)
+            dx, *_, gradient = fastbn.batch_norm_backward(dy, cache)
         ref.assert_same_bits(y, expected)
-    fastbn.batch_norm(x, training=True, residual=residual, activation="relu", out=x)
+        _, *_, again = fastbn.batch_norm_backward(dy, cache, out=y)
+        ref.assert_same_bits(y, dx)
+        ref.assert_same_bits(again, gradient)
+    in_place, *_ = fastbn.batch_norm_backward(dy, cache, out=dy)
+    ref.assert_same_bits(in_place, dx)
+    fastbn.batch_norm(x, residual=residual, out=x, **options)
     ref.assert_same_bits(x, expected)
+
+
+def test_past_the_caches_where_a_piece_is_one_value():
+    """A plane so long that its pieces, all but the last equally long, leave it a single value."""
+    x = np.random.default_rng(9).standard_normal((1, 1, 4096 * 4200 + 1), dtype=np.float32)
+    memory = np.full(x.size + 9, 7, np.float32)
+    y = memory[1:-8].reshape(x.shape)
+    _, cache = fastbn.batch_norm_forward(x, axis=1, training=True, out=y)
+    expected = x.copy()
+    ref.assert_same_bits(fastbn.batch_norm(expected, axis=1, training=True, out=expected), y)
+    gradient = fastbn.batch_norm_backward(expected, cache, out=expected)[0]
+    ref.assert_same_bits(fastbn.batch_norm_backward(y.copy(), cache, out=y)[0], gradient)
+    assert memory[0] == 7
+    assert (memory[-8:] == 7).all()
 
 
 @pytest.mark.parametrize("weights", [None, "position"])

@@ -26,11 +26,11 @@ from .job cimport (
 )
 from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, size_of
 from .lanes cimport PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form, apply_runs
-from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
+from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
 from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
-from .planar_cut cimport BACK, GROUP, IMAGES, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
+from .planar_cut cimport BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_runs
 from .weights cimport (

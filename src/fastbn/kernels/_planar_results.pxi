@@ -59,6 +59,29 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
         r.at_once = max(<Py_ssize_t> 1, TILE // length) if job.gated else job.channels
 
 
+cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0, Py_ssize_t length,
+                    const floating* table, floating* tile, line* rest) noexcept nogil:
+    """`apply_image` to runs that share lines: values of a line that is not one run's alone go through a tile."""
+    cdef Py_ssize_t size = job.y.size, whole_line = LINE // size, c, head, end
+    cdef const char* u
+    cdef const char* v
+    cdef const char* w
+    cdef char* y
+    for c in range(c0, c1):
+        u, v, w, y = at(&job.u, n, c, s0), at(&job.v, n, c, s0), at(&job.w, n, c, s0), at(&job.y, n, c, s0)
+        head = <Py_ssize_t> (-<size_t> y % LINE) // size
+        end = head + (length - head) // whole_line * whole_line
+        if head:
+            apply_runs(u, 0, v, 0, w, 0, <char*> tile, 0, 1, LANES, table + c, job.channels, &job.form, False, native(tile))
+            stream_lines(rest, y, <char*> tile, head * size)
+        apply_runs(u + head * size, 0, v + head * size, 0, w + head * size, 0, y + head * size, 0, 1, end - head, table + c,
+                   job.channels, &job.form, True, native(tile))
+        if end < length:
+            u, v, w = u + (length - LANES) * size, v + (length - LANES) * size, w + (length - LANES) * size
+            apply_runs(u, 0, v, 0, w, 0, <char*> tile, 0, 1, LANES, table + c, job.channels, &job.form, False, native(tile))
+            stream_lines(rest, y + end * size, <char*> (tile + LANES + end - length), (length - end) * size)
+
+
 cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,
                       const floating* table, floating* buffer, line* rest) noexcept nogil:
     """One run of each of the channels c0..c1 of an image."""
@@ -159,7 +182,9 @@ cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_
         n, c = plane // (c1 - c0), c0 + plane % (c1 - c0)
         m = min(c1 - c, last - piece) if k.cuts == 1 else 1
         length = min(k.cut, job.inner - s0)
-        if weighted:
+        if k.joins and length > JOINED:
+            join_runs(job, n, c, c + m, s0, length, table, buffer, &rest)
+        elif weighted:
             apply_weighted_image(job, k, length, n, c, c + m, s0, table, buffer)
         else:
             if runs.length != length:

@@ -1,6 +1,8 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
 from .caches cimport is_roomy, own_cache
 from .job cimport Job, Operand, summed
+from .kinds cimport DOUBLE
+from .lanes cimport STRAIGHT, WEIGHTED
 from .lines cimport GATHERED, LINE
 from .packs cimport ABREAST
 
@@ -19,6 +21,7 @@ cdef enum:
     OWN = 1 << 23           # bytes of operands of which the cores' own caches keep much
     SHARED = 1 << 24        # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
     SHARED_PAIR = 1 << 26   # the same of two operands
+    JOINED = 192            # values; of longer runs only the lines that two of them share are put together
     STRETCH = 1 << 18       # bytes of one task where channels are cut
     WAVE = 1 << 28          # bytes between two looks for signals
 
@@ -39,6 +42,7 @@ cdef struct Cut:
     Py_ssize_t pieces      # of all planes
     Py_ssize_t portion     # pieces per task of a pass that sums nothing, which may depend on the threads
     Py_ssize_t portions
+    bint joins             # results are stored past the caches, in runs that share lines
     bint fused             # one task does all of its channels
     bint abreast           # sums take several side by side: what comes from memory is better walked in one stretch
     Py_ssize_t ahead       # they fetch in advance the runs of so many channels later,
@@ -49,6 +53,20 @@ cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t l
     """Whether runs of that length, of planes that may be cut, start or end within a line of a cache."""
     cdef Py_ssize_t places = <Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel
     return (places | (k.cut | length) * operand.size) % LINE != 0
+
+
+cdef inline bint are_alike(const Operand* a, const Operand* b) noexcept nogil:
+    """Whether values of both are of one type, and side by side in runs."""
+    return a.kind == b.kind and a.inner == a.size and b.inner == b.size
+
+
+cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
+    """Whether results can be stored past the caches from registers, but for lines that two runs share."""
+    cdef const Operand* u = &job.kept if job.gated else &job.u  # what is left behind a gate
+    return (job.streams and k.length > JOINED and shares_lines(&job.y, k, k.length)
+            and job.y.kind <= DOUBLE and <size_t> job.y.data % job.y.size == 0 and u.data != NULL and are_alike(u, &job.y)
+            and job.form.bend < WEIGHTED and (job.form.bend == STRAIGHT or not job.form.pair)
+            and (are_alike(&job.v, &job.y) or not job.form.pair) and (are_alike(&job.w, &job.y) or not job.form.third))
 
 
 cdef inline bint goes_in_order(const Job* job, Py_ssize_t span, Py_ssize_t bytes) noexcept nogil:
@@ -114,7 +132,8 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.stretches = (k.tiles + k.stretch - 1) // k.stretch
     k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.span * k.stretch))
     k.cuts, k.cut = k.segments, k.length
-    if job.streams and k.length > GATHERED and shares_lines(&job.y, &k, k.length):
+    k.joins = joins(job, &k)
+    if job.streams and k.length > GATHERED and not k.joins and shares_lines(&job.y, &k, k.length):
         # Loads and stores alternate with each tile: one as large as a first level cache would leave memory to wait.
         k.cuts = (job.inner + GATHERED - 1) // GATHERED
         k.cut = (job.inner + k.cuts - 1) // k.cuts
