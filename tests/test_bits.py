@@ -245,6 +245,7 @@ LARGE = (
     ((420_003, 16), -1),
     ((38_001, 176), -1),
     ((4600, 2096), -1),
+    ((5000, 2048), -1),
 )
 SIZES = {np.float64: 0.5, np.float32: 1, np.float16: 2}
 
@@ -271,7 +272,7 @@ def test_past_the_caches_or_through_them(case, dtype, activation):
     assert (memory[:, -8:] == 7).all()
 
 
-@pytest.mark.parametrize("shape", [(38_001, 176), (42, 300, 23, 23)], ids=["rows", "planes"])
+@pytest.mark.parametrize("shape", [(38_001, 176), (3500, 2048), (42, 300, 23, 23)], ids=["rows", "wide rows", "planes"])
 def test_past_the_caches_with_a_residual(shape):
     """At every third place of a line; the gradient of the residual is kept beside that of x."""
     x, residual, dy = np.random.default_rng(8).standard_normal((3, *shape), dtype=np.float32)

@@ -8,24 +8,31 @@ cdef inline View from_column(const View* x, Py_ssize_t columns, Py_ssize_t size)
 
 
 cdef void apply_stretch(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
-                        Py_ssize_t columns, bint large, const floating* table, Py_ssize_t stride) noexcept nogil:
-    """*apply* to rows that are one stretch of memory, stored past the caches where no row of y starts at whole lanes.
+                        Py_ssize_t c0, Py_ssize_t c1, bint large, Py_ssize_t ahead, const floating* table,
+                        Py_ssize_t stride) noexcept nogil:
+    """*apply* to columns c0..c1 of rows that are one stretch of memory, stored past the caches where no row of y starts at whole
+    lanes.
 
-    The first of these is some columns later, so rows are taken from there to the same place of the next. The first columns of
-    a table stand behind its last once more.
+    The first of these is some columns later, so all columns are taken from there to the same place of the next row. The first
+    columns of a table stand behind its last once more. Views are of whole rows, as far apart as there are columns.
     """
-    cdef Py_ssize_t size = size_of(kind), last = (rows - 1) * columns
+    cdef Py_ssize_t size = size_of(kind), columns = y.stride, width = c1 - c0, end
     cdef Py_ssize_t before = LANES - <Py_ssize_t> (<size_t> y.data % (LANES * size)) // size
-    cdef View us = from_column(u, before, size), vs = from_column(v, before, size)
-    cdef View ws = from_column(w, before, size), ys = from_column(y, before, size)
-    scale(form, u, v, w, y, kind, 1, LANES, False, 0, table, stride, False)
-    scale(form, &us, &vs, &ws, &ys, kind, rows - 1, columns, large, 0, table + before, stride, True)
-    us, vs = from_column(&us, last, size), from_column(&vs, last, size)
-    ws, ys = from_column(&ws, last, size), from_column(&ys, last, size)
-    scale(form, &us, &vs, &ws, &ys, kind, 1, columns - LANES, False, 0, table + before, stride, True)
-    last += columns - LANES
-    us, vs = from_column(u, last, size), from_column(v, last, size)
-    ws, ys = from_column(w, last, size), from_column(y, last, size)
+    cdef Py_ssize_t whole_rows = rows - 1 if c1 == columns else rows  # of the last one, the end is not followed by another
+    cdef View us = from_column(u, c0 + before, size), vs = from_column(v, c0 + before, size)
+    cdef View ws = from_column(w, c0 + before, size), ys = from_column(y, c0 + before, size)
+    if c0 == 0:
+        scale(form, u, v, w, y, kind, 1, LANES, False, 0, table, stride, False)
+    scale(form, &us, &vs, &ws, &ys, kind, whole_rows, width, large, ahead, table + c0 + before, stride, True)
+    if whole_rows == rows:
+        return
+    end = whole_rows * columns
+    us, vs = from_column(&us, end, size), from_column(&vs, end, size)
+    ws, ys = from_column(&ws, end, size), from_column(&ys, end, size)
+    scale(form, &us, &vs, &ws, &ys, kind, 1, width - LANES, False, 0, table + c0 + before, stride, True)
+    end += columns - LANES
+    us, vs = from_column(u, end, size), from_column(v, end, size)
+    ws, ys = from_column(w, end, size), from_column(y, end, size)
     scale(form, &us, &vs, &ws, &ys, kind, 1, LANES, False, 0, table + columns - LANES, stride, False)
 
 
@@ -64,9 +71,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * job.y.size) == 0
                          and k.positions * job.y.outer % (LANES * job.y.size) == 0)
     # Others are taken as one stretch of memory, if they are that; where something is staged, they are put together in a tile.
-    cdef bint stretch = (job.streams and not streams and direct_y and t.columns == k.columns and k.columns % LANES == 0
-                         and is_stretch(job, k, &job.y))
-    cdef bint gathers = stretch and most == CHUNK and k.columns <= GATHERED // 4
+    cdef bint stretch = (job.streams and not streams and direct_y and k.columns % LANES == 0 and is_stretch(job, k, &job.y))
+    cdef bint gathers = stretch and most == CHUNK and k.columns <= GATHERED // 4 and t.columns == k.columns
     cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
                           and (direct_w or not job.form.third))
     cdef bint inside, direct, large = k.large and job.y.kind == kind
@@ -75,7 +81,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef View u, v, w, y
     cdef line left
     left.n = 0
-    if (stretch and unstaged and not weighted and k.columns > LANES and t.rows > 1
+    if (stretch and unstaged and not weighted and t.columns > LANES and t.rows > 1
             and <size_t> job.y.data % job.y.size == 0 and is_stretch(job, k, &job.u)
             and (is_stretch(job, k, &job.v) or not reads_v) and (is_stretch(job, k, &job.w) or not job.form.third)):
         u = v = w = view(job, k, &job.u, True, True, t.row, t.rows, 0, k.columns, ub)
@@ -84,7 +90,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             v = view(job, k, &job.v, True, True, t.row, t.rows, 0, k.columns, ub)
         if job.form.third:
             w = view(job, k, &job.w, True, True, t.row, t.rows, 0, k.columns, ub)
-        apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, k.columns, large, table, k.padded)
+        apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, t.column, t.column + t.columns, large,
+                      FETCHED if t.columns < k.columns else 0, table, k.padded)
         fence()
         return
     if gathers:
