@@ -30,24 +30,13 @@ from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, line, stream
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
 from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
-from .planar_cut cimport BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, cut, shares_lines, span_of
+from .planar_cut cimport BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of
 from .scratch cimport scratch_give, scratch_take
 from .sums cimport reduce_runs
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights, weigh_runs,
     weight, weight_at, weights_at,
 )
-
-cdef inline bint ready(const Operand* operand, Py_ssize_t n, int kind) noexcept nogil:
-    """Whether a run of a kind needs no staging."""
-    return operand.kind == kind and operand.inner == operand.size and n >= LANES
-
-
-cdef inline bint all_ready(const Job* job, Py_ssize_t n, int kind) noexcept nogil:
-    """Whether no run that *apply* is about needs staging."""
-    return (ready(&job.u, n, kind) and ready(&job.y, n, kind) and (not job.writes_pair or ready(&job.v, n, kind))
-            and (not job.form.third or ready(&job.w, n, kind)))
-
 
 cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssize_t n, floating pad,
                                   floating* tile) noexcept nogil:

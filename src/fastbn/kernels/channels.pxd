@@ -70,10 +70,13 @@ cdef inline void store_all(const Parameter* p, Py_ssize_t c, Py_ssize_t n, const
             store(p, c + i, values[i])
 
 
-cdef inline void blend_one(const Parameter* old, const double* now, double divisor, Py_ssize_t c, Py_ssize_t n,
-                           double momentum) noexcept nogil:
+cdef inline void blend_some(const Parameter* old, const Parameter* new, double divisor, Py_ssize_t c, Py_ssize_t n,
+                            double momentum) noexcept nogil:
+    """`blend_all` of up to BATCH channels from c on."""
     cdef double[BATCH] value
     cdef double[BATCH] room
+    cdef double[BATCH] new_room
+    cdef const double* now = loaded(new, c, n, 0, new_room)
     cdef const double* past
     cdef double share = exact_reciprocal(divisor)
     cdef Py_ssize_t i
@@ -87,19 +90,22 @@ cdef inline void blend_one(const Parameter* old, const double* now, double divis
     store_all(old, c, n, value)
 
 
+cdef inline void blend_all(const Parameter* old, const Parameter* new, double divisor, Py_ssize_t channels,
+                           double momentum) noexcept nogil:
+    """old = momentum * old + (1 - momentum) * new / divisor."""
+    cdef Py_ssize_t c = 0
+    while c + BATCH <= channels:  # a constant number, so that loops are known
+        blend_some(old, new, divisor, c, BATCH, momentum)
+        c += BATCH
+    if c < channels:
+        blend_some(old, new, divisor, c, channels - c, momentum)
+
+
 cdef inline void blend(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,
                        const Parameter* variance, Py_ssize_t channels, double divisor, double momentum) noexcept nogil:
     """moving = momentum * moving + (1 - momentum) * batch, in float64; the batch variance is ``variance / divisor``."""
-    cdef double[BATCH] room
-    cdef Py_ssize_t c = 0, n
-    while c + BATCH <= channels:  # a constant number, so that loops are known
-        blend_one(old_mean, loaded(mean, c, BATCH, 0, room), 1, c, BATCH, momentum)
-        blend_one(old_variance, loaded(variance, c, BATCH, 0, room), divisor, c, BATCH, momentum)
-        c += BATCH
-    n = channels - c
-    if n > 0:
-        blend_one(old_mean, loaded(mean, c, n, 0, room), 1, c, n, momentum)
-        blend_one(old_variance, loaded(variance, c, n, 0, room), divisor, c, n, momentum)
+    blend_all(old_mean, mean, 1, channels, momentum)
+    blend_all(old_variance, variance, divisor, channels, momentum)
 
 
 cdef inline void blend_counted(const Parameter* old_mean, const Parameter* old_variance, const Parameter* mean,

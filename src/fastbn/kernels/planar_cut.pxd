@@ -1,10 +1,10 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
 from .caches cimport is_roomy, own_cache
-from .job cimport Job, Operand, summed
+from .job cimport Job, Operand, behind_gate, summed
 from .kinds cimport DOUBLE
-from .lanes cimport STRAIGHT, WEIGHTED
+from .lanes cimport WEIGHTED
 from .lines cimport GATHERED, LINE
-from .packs cimport ABREAST
+from .packs cimport ABREAST, LANES
 
 cdef enum:
     TILE = 4096             # values of a part at most: two such runs of float32 fill a 32 KB first level cache
@@ -55,18 +55,26 @@ cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t l
     return (places | (k.cut | length) * operand.size) % LINE != 0
 
 
-cdef inline bint are_alike(const Operand* a, const Operand* b) noexcept nogil:
-    """Whether values of both are of one type, and side by side in runs."""
-    return a.kind == b.kind and a.inner == a.size and b.inner == b.size
+cdef inline bint ready(const Operand* operand, Py_ssize_t n, int kind) noexcept nogil:
+    """Whether a run of a kind needs no staging."""
+    return operand.kind == kind and operand.inner == operand.size and n >= LANES
+
+
+cdef inline bint all_ready(const Job* job, Py_ssize_t n, int kind) noexcept nogil:
+    """Whether no run that *apply* is about needs staging."""
+    return (ready(&job.u, n, kind) and ready(&job.y, n, kind) and (not job.writes_pair or ready(&job.v, n, kind))
+            and (not job.form.third or ready(&job.w, n, kind)))
 
 
 cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     """Whether results can be stored past the caches from registers, but for lines that two runs share."""
-    cdef const Operand* u = &job.kept if job.gated else &job.u  # what is left behind a gate
-    return (job.streams and k.length > JOINED and shares_lines(&job.y, k, k.length)
-            and job.y.kind <= DOUBLE and <size_t> job.y.data % job.y.size == 0 and u.data != NULL and are_alike(u, &job.y)
-            and job.form.bend < WEIGHTED and (job.form.bend == STRAIGHT or not job.form.pair)
-            and (are_alike(&job.v, &job.y) or not job.form.pair) and (are_alike(&job.w, &job.y) or not job.form.third))
+    cdef Job rest
+    if not (job.streams and k.length > JOINED and shares_lines(&job.y, k, k.length)):
+        return False
+    if job.form.bend >= WEIGHTED or (job.gated and job.kept.data == NULL):
+        return False
+    rest = behind_gate(job) if job.gated else job[0]
+    return rest.y.kind <= DOUBLE and <size_t> rest.y.data % rest.y.size == 0 and all_ready(&rest, k.length, rest.y.kind)
 
 
 cdef inline bint goes_in_order(const Job* job, Py_ssize_t span, Py_ssize_t bytes) noexcept nogil:
