@@ -43,9 +43,11 @@ class Case:
     dtype : str
         Of x, dy and out: a floating type, or an integer type for x whose results are float32. Parameters are
         float32, or float64 where x is.
+    mean : float
+        Of x, whose deviation is 1.
     """
 
-    def __init__(self, shape: str | tuple[int, ...], layout: str, dtype: str) -> None:
+    def __init__(self, shape: str | tuple[int, ...], layout: str, dtype: str, mean: float = 1) -> None:
         batch, channels, *spatial = SHAPES[shape] if isinstance(shape, str) else shape
         if layout == "interleaved":
             stored = (batch, *spatial, channels)
@@ -59,7 +61,7 @@ class Case:
         rng = np.random.default_rng(0)
         result, dtype = _type(dtype), "float64" if dtype == "float64" else "float32"
         self.x = rng.standard_normal(stored, dtype=dtype)
-        self.x += 1
+        self.x += mean
         self.dy = rng.standard_normal(stored, dtype=dtype)
         if result.kind == "u":
             self.x = np.clip(self.x * 50 + 50, 0, 255)

@@ -4,7 +4,7 @@ Peers are what can be imported of PyTorch, JAX, ONNX Runtime, scikit-learn; NumP
 arrays in one process, and take turns in blocks, with a pause in between in which the idle threads of the one
 before fall asleep. Times are lower quartiles in microseconds. `limit` is the time merely to move the data.
 
-    python -m benchmarks.compare --ops train,backward --cases conv2,conv5 --seconds 1
+    python -m benchmarks.compare --ops train,backward --cases conv2,32x512x7x7 --seconds 1
     python -m benchmarks.compare --sweep --plots docs/images
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,8 @@ ENTRIES = {
 # (batch, channels, *spatial), and where the channels are.
 BOTH = ("planar", "interleaved")
 ROWS = ("interleaved",)
-CASES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+Cases = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+CASES: Cases = {
     "conv2": ((32, 64, 56, 56), BOTH),
     "conv3": ((32, 256, 28, 28), BOTH),
     "conv4": ((32, 1024, 14, 14), BOTH),  # planar: larger than a cache, and planes that share lines of memory
@@ -155,9 +157,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def table(
-    operations: list[str], cases: list[str], seconds: float, threads: int, peers: list[str]
-) -> list[dict[str, Any]]:
+def table(operations: list[str], cases: Cases, seconds: float, threads: int, peers: list[str]) -> list[dict[str, Any]]:
     """Measure and print all rows; return them."""
     print("| operation | case | layout | limit | fastbn | limits | best peer | speed-up | peers |")
     print("|---|---|---|---:|---:|---:|---|---:|---|")
@@ -166,8 +166,7 @@ def table(
         if not available(ENTRIES[name]):
             print(f"| {name} | not in this version | | | | | | | |")
             continue
-        for case in cases:
-            shape, layouts = CASES[case]
+        for case, (shape, layouts) in cases.items():
             for layout in layouts:
                 r = row(name, shape, layout, seconds, threads, peers) | {"case": case}
                 rows.append(r)
@@ -199,10 +198,22 @@ def names(wanted: str, known: dict[str, Any], what: str) -> list[str]:
     return chosen
 
 
+def shaped(name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the case of a shape such as 32x512x7x7: batch, channels, positions, in the layouts that it may have."""
+    shape = tuple(int(n) for n in name.split("x"))
+    return shape, BOTH if len(shape) > 2 else ROWS
+
+
+def cases_of(wanted: str) -> Cases:
+    """Return the cases of a list of names and shapes; of none, all that have a name."""
+    known = CASES | {name: shaped(name) for name in wanted.split(",") if re.fullmatch(r"\d+(x\d+)+", name)}
+    return {name: known[name] for name in names(wanted, known, "case")}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default="", metavar="A,B", help="default: all that this fastbn has")
-    parser.add_argument("--cases", default="", metavar="A,B", help=", ".join(CASES))
+    parser.add_argument("--cases", default="", metavar="A,B", help=", ".join(CASES) + ", or shapes")
     parser.add_argument("--peers", default=",".join(PEERS), metavar="A,B")
     parser.add_argument("--seconds", type=float, default=0.25, help="for each contender on each row")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -220,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the sweep there (needs matplotlib)")
     args = parser.parse_args(arguments)
-    operations, cases = names(args.ops, ENTRIES, "operation"), names(args.cases, CASES, "case")
+    operations, cases = names(args.ops, ENTRIES, "operation"), cases_of(args.cases)
     peers = names(args.peers, dict.fromkeys(PEERS), "peer")
     set_threads(args.threads)
 

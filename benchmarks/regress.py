@@ -18,7 +18,6 @@ import copy
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import numpy as np
 
 from . import builds
 from .cases import Case
-from .compare import BOTH, CASES, ENTRIES, ROWS, available, names
+from .compare import CASES, ENTRIES, available, cases_of, names
 from .operations import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +78,7 @@ def serve(folder: str) -> None:
         elif message["do"] == "prepare":
             entry = ENTRIES[message["entry"]]
             if available(entry):
-                case = Case(tuple(message["shape"]), message["layout"], entry.dtype)
+                case = Case(tuple(message["shape"]), message["layout"], entry.dtype, message["mean"])
                 copies = 1 + int(message["cold"] * 1e6) // (case.x.nbytes + case.dy.nbytes + case.out.nbytes)
                 cases = [case] + [copy.deepcopy(case) for _ in range(copies - 1)]
                 calls = itertools.cycle([prepare(entry.operation, "fastbn", c, **entry.options(c)) for c in cases])
@@ -120,12 +119,6 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def shaped(name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the case of a shape such as 32x512x7x7: batch, channels, positions, in the layouts that it may have."""
-    shape = tuple(int(n) for n in name.split("x"))
-    return shape, BOTH if len(shape) > 2 else ROWS
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="FOLDER", help="where the build to compare with is installed")
@@ -141,11 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=10, help="of processes")
     parser.add_argument("--threshold", type=float, default=1.1, help="ratio above which a row has become slower")
     parser.add_argument("--cold", type=float, default=0, metavar="MB", help="of arrays to go round")
+    parser.add_argument("--mean", type=float, default=1, help="of x, whose deviation is 1")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(arguments)
-    shapes = {name: shaped(name) for name in args.cases.split(",") if re.fullmatch(r"\d+(x\d+)+", name)}
-    known = CASES | shapes
-    operations, cases = names(args.ops, ENTRIES, "operation"), names(args.cases, known, "case")
+    operations, cases = names(args.ops, ENTRIES, "operation"), cases_of(args.cases)
     folders = [str(Path(f).resolve()) if f else "" for f in (args.new, args.old)]
     found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for pair in range(args.pairs):
@@ -153,11 +145,11 @@ def main(arguments: list[str] | None = None) -> int:
         if pair == 0:
             print(f"new: {new.location}\nold: {old.location}\n")
         for name in operations:
-            for case in cases:
-                shape, layouts = known[case]
+            for case, (shape, layouts) in cases.items():
                 for layout in layouts:
                     rows = found.setdefault((name, case, layout), [])
-                    wanted = {"do": "prepare", "entry": name, "shape": shape, "layout": layout, "cold": args.cold}
+                    about = {"shape": shape, "layout": layout, "cold": args.cold, "mean": args.mean}
+                    wanted = {"do": "prepare", "entry": name} | about
                     if new.ask(wanted) and old.ask(wanted):
                         rows.append(compare(new, old, args.seconds / args.pairs))
         new.close()

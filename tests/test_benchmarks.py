@@ -276,7 +276,7 @@ def test_compare_prints_a_row_for_each_case(capsys, tmp_path, monkeypatch):
 def test_what_fastbn_does_not_have_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(compare.ENTRIES, "nothing", compare.Entry("train", options=lambda case: {"no_such": 1}))
     assert compare.available(compare.ENTRIES["train"])
-    assert compare.table(["nothing"], ["tiny"], 0.001, 1, []) == []
+    assert compare.table(["nothing"], compare.cases_of("tiny"), 0.001, 1, []) == []
     assert "not in this version" in capsys.readouterr().out
 
 
@@ -397,7 +397,9 @@ def test_regress_compares_two_builds(tmp_path, capfd):
     assert "| train | tiny | interleaved |" in printed
     assert regress.main([str(tmp_path), "--threshold", "0.001", "--cold", "0.1", *arguments]) == 1
     assert "slower" in capfd.readouterr().out
-    assert regress.main([str(tmp_path), "--threshold", "1000", *arguments, "--cases", "3x4,2x3x2x5"]) == 0
+    assert (
+        regress.main([str(tmp_path), "--threshold", "1000", *arguments, "--mean", "100", "--cases", "3x4,2x3x2x5"]) == 0
+    )
     printed = capfd.readouterr().out
     assert "| train | 3x4 | interleaved |" in printed
     assert "| train | 2x3x2x5 | planar |" in printed

@@ -120,7 +120,7 @@ def test_every_page_is_in_one_list_of_contents():
     listed = []
     for name in ("index", "guide", "libraries", "development"):
         text = page(name).read_text()
-        ((entries,)) = re.findall(r"^```{toctree}\n(?::.*\n)*\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        (entries,) = re.findall(r"^```{toctree}\n(?::.*\n)*\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
         entries = [re.sub(r".*<(\w+)>", r"\1", entry) for entry in entries.split("\n") if entry]
         if name in ("guide", "libraries"):
             assert re.findall(r"^- \[.+\]\((\w+)\.md\)", text, flags=re.MULTILINE) == entries
