@@ -11,12 +11,23 @@ cdef inline void put_parts(const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssiz
         part[1] = fold(second + c * LANES)
 
 
+cdef inline Py_ssize_t images_on(const Job* job, const Cut* k, const Span* t, Py_ssize_t n, Py_ssize_t images,
+                                 Py_ssize_t c1) noexcept nogil:
+    """From image n, the first of so many that are summed together, to the one whose runs come next.
+
+    After the last image of channels up to c1 that is the first one, of the channels that follow.
+    """
+    if n + images == t.n1 and c1 < job.channels and (not k.fused or t.n1 == job.outer):
+        return (0 if k.fused else t.n0) - n
+    return images
+
+
 cdef inline Py_ssize_t to_later(const Operand* operand, const Cut* k, Py_ssize_t c, Py_ssize_t channels,
-                                Py_ssize_t images) noexcept nogil:
-    """Bytes from the run of one of so many channels to what is fetched meanwhile; those of other images follow the last."""
+                                Py_ssize_t on) noexcept nogil:
+    """Bytes from the run of one of so many channels to what is fetched meanwhile; what follows the last is so many images on."""
     cdef Py_ssize_t ahead = min(k.ahead, channels)
     if ahead and c + ahead >= channels:
-        return images * operand.outer + (ahead - channels) * operand.channel
+        return on * operand.outer + (ahead - (channels if on > 0 else 0)) * operand.channel
     return k.near + ahead * operand.channel
 
 
@@ -39,7 +50,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef const char* w
     cdef char* g
     cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
-    cdef Py_ssize_t c, n, i, m, several, at_once = 1, next_u, next_v, images, left, most = 1
+    cdef Py_ssize_t c, n, i, m, several, at_once = 1, next_u, next_v, images, on, left, most = 1
     if converts:
         together = side_by_side(&job.u, t.length, kind)
         if job.reads_pair:
@@ -64,6 +75,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     n = t.n0
     while n < t.n1:
         images = min(most, t.n1 - n)
+        on = images_on(job, k, &t, n, images, c1)
         c = 0
         while c < c1 - c0:
             m = min(c1 - c0 - c, together)
@@ -79,8 +91,8 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                 left = c1 - c0 - k.ahead - i
                 if left > 0:  # then come those that are followed by other images
                     several = min(several, left)
-                next_u = to_later(&walked, k, i, c1 - c0, images)
-                next_v = to_later(&near.v, k, i, c1 - c0, images)
+                next_u = to_later(&walked, k, i, c1 - c0, on)
+                next_v = to_later(&near.v, k, i, c1 - c0, on)
                 g = <char*> u
                 if job.gated:
                     w = at(&job.w, n, c0 + i, t.s0)

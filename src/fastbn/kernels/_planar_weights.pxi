@@ -32,7 +32,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
     cdef const char* x
     cdef const floating* u
     cdef bint counted = True
-    cdef Py_ssize_t c, i, m, next_u, images, n = t.n0, most = 1
+    cdef Py_ssize_t c, i, m, next_u, images, on, n = t.n0, most = 1
     # Padding is not marked, or missing.
     cdef floating pad = NAN if job.weights.data == NULL or job.weights.inner == 0 else 0
     memset(first, 0, (c1 - c0) * LANES * sizeof(double))
@@ -43,6 +43,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
         most = IMAGES
     while n < t.n1:
         images = min(most, t.n1 - n)
+        on = images_on(job, k, &t, n, images, c1)
         for c in range(c1 - c0):
             if job.weights.data != NULL and (c == 0 or job.weights.channel != 0):
                 at_w = weights_at(&job.weights, n, c0 + c, t.s0)
@@ -63,10 +64,10 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 u = stage(&job.u, x, t.length, <floating> p[c], buffer)
                 counts[c] += t.length
                 reduce_any(job, True, <const char*> u, <const char*> u, 1, 1, m, p + c, p + c, shifted,
-                           False, to_later(&job.u, k, c, c1 - c0, images), 0, False, first + c * LANES, second + c * LANES, buffer)
+                           False, to_later(&job.u, k, c, c1 - c0, on), 0, False, first + c * LANES, second + c * LANES, buffer)
             else:
                 u = stage(&job.u, x, t.length, pad, buffer)
-                next_u = to_later(&job.u, k, c, c1 - c0, images) // <Py_ssize_t> sizeof(floating)
+                next_u = to_later(&job.u, k, c, c1 - c0, on) // <Py_ssize_t> sizeof(floating)
                 counts[c] += keep_run(u, job.u.outer // <Py_ssize_t> sizeof(floating), marks, job.weights.minor, images, m, p[c],
                                       job.omits, shifted, next_u, first + c * LANES, second + c * LANES)
         n += images
@@ -119,7 +120,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef double most = 0
     cdef double bits[LANES]
     cdef floating pad
-    cdef Py_ssize_t size = sizeof(floating), c, m, images, several, next_u, n = t.n0, most_images = 1
+    cdef Py_ssize_t size = sizeof(floating), c, m, images, on, several, next_u, n = t.n0, most_images = 1
     cdef Py_ssize_t next_w = 1024  # bytes, in the order of memory
     if t.length < SMALL_RUN and direct and each and job.weights.repeat >= job.outer:
         most_images = IMAGES
@@ -129,6 +130,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     memset(second, 0, (c1 - c0) * LANES * sizeof(double))
     while n < t.n1:
         images = min(most_images, t.n1 - n)
+        on = images_on(job, k, &t, n, images, c1)
         c = 0
         while c < c1 - c0:
             several = min(at_once, c1 - c0 - c) if own or c > 0 else 1
@@ -156,7 +158,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
                         choose(u, <float*> weights, t.length, &pad, 0, job.omits, buffer + TILE)
                     m = padded(buffer + TILE, t.length, <floating> p[c])
                     u = buffer + TILE
-                next_u = to_later(&job.u, k, c, c1 - c0, images) // size
+                next_u = to_later(&job.u, k, c, c1 - c0, on) // size
                 weigh_runs(u, job.u.channel // size, job.u.outer // size, w, job.weights.channel, job.weights.minor, one, several,
                            images, m, p + c, each, wide, shifted, c == 0 or own, several > 1, next_u, next_w, sums + c * LANES,
                            first + c * LANES, second + c * LANES, bits)

@@ -203,7 +203,10 @@ cdef inline void normalizing(const number* mean, const number* gamma, const numb
         k = gamma[i] * scale[i]
         a[i] = <floating> k
         p[i] = <floating> mean[i]
-        shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
+        if number is float:  # nothing is left over of a mean, unless it is infinite: what takes part is NaN or 0
+            shift[i] = beta[i] - (mean[i] - <float> p[i]) * gamma[i]
+        else:
+            shift[i] = <floating> (beta[i] - (mean[i] - p[i]) * k)
 
 
 cdef inline bint takes_floats(const Job* job) noexcept nogil:

@@ -7,17 +7,16 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
     /* 1 / sqrt(s) for numbers in range, without a root or a division, which take the time of all else that is done for a
-     * channel: Newton's steps double the digits of what halving the exponent begins with (within 3.5 %), and every compiler
-     * vectorizes them. Four are enough for float64, but for 2 units of the last place. */
+     * channel: halving the exponent is within 3.5 %, a step whose numbers are best for all that may come out of it within
+     * 6.6e-4, and two of Newton's within 6.1e-13, a hundred thousandth of what float32 keeps. */
     static inline double fastbn_reciprocal_root(double s) {
         uint64_t bits;
         double y;
         memcpy(&bits, &s, sizeof bits);
-        bits = 0x5fe6eb50c7b537a9u - (bits >> 1);
+        bits = 0x5fe4167300000000u - (bits >> 1);
         memcpy(&y, &bits, sizeof y);
+        y *= 1.6757926 - 0.69629367 * s * y * y;
         s *= 0.5;
-        y *= 1.5 - s * y * y;
-        y *= 1.5 - s * y * y;
         y *= 1.5 - s * y * y;
         y *= 1.5 - s * y * y;
         return y;
@@ -40,7 +39,7 @@ cdef inline void reciprocal_deviations(const floating* variance, double epsilon,
                                        double* found) noexcept nogil:
     """`reciprocal_deviation` of n channels.
 
-    Where only what float32 keeps of them is wanted, they may be off by 2 units of the last place of float64.
+    Where only what float32 keeps of them is wanted, they may be off by 6.1e-13 of themselves.
     """
     cdef Py_ssize_t i
     cdef double s
