@@ -7,7 +7,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython cimport floating
 from libc.string cimport memset
 
-from .kernels._plan cimport pattern_of, streams, work_of
+from .kernels._plan cimport pattern_of, work_of
 from .kernels.channels cimport blend
 from .kernels.kinds cimport DOUBLE, FLOAT
 from .kernels.job cimport DRIVER, FROZEN, GRADIENT, MOMENTS, NORMALIZE, TRAIN, Driver, Job, Operand, Operation, Parameter
@@ -110,7 +110,6 @@ cdef int carry_out(Job* job, bint wide) noexcept nogil:
     job.applies = job.operation != MOMENTS
     job.reads_pair = job.operation == GRADIENT or job.operation == FROZEN
     job.writes_pair = job.form.pair = job.operation == GRADIENT
-    job.streams = job.applies and streams(job)
     return drivers[<int> pattern_of(job.outer, job.inner)](job, wide)
 
 

@@ -14,7 +14,7 @@ from libc.string cimport memset
 cimport numpy as cnp
 
 from ._memory cimport empty_like
-from ._plan cimport Pattern, bind_weights, keep_in_result, pattern_of, set_bend, set_gate, streams, work_of
+from ._plan cimport Pattern, bind_weights, pattern_of, set_bend, set_gate, work_of
 from .channels cimport load_all
 from .kinds cimport UINT8
 from .job cimport DRIVER, FROZEN, GRADIENT, NORMALIZE, TRAIN, Driver, Job, finish, weigh_gradient
@@ -55,8 +55,6 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     job.writes_pair = job.form.pair = job.operation == GRADIENT
     if job.weighs and job.reads_pair:
         weigh_gradient(job)
-    job.streams = streams(job)
-    keep_in_result(job)
     work = work_of(job.outer, job.channels, job.inner, job.reduces, job.reads_pair)
     job.threads = 1 if work <= serial else threads(work)
     job.interruptible = True

@@ -35,6 +35,7 @@ from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
 from .packs cimport HAS_SMALL_PACKS, LANES
 from .scratch cimport scratch_give, scratch_take
+from .stores cimport place_results
 from .sums cimport reduce_rows
 from .weights cimport (
     Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights,
@@ -323,29 +324,31 @@ cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts
     return DONE
 
 
-cdef int do_job(const Job* job, floating* typed) noexcept nogil:
-    cdef Cut k = cut(job), g
+cdef int do_job(const Job* given, floating* typed) noexcept nogil:
+    cdef Job job = given[0], own
+    place_results(&job)
+    cdef Cut k = cut(&job), g
     cdef Room room
     cdef int status = NO_MEMORY, shares = 1
-    cdef Job own = job[0]
     cdef size_t parts_size, tables_size
-    if k.group == job.channels and too_little(job):
+    own = job
+    if k.group == job.channels and too_little(&job):
         own.threads = 1
         k = cut(&own)
     if k.group < job.channels:
         shares = job.threads
-        own = channels_of(job, 0, k.group)
+        own = channels_of(&job, 0, k.group)
         g = cut_group(&own, &k, k.group)
         room = room_of(&own, &g, sizeof(floating))
     else:
-        room = room_of(job, &k, sizeof(floating))
+        room = room_of(&job, &k, sizeof(floating))
     parts_size = ((room.parts + room.numbers) * shares + LANES) * sizeof(double)
     tables_size = room.tables * shares + LANES * sizeof(floating)
     cdef double* parts = <double*> scratch_take(parts_size) if room.parts else NULL
     cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
     if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
         if k.group < job.channels:
-            status = do_groups(job, &g, &room, aligned(parts), aligned(table))
+            status = do_groups(&job, &g, &room, aligned(parts), aligned(table))
         else:
             take_numbers(&own, &k, &room, aligned(parts))
             status = do_steps(&own, &k, aligned(parts), aligned(table))

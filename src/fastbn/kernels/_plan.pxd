@@ -1,5 +1,5 @@
-from .job cimport NORMALIZE, TRAIN, Job, Operation, Parameter
-from .lanes cimport SMOOTH, STRAIGHT, Form
+from .job cimport Job, Operation, Parameter
+from .lanes cimport STRAIGHT, Form
 
 
 cdef enum Pattern:
@@ -12,12 +12,6 @@ cdef enum:
     # walked as interleaved, every (channel, inner) pair being a column; with no more columns in a channel than rows,
     SHORT_RUN = 16
     MIDDLE_RUN = 32  # also one of runs up to this.
-    # Bytes of a result from which it is stored past the caches: a plain store would read every line before it writes it.
-    # The fewer arrays a pass reads, the larger the result for which caches are still worth more. Measured, not asked of
-    # the system: a virtual machine reported 320 MB of last level cache.
-    STREAM_INFERENCE = 9 << 22
-    STREAM_TRAINING = 3 << 23
-    STREAM_GRADIENT = 3 << 22
     # What is done for a channel takes as long as so many values of an inference: its coefficients,
     CHANNEL = 7
     RUNS = 70  # and of a planar one the sums of its lanes.
@@ -44,14 +38,6 @@ cdef inline bint too_little(const Job* job) noexcept nogil:
             and work_of(job.outer, job.channels, job.inner, True, job.reads_pair) < TWICE)
 
 
-cdef inline bint streams(const Job* job) noexcept nogil:
-    # In place the lines of y are in a cache already.
-    return (job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
-            and job.outer * job.channels * job.inner * job.y.size
-            >= (STREAM_INFERENCE if job.operation == NORMALIZE else STREAM_TRAINING if job.operation == TRAIN
-                else STREAM_GRADIENT))
-
-
 cdef inline int set_bend(Form* form, object bend) except -1:
     """An activation: a number of `BENDS`, and three numbers."""
     kind, numbers = bend
@@ -68,18 +54,6 @@ cdef inline void set_gate(Job* job, bint third) noexcept nogil:
     job.gate.third = third
     job.form.third = False
     job.form.bend = STRAIGHT
-
-
-cdef inline void keep_in_result(Job* job) noexcept nogil:
-    """Let dy, behind its gate, be kept in dx if nobody has another place for it, so that the derivative is found once.
-
-    That is for a dx that stays in the caches, where a store costs less than the derivative, unless its type would round what
-    is kept; and for every smooth activation. Not where x is, which is still to be read.
-    """
-    if (job.gated and job.kept.data == NULL and job.y.data != NULL and job.y.data != job.v.data
-            and (job.gate.bend == SMOOTH or (not job.streams and job.y.size >= 4))):
-        job.kept = job.y
-        job.streams = False  # its lines are in a cache
 
 
 cdef class Plan:

@@ -82,8 +82,6 @@ cdef class Plan:
         bind_parameter(&job.beta, beta)
         bind_parameter(&job.mean, mean)
         bind_parameter(&job.variance, variance)
-        job.streams = job.applies and streams(job)
-        keep_in_result(job)
         job.epsilon = epsilon
         job.first = <double*> cnp.PyArray_DATA(<cnp.ndarray?> first) if first is not None else NULL
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL

@@ -32,6 +32,7 @@ from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far,
 from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
 from .planar_cut cimport BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of
 from .scratch cimport scratch_give, scratch_take
+from .stores cimport place_results
 from .sums cimport reduce_runs
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights, weigh_runs,
@@ -291,8 +292,9 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
 
 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
-    cdef Cut k = cut(job)
     cdef Job own = job[0]
+    place_results(&own)
+    cdef Cut k = cut(&own)
     cdef int status = NO_MEMORY
     if not k.fused and too_little(job):
         own.threads = 1

@@ -52,7 +52,7 @@ cdef struct Job:
     bint gated        # dy comes through the derivative of an activation first
     bint by_output    # which is told from the activation's result, w
     Form gate         # the formula of that
-    bint streams      # y is stored past the caches
+    bint streams      # y is stored past the caches: see stores.pxd
     bint fresh        # nobody will see y if the job ends in failure
     Py_ssize_t outer, channels, inner
     Operand u, v, w, y  # w is the residual, or the result of the activation

@@ -14,7 +14,8 @@ cdef enum:
     LONG_RUN = 1 << 16      # values; shorter neighbouring runs are summed together until they reach this
     FETCHED_RUN = 2048      # values; shorter runs end before the processor's own prefetching has paid
     FUSED_RUN = 4096        # values of operands that channels taken together for the fused pass have side by side, if they can,
-    SHORT_FUSED_RUN = 1536  # values of an operand that short runs have, or are not fused
+    NEAR_FUSED_RUN = 16384  # or of each of them where the cores' own caches hold all,
+    SHORT_FUSED_RUN = 1536  # and that short runs have at least, or they are not fused
     BACK = 1 << 15          # values of neighbouring images that are applied in the order of memory, after later ones
     NEAR = 1 << 11          # bytes that sums fetch in advance, since what the processor fetches by itself ends with every page
     SMALL = 1 << 20         # bytes of operands that are near enough whatever the way
@@ -77,11 +78,12 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     return rest.y.kind <= DOUBLE and <size_t> rest.y.data % rest.y.size == 0 and all_ready(&rest, k.length, rest.y.kind)
 
 
-cdef inline bint goes_in_order(const Job* job, Py_ssize_t span, Py_ssize_t bytes) noexcept nogil:
-    """Whether it is better to walk memory in its order twice than to take so many channels of it at a time."""
+cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
+    """Whether it is better to walk memory in its order twice than to take some channels of it at a time."""
     if is_roomy():
         # 1024 x 16 x 8 x 8, four channels at a time: training 220 and 470 us, 512 x 32 x 10 x 10, eight: 360 and 470.
-        return job.inner < SMALL_RUN and bytes > SMALL and span * job.inner < SHORT_FUSED_RUN
+        return (job.inner < SMALL_RUN and bytes > SMALL
+                and job.channels // (2 * job.threads) * job.inner < SHORT_FUSED_RUN)
     # A channel is many runs of middling length (big NCHW training 1.92 limits against 2.08, conv2 backward 2.22 against 2.25
     # with and 2.86 without fetching by hand);
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
@@ -93,12 +95,21 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t span, Py_ssize_t bytes
             and bytes <= (SHARED_PAIR if summed(job) > 1 else SHARED))
 
 
+cdef inline Py_ssize_t fused_run(Py_ssize_t operands, bint far) noexcept nogil:
+    """Values of an operand that channels taken together for the fused pass have side by side, if they can."""
+    if is_roomy():
+        return FUSED_RUN // 2 if far else NEAR_FUSED_RUN
+    return FUSED_RUN // operands
+
+
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t itemsize = job.u.size
     cdef Py_ssize_t operands = summed(job)
     cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * operands
-    cdef Py_ssize_t tile_bytes, row_bytes, bytes
+    cdef Py_ssize_t bytes = job.channels * channel_bytes
+    cdef bint far = is_roomy() and bytes > job.threads * own_cache  # what is not in the cores' own caches
+    cdef Py_ssize_t tile_bytes, row_bytes
     # The first four decide about parts, so they depend on the shape alone.
     k.segments = (job.inner + TILE - 1) // TILE
     k.length = (job.inner + k.segments - 1) // k.segments
@@ -107,17 +118,19 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.group = 1
     if k.segments == 1:
         k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)
-    k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, FUSED_RUN // (operands * job.inner)))
+    k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, fused_run(operands, far) // job.inner))
+    if k.span > 1:  # threads have as many tasks as one another
+        k.spans = (job.channels + k.span * job.threads - 1) // (k.span * job.threads) * job.threads
+        k.span = (job.channels + k.spans - 1) // k.spans
     k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= own_cache
     if job.weights.unchecked and not job.fresh:  # nothing is written before all of them have been seen
         k.fused = False
-    bytes = job.outer * job.channels * job.inner * itemsize * operands
     k.abreast = ABREAST > 1 and bytes <= SHARED
     k.ahead, k.near = (1 if k.fused and job.inner < FETCHED_RUN and not k.abreast else 0), 0
-    if goes_in_order(job, k.span, bytes):
+    if goes_in_order(job, bytes):
         k.fused = False
-    if k.fused and is_roomy():  # what is not in the cores' own caches is far
-        k.abreast = ABREAST > 1 and bytes <= job.threads * own_cache
+    if k.fused and is_roomy():
+        k.abreast = ABREAST > 1 and not far
         k.ahead = 1 if job.inner < TILE and not k.abreast else 0
     if is_roomy():
         if k.length * itemsize < NEAR:
