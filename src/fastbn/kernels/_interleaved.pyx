@@ -216,16 +216,17 @@ cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* 
                    const floating* gates) noexcept nogil:
     """Reduce all blocks to parts, or apply the table to them, in waves, looking for signals in between."""
     cdef const Grid* g = &k.sums if parts != NULL else &k.results
-    cdef Py_ssize_t tasks = g.blocks * g.chunks, begin = 0, end, share
+    cdef Py_ssize_t tasks = g.blocks * g.chunks, begin = 0, end, even, share
     cdef int threads = job.threads
     while begin < tasks:
         end = min(begin + g.wave, tasks)
+        even = max(begin, min(end, tasks - g.chunks if k.rest else tasks))  # a row that is not full takes next to no time
         if threads == 1:  # a team of one would cost more than a small call
             do_tasks(job, k, begin, end, parts, table, gates)
         else:
             for share in prange(threads, schedule="static", num_threads=threads):
-                do_tasks(job, k, begin + (end - begin) * share // threads,
-                         begin + (end - begin) * (share + 1) // threads, parts, table, gates)
+                do_tasks(job, k, begin + (even - begin) * share // threads,
+                         end if share == threads - 1 else begin + (even - begin) * (share + 1) // threads, parts, table, gates)
         begin = end
         if begin < tasks and job.interruptible and is_interrupted():
             return INTERRUPTED

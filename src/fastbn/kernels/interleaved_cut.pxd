@@ -5,7 +5,7 @@ from .packs cimport LANES
 
 cdef enum:
     BLOCK = 131072     # values of a block of rows: what a block costs beside its values is then less than a tenth
-    MIN_ROWS = 128     # of a block, however wide
+    MIN_ROWS = 128     # of a block, however wide, if there are so many for each task
     SHARED = 32768     # values; of more, there are
     EVEN = 4           # tasks or a multiple, so that threads have as much to do as one another
     STEP = 32          # rows taken together at most
@@ -142,7 +142,8 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
         set_grids(job, &k, height, most, height)
         return k
     blocks = (k.rows + height * EVEN - 1) // (height * EVEN) * EVEN
-    height = max(<Py_ssize_t> MIN_ROWS, (k.rows + blocks - 1) // blocks)
+    blocks = min(blocks, max(<Py_ssize_t> EVEN, k.rows // MIN_ROWS // EVEN * EVEN))
+    height = (k.rows + blocks - 1) // blocks if k.rows > MIN_ROWS * (EVEN - 1) else <Py_ssize_t> MIN_ROWS
     blocks = (k.rows + height - 1) // height
     if blocks >= EVEN:
         # Of the gradient's two operands half at most is in a second level cache still: results, which begin at the end, are

@@ -149,8 +149,11 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     else:
         k.span = k.group
         k.stretch = max(<Py_ssize_t> 1, STRETCH // (tile_bytes * k.span))
-    k.spans = (job.channels + k.span - 1) // k.span
     k.stretches = (k.tiles + k.stretch - 1) // k.stretch
+    if not k.fused and job.threads > 1 and k.stretches < 2 * job.threads:  # channels make up for the tasks that are missing
+        k.spans = (2 * job.threads + k.stretches - 1) // k.stretches
+        k.span = min(k.span, (job.channels + k.spans - 1) // k.spans)
+    k.spans = (job.channels + k.span - 1) // k.span
     k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.span * k.stretch))
     k.cuts, k.cut = k.segments, k.length
     k.joins = joins(job, &k)
