@@ -165,8 +165,11 @@ cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, f
     cdef floating* channel = table + 5 * k.padded if spread else table
     cdef Py_ssize_t c, i, s, j
     coefficients(job, c0, c1, stride, channel)
-    for j in range(5):
-        if spread:
+    for j in range(5 if job.form.pair else 3):  # the last two are a second operand's
+        if spread and job.inner == 1:
+            for i in range(k.positions):
+                memcpy(table + j * k.padded + i * job.channels + c0, channel + j * stride + c0, (c1 - c0) * sizeof(floating))
+        elif spread:
             for i in range(k.positions):
                 for c in range(c0, c1):
                     for s in range(job.inner):
