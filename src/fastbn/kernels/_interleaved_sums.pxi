@@ -168,7 +168,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
     if not in_parts:
         memcpy(part, first, t.columns * sizeof(double))
         memcpy(squares, second, t.columns * sizeof(double))
-    if job.weighs:
+    if job.weighs and not job.omits:
         hide_block(job, k, &t, p, q, part, squares, gates)
 
 
