@@ -295,6 +295,35 @@ def test_past_the_caches_with_a_residual(shape):
     ref.assert_same_bits(x, expected)
 
 
+@pytest.mark.parametrize("kind", ["float32", "float64", "bool", "missing"])
+def test_past_the_caches_with_weights(kind):
+    """A gradient whose values have weights of their own, or of which some are missing, by runs that share lines."""
+    shape = (20, 350, 23, 23)
+    rng = np.random.default_rng(8)
+    x, dy, weights = rng.standard_normal((3, *shape), dtype=np.float32)
+    options = {"axis": 1, "training": True}
+    if kind == "bool":
+        options["mask"] = weights > -1
+    elif kind == "missing":
+        x[weights > 1] = np.nan
+        options["nan_policy"] = "omit"
+    else:
+        options["sample_weight"] = np.abs(weights).astype(kind)
+    _, cache = fastbn.batch_norm_forward(x, **options)
+    memory = np.full(x.size + 32, 7, np.float32)
+    for first in (8, 11, 16, 23):
+        dx = memory[first : first + x.size].reshape(shape)
+        fastbn.batch_norm_backward(dy, cache, out=dx)
+        if first == 8:
+            expected = dx.copy()
+        ref.assert_same_bits(dx, expected)
+        assert (memory[:first] == 7).all()
+        assert (memory[first + x.size :] == 7).all()
+        memory[:] = 7
+    in_place, *_ = fastbn.batch_norm_backward(dy, cache, out=dy)
+    ref.assert_same_bits(in_place, expected)
+
+
 def test_past_the_caches_where_a_piece_is_one_value():
     """A plane so long that its pieces, all but the last equally long, leave it a single value."""
     x = np.random.default_rng(9).standard_normal((1, 1, 4096 * 4200 + 1), dtype=np.float32)

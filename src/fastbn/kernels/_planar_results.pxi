@@ -62,13 +62,15 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
 cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0, Py_ssize_t length,
                     const floating* table, floating* tile, line* rest) noexcept nogil:
     """`apply_image` to runs that share lines: values of a line that is not one run's alone go through a tile."""
+    cdef bint weighted = job.form.bend >= WEIGHTED and job.form.third
     cdef Py_ssize_t size = job.y.size, whole_line = LINE // size, c, head, end
     cdef const char* u
     cdef const char* v
     cdef const char* w
     cdef char* y
     for c in range(c0, c1):
-        u, v, w, y = at(&job.u, n, c, s0), at(&job.v, n, c, s0), at(&job.w, n, c, s0), at(&job.y, n, c, s0)
+        u, v, y = at(&job.u, n, c, s0), at(&job.v, n, c, s0), at(&job.y, n, c, s0)
+        w = weights_at(&job.weights, n, c, s0) if weighted else at(&job.w, n, c, s0)
         head = <Py_ssize_t> (-<size_t> y % LINE) // size
         end = head + (length - head) // whole_line * whole_line
         if head:

@@ -72,9 +72,13 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     cdef Job rest
     if not (job.streams and k.length > JOINED and shares_lines(&job.y, k, k.length)):
         return False
-    if job.form.bend >= WEIGHTED or (job.gated and job.kept.data == NULL):
+    if job.gated and job.kept.data == NULL:
         return False
     rest = behind_gate(job) if job.gated else job[0]
+    if job.form.bend >= WEIGHTED and job.form.third:  # then w are weights
+        if job.weights.size != job.y.size or job.weights.inner != job.y.size:
+            return False
+        rest.form.third = False
     return rest.y.kind <= DOUBLE and <size_t> rest.y.data % rest.y.size == 0 and all_ready(&rest, k.length, rest.y.kind)
 
 
