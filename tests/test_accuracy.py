@@ -138,6 +138,17 @@ def test_inference_with_float64_statistics_keeps_both_parts_of_the_mean(case, me
     ref.assert_within(y, ref.normalize(*arguments), ref.apply_tolerance(*arguments), "y")
 
 
+def test_float32_deviations_are_rounded_once():
+    """1 / sqrt is found within 6.1e-13, so that a scale is next to always the float32 that is nearest."""
+    rng = np.random.default_rng(5)
+    variance = (10.0 ** rng.uniform(-36, 36, 100_000)).astype(np.float32)
+    ones, zeros = np.ones((1, len(variance)), np.float32), np.zeros(len(variance), np.float32)
+    scale = batch_norm(ones, epsilon=0.0, moving_mean=zeros, moving_variance=variance)[0]
+    exact = 1 / np.sqrt(variance.astype(np.float64))
+    half = np.spacing(exact.astype(np.float32)).astype(np.float64) / 2
+    assert (np.abs(scale - exact) <= half + 6.2e-13 * exact).all()  # 6.2: float64 rounds as well
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 130), (2, 130, 40)], ids=str)
 def test_variances_of_any_size_change_no_bit_of_their_neighbours(shape, dtype):

@@ -29,7 +29,7 @@ from .job cimport (
     kind_of_results, native,
 )
 from .kinds cimport BFLOAT, DOUBLE, HALF, size_of
-from .lanes cimport PRESENT, WEIGHTED, Form, apply_rows
+from .lanes cimport Form, apply_rows, is_weighted
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge

@@ -52,7 +52,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef bint dense_u = dense(job, k, &job.u), dense_y = dense(job, k, &job.y)
     cdef bint reads_v = job.writes_pair or job.gated
     cdef bint dense_v = reads_v and dense(job, k, &job.v)
-    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT  # then w are weights
+    cdef bint weighted = is_weighted(job.form.bend)
     cdef bint dense_w = job.form.third and (dense_weights(job, k) if weighted else dense(job, k, &job.w))
     # Values of 16 bits are read and written where they are if all are, else staged.
     cdef int kind = kind_of_results(job)

@@ -25,12 +25,14 @@ from .job cimport (
     is_interrupted, kind_of_results, native,
 )
 from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, size_of
-from .lanes cimport PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form, apply_runs
+from .lanes cimport SMOOTH, STRAIGHT, Form, apply_runs, is_weighted
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
 from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
-from .planar_cut cimport BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of
+from .planar_cut cimport (
+    BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of, weights_ready,
+)
 from .scratch cimport scratch_give, scratch_take
 from .stores cimport place_results
 from .sums cimport reduce_runs

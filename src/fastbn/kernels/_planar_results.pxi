@@ -62,7 +62,7 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
 cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0, Py_ssize_t length,
                     const floating* table, floating* tile, line* rest) noexcept nogil:
     """`apply_image` to runs that share lines: values of a line that is not one run's alone go through a tile."""
-    cdef bint weighted = job.form.bend >= WEIGHTED and job.form.third
+    cdef bint weighted = is_weighted(job.form.bend) and job.form.third
     cdef Py_ssize_t size = job.y.size, whole_line = LINE // size, c, head, end
     cdef const char* u
     cdef const char* v
@@ -145,8 +145,7 @@ cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, 
     cdef bint direct = (ready(&job.u, length, native(table)) and ready(&job.v, length, native(table))
                         and ready(&job.y, length, native(table)))
     # As wide as arithmetic, and side by side: then they are read where they are.
-    cdef bint unstaged = (job.form.third and job.weights.size == sizeof(floating)
-                          and job.weights.inner == sizeof(floating) and length >= LANES)
+    cdef bint unstaged = job.form.third and weights_ready(job, length, sizeof(floating))
     # Runs of channels that lie side by side are taken together, for what is left over of a short one takes longest.
     cdef bint dense = (job.weights.inner == job.weights.size and job.weights.channel == job.inner * job.weights.size
                        and length == job.inner)
@@ -173,7 +172,7 @@ cdef void apply_planes(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_
                        const floating* table, floating* buffer) noexcept nogil:
     """Pieces first..last of the memory of channels c0..c1, in its order; a piece is a cut of a plane."""
     cdef Runs runs
-    cdef bint weighted = job.form.bend == WEIGHTED or job.form.bend == PRESENT
+    cdef bint weighted = is_weighted(job.form.bend)
     cdef Py_ssize_t piece = first, s0, plane, n, c, m, length
     cdef line rest
     runs.length = 0

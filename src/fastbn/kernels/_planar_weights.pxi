@@ -76,17 +76,11 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
         total_of(job, k, tile, c0 + c, parts)[0] = counts[c]
 
 
-cdef inline bint in_place(const Job* job, Py_ssize_t n, bint wide) noexcept nogil:
-    """Whether n weights of a run need not be copied to be summed."""
-    cdef Py_ssize_t size = sizeof(double) if wide else sizeof(float)
-    return job.weights.size == size and job.weights.inner == size and n >= LANES
-
-
 cdef const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, bint copied,
                                        weight* room) noexcept nogil:
     """n weights side by side, where they are or copied; then, or where there are few, LANES at least, 0 behind them."""
     cdef Py_ssize_t i
-    if in_place(job, n, weight is double) and not copied:
+    if weights_ready(job, n, sizeof(weight)) and not copied:
         return at_w
     take_weights(&job.weights, at_w, job.weights.inner, n, room)
     for i in range(n, LANES):
@@ -113,7 +107,8 @@ cdef void weigh_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c
     cdef const char* at_w
     cdef const char* x
     cdef const floating* u
-    cdef bint direct = not stages and ready(&job.u, t.length, native(buffer)) and (not each or in_place(job, t.length, wide))
+    cdef bint direct = (not stages and ready(&job.u, t.length, native(buffer))
+                        and (not each or weights_ready(job, t.length, sizeof(double) if wide else sizeof(float))))
     cdef bint alike = each or job.weights.channel == 0  # channels whose sums are side by side may share the weight of a run
     cdef Py_ssize_t at_once = ABREAST if k.abreast and direct and alike else 1
     cdef double one = 1

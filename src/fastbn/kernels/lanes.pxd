@@ -50,6 +50,11 @@ cdef struct Form:
     double[3] numbers
 
 
+cdef inline bint is_weighted(int bend) noexcept nogil:
+    """Whether it is a gradient of values that do not all count alike; the third operand, if there is one, are weights then."""
+    return bend == WEIGHTED or bend == PRESENT
+
+
 cdef inline pack counted(pack u, pack v, pack w, pack a, pack c, pack q, pack b, pack kept, bint frozen) noexcept nogil:
     """The gradient (u + w * ((v - q) * b + c)) * a of weighted statistics; 0 where v is missing.
 
@@ -104,7 +109,7 @@ cdef inline pack scaled(const char* u, const char* v, const char* w, int kind, p
     cdef pack x2 = fetch(v, kind, p) if pair else x
     cdef pack x3 = fetch(w, kind, p) if third else splat(1, p)
     cdef pack z
-    if bend == WEIGHTED or bend == PRESENT:
+    if is_weighted(bend):
         return counted(x, x2, x3, a, c, q, b, k0, bend == PRESENT)
     if pair and bend == STRAIGHT:
         return ((x - p) + ((x2 - q) * b + c)) * a
@@ -202,7 +207,7 @@ cdef inline void runs_by(const char* u, Py_ssize_t su, const char* v, Py_ssize_t
                          Py_ssize_t stride, const Form* f, bint stream, int kind, int bend) noexcept nogil:
     """*apply* of a kind of bend, a constant where this is compiled. A gate never streams: its result is read next."""
     cdef const double* k = f.numbers
-    cdef bint weighted = bend == WEIGHTED or bend == PRESENT
+    cdef bint weighted = is_weighted(bend)
     if (f.pair or weighted) and (kind <= DOUBLE or bend == STRAIGHT):
         if f.third and weighted and stream:
             runs_as(u, su, v, sv, w, sw, y, sy, runs, n, p, stride, k, kind, True, True, bend, True)
@@ -415,7 +420,7 @@ cdef inline void rows_by(const char* u, Py_ssize_t su, const char* v, Py_ssize_t
                          const floating* b, const Form* f, bint stream, int kind, int bend) noexcept nogil:
     """*apply* of a kind of bend, a constant where this is compiled. A gate never streams: its result is read next."""
     cdef const double* k = f.numbers
-    cdef bint weighted = bend == WEIGHTED or bend == PRESENT
+    cdef bint weighted = is_weighted(bend)
     if (f.pair or weighted) and (kind <= DOUBLE or bend == STRAIGHT):
         if f.third and weighted and stream:
             rows_as(u, su, v, sv, w, sw, y, sy, rows, width, large, ahead, p, a, c, q, b, k, kind, True, True, bend, True)

@@ -2,7 +2,7 @@
 from .caches cimport is_roomy, own_cache
 from .job cimport Job, Operand, behind_gate, summed
 from .kinds cimport DOUBLE
-from .lanes cimport WEIGHTED
+from .lanes cimport is_weighted
 from .lines cimport GATHERED, LINE
 from .packs cimport ABREAST, LANES
 
@@ -67,6 +67,11 @@ cdef inline bint all_ready(const Job* job, Py_ssize_t n, int kind) noexcept nogi
             and (not job.form.third or ready(&job.w, n, kind)))
 
 
+cdef inline bint weights_ready(const Job* job, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
+    """Whether those of a run of n values are of that size and need no staging."""
+    return job.weights.size == size and job.weights.inner == size and n >= LANES
+
+
 cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     """Whether results can be stored past the caches from registers, but for lines that two runs share."""
     cdef Job rest
@@ -75,8 +80,8 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     if job.gated and job.kept.data == NULL:
         return False
     rest = behind_gate(job) if job.gated else job[0]
-    if job.form.bend >= WEIGHTED and job.form.third:  # then w are weights
-        if job.weights.size != job.y.size or job.weights.inner != job.y.size:
+    if is_weighted(job.form.bend) and job.form.third:
+        if not weights_ready(job, k.length, job.y.size):
             return False
         rest.form.third = False
     return rest.y.kind <= DOUBLE and <size_t> rest.y.data % rest.y.size == 0 and all_ready(&rest, k.length, rest.y.kind)
