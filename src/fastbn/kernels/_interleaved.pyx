@@ -330,7 +330,7 @@ cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts
 
 cdef int do_job(const Job* given, floating* typed) noexcept nogil:
     cdef Job job = given[0], own
-    place_results(&job)
+    place_results(&job, False)
     cdef Cut k = cut(&job), g
     cdef Room room
     cdef int status = NO_MEMORY, shares = 1
