@@ -18,19 +18,14 @@ def batch(layout, *shape, dtype=torch.float32):
     return torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_same_bits_as_the_full_way(dtype, layout, training, with_residual, activation):
+def assert_same_bits_as_the_full_way(shape, dtype, layout, training, with_residual, activation):
     torch.manual_seed(0)
-    x, residual, dy = (batch(layout, 5, 6, 7, 9, dtype=dtype).requires_grad_() for _ in range(3))
-    weight, bias = (torch.randn(6, dtype=dtype).requires_grad_() for _ in range(2))
+    x, residual, dy = (batch(layout, *shape, dtype=dtype).requires_grad_() for _ in range(3))
+    weight, bias = (torch.randn(shape[1], dtype=dtype).requires_grad_() for _ in range(2))
     inputs = [x, weight, bias, *[residual][: 1 if with_residual else 0]]
     results = []
     for way in ("straight", "full"):
-        mean, variance = torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype)
+        mean, variance = torch.zeros(shape[1], dtype=dtype), torch.ones(shape[1], dtype=dtype)
         other = residual if with_residual else None
         if way == "straight":
             y = _eager.normalize(x, weight, bias, other, mean, variance, None, training, 0.1, 1e-5, activation)
@@ -42,6 +37,24 @@ def test_the_same_bits_as_the_full_way(dtype, layout, training, with_residual, a
     for straight, full in zip(*results):
         assert torch.equal(straight, full)
         assert straight.dtype is full.dtype
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_bits_as_the_full_way(dtype, layout, training, with_residual, activation):
+    assert_same_bits_as_the_full_way((5, 6, 7, 9), dtype, layout, training, with_residual, activation)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(128, 64, 8, 8), (128, 64, 7, 7), (33, 64, 17, 17)])
+def test_the_same_bits_of_what_is_stored_elsewhere(shape, layout, with_residual, activation):
+    """In training some results of 2 MB and more go past the caches, which by the full way they do not."""
+    assert_same_bits_as_the_full_way(shape, torch.float32, layout, True, with_residual, activation)
 
 
 def test_what_it_leaves_to_the_full_way():

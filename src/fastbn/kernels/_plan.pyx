@@ -87,7 +87,7 @@ cdef class Plan:
         job.second = <double*> cnp.PyArray_DATA(<cnp.ndarray?> second) if second is not None else NULL
         job.threads = threads
         job.interruptible = True
-        job.weighs = job.omits = job.settles = job.fresh = False
+        job.weighs = job.omits = job.settles = job.fresh = job.trains = False
         job.dgamma.data = job.dbeta.data = NULL
         job.total = NULL
         job.weights.data = NULL

@@ -54,6 +54,7 @@ cdef struct Job:
     Form gate         # the formula of that
     bint streams      # y is stored past the caches: see stores.pxd
     bint fresh        # nobody will see y if the job ends in failure
+    bint trains       # a network: its other layers work between two such jobs, so that no cache holds where y goes
     Py_ssize_t outer, channels, inner
     Operand u, v, w, y  # w is the residual, or the result of the activation
     Operand kept        # where the gated dy goes; in no memory where nobody wants it

@@ -10,15 +10,16 @@ cdef enum:
     STREAM_INFERENCE = 9 << 22
     STREAM_TRAINING = 3 << 23
     STREAM_GRADIENT = 3 << 22
-    # Roomy cores: of results that registers store by whole lines, and of other gradients.
+    # Roomy cores: of results that registers store by whole lines, of such that are in no cache anyway, and of other gradients.
     STREAM_ROOMY = 1 << 23
+    STREAM_BETWEEN = 1 << 21
     STREAM_ROOMY_GRADIENT = 1 << 24
 
 
 cdef inline Py_ssize_t streamed_from(const Job* job, bint gathers) noexcept nogil:
     """Bytes of a result from which it is stored past the caches, gathered in tiles for that or not."""
     if is_roomy() and job.y.size >= 4 and not gathers:
-        return STREAM_ROOMY
+        return STREAM_BETWEEN if job.trains else STREAM_ROOMY
     if job.operation == NORMALIZE:
         return STREAM_INFERENCE
     if job.operation == TRAIN:

@@ -143,7 +143,7 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
             return None
         (<int64_t*> other.data)[0] += 1
     job.operation = TRAIN if training else NORMALIZE
-    job.settles = training
+    job.settles = job.trains = training
     job.ddof = 1
     call.has_bias = bias is not None
     if is_grad_enabled() and (
@@ -231,6 +231,7 @@ def backward(ctx, dy):
     job.mean.stride = job.variance.stride = sizeof(double)
     job.mean.wide = job.variance.wide = True
     job.operation = FROZEN if call.frozen else GRADIENT
+    job.trains = True
     job.epsilon = call.eps
     job.form.bend = STRAIGHT
     gates = call.bent is not None
