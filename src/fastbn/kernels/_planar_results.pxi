@@ -24,7 +24,7 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
     r.length, r.kind = length, kind
     r.near = job[0]
     r.reads_v = job.writes_pair or job.gated
-    r.gathers = job.streams and whole and shares_lines(&job.y, k, length)
+    r.gathers = job.streams and whole and shares_lines(&job.y, k.cut, length)
     r.converts = r.gathers or not (job.u.kind == kind and job.y.kind == kind and (job.v.kind == kind or not r.reads_v)
                                    and (job.w.kind == kind or not job.form.third))
     r.together = job.channels
@@ -45,7 +45,7 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
         r.near.w = staged(&job.w, length, kind)
         r.near.y = in_tile(length, kind) if r.gathers else staged(&job.y, length, kind)
         r.near.streams = job.streams and job.y.kind == kind and not r.gathers
-    elif job.streams and shares_lines(&job.y, k, length):
+    elif job.streams and shares_lines(&job.y, k.cut, length):
         r.near.streams = False
     r.step_u = r.near.u.channel
     r.gate_direct = False
@@ -154,7 +154,7 @@ cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, 
     near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
     if not is_native(&job.y):
         near.w.kind = FLOAT
-    near.streams = job.streams and not shares_lines(&job.y, k, length)
+    near.streams = job.streams and not shares_lines(&job.y, k.cut, length)
     for c in range(c0, c1):
         if unstaged:
             w = weights_at(&job.weights, n, c, s0)

@@ -50,10 +50,10 @@ cdef struct Cut:
     Py_ssize_t near        # or so many bytes of the same run
 
 
-cdef inline bint shares_lines(const Operand* operand, const Cut* k, Py_ssize_t length) noexcept nogil:
-    """Whether runs of that length, of planes that may be cut, start or end within a line of a cache."""
+cdef inline bint shares_lines(const Operand* operand, Py_ssize_t cut, Py_ssize_t length) noexcept nogil:
+    """Whether runs of that length, of planes that are cut so, start or end within a line of a cache."""
     cdef Py_ssize_t places = <Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel
-    return (places | (k.cut | length) * operand.size) % LINE != 0
+    return (places | (cut | length) * operand.size) % LINE != 0
 
 
 cdef inline bint ready(const Operand* operand, Py_ssize_t n, int kind) noexcept nogil:
@@ -75,7 +75,7 @@ cdef inline bint weights_ready(const Job* job, Py_ssize_t n, Py_ssize_t size) no
 cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     """Whether results can be stored past the caches from registers, but for lines that two runs share."""
     cdef Job rest
-    if not (job.streams and k.length > JOINED and shares_lines(&job.y, k, k.length)):
+    if not (job.streams and k.length > JOINED and shares_lines(&job.y, k.cut, k.length)):
         return False
     if job.gated and job.kept.data == NULL:
         return False
@@ -166,7 +166,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.wave = max(<Py_ssize_t> 1, WAVE // (tile_bytes * k.span * k.stretch))
     k.cuts, k.cut = k.segments, k.length
     k.joins = joins(job, &k)
-    if job.streams and k.length > GATHERED and not k.joins and shares_lines(&job.y, &k, k.length):
+    if job.streams and k.length > GATHERED and not k.joins and shares_lines(&job.y, k.cut, k.length):
         # Loads and stores alternate with each tile: one as large as a first level cache would leave memory to wait.
         k.cuts = (job.inner + GATHERED - 1) // GATHERED
         k.cut = (job.inner + k.cuts - 1) // k.cuts
