@@ -403,6 +403,20 @@ def test_regress_compares_two_builds(tmp_path, capfd):
     printed = capfd.readouterr().out
     assert "| train | 3x4 | interleaved |" in printed
     assert "| train | 2x3x2x5 | planar |" in printed
+    between = ["--threshold", "1000", *arguments, "--between", "--ops", "train,backward,moments"]
+    assert regress.main([str(tmp_path), *between]) == 0
+    assert "| backward | tiny | interleaved |" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("operation", "given"), [("train", "x"), ("backward", "dy")])
+def test_a_call_between_layers_writes_what_it_reads(operation, given):
+    case = cases.Case((4, 3), "interleaved", "float32")
+    call = regress.between_layers(operations.prepare(operation, "fastbn", case), case, operation)
+    call()
+    expected = case.out.copy()
+    getattr(case, given)[...] = case.out[...] = 0
+    call()
+    assert np.array_equal(case.out, expected)
 
 
 def test_regress_wants_a_build(tmp_path):
