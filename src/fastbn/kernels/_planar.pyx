@@ -295,7 +295,7 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
 
 cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef Job own = job[0]
-    place_results(&own, own.inner <= JOINED and shares_lines(&own.y, own.inner, own.inner))
+    place_results(&own, (own.inner <= JOINED or own.y.size < 4) and shares_lines(&own.y, own.inner, own.inner))
     cdef Cut k = cut(&own)
     cdef int status = NO_MEMORY
     if not k.fused and too_little(job):

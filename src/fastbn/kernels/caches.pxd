@@ -10,6 +10,7 @@ cdef extern from "caches.h" nogil:
 
 cdef enum:
     ROOMY = 3 << 19
+    LEAN = 1 << 20  # below
 
 
 cdef inline bint is_roomy() noexcept nogil:
@@ -19,3 +20,12 @@ cdef inline bint is_roomy() noexcept nogil:
     from memory (measured: 27 GB/s from 3 MB to 100 MB). So there is nothing to be had by staying within it.
     """
     return own_cache >= ROOMY
+
+
+cdef inline bint is_lean() noexcept nogil:
+    """Whether cores have so little of their own that much is left to the last level.
+
+    Processors with 256 or 512 KB for each core have a last level that a few cores share and that is near to them. What one
+    thread works on stays there, if all threads together take a part of it only.
+    """
+    return own_cache < LEAN

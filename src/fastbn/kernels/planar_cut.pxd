@@ -1,5 +1,5 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
-from .caches cimport is_roomy, own_cache
+from .caches cimport is_lean, is_roomy, own_cache
 from .job cimport Job, Operand, behind_gate, summed
 from .kinds cimport DOUBLE
 from .lanes cimport is_weighted
@@ -15,12 +15,13 @@ cdef enum:
     FETCHED_RUN = 2048      # values; shorter runs end before the processor's own prefetching has paid
     FUSED_RUN = 4096        # values of operands that channels taken together for the fused pass have side by side, if they can,
     NEAR_FUSED_RUN = 16384  # or of each of them where the cores' own caches hold all,
-    SHORT_FUSED_RUN = 1536  # and that short runs have at least, or they are not fused
+    SHORT_FUSED_RUN = 1536  # and that short runs have at least, or they are not fused; where cores are lean twice as many
     BACK = 1 << 15          # values of neighbouring images that are applied in the order of memory, after later ones
     NEAR = 1 << 11          # bytes that sums fetch in advance, since what the processor fetches by itself ends with every page
     SMALL = 1 << 20         # bytes of operands that are near enough whatever the way
     OWN = 1 << 23           # bytes of operands of which the cores' own caches keep much
     SHARED = 1 << 24        # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
+    SHARE = 1 << 22         # bytes that one thread has of it at most where cores are lean
     SHARED_PAIR = 1 << 26   # the same of two operands
     JOINED = 192            # values; of longer runs only the lines that two of them share are put together
     STRETCH = 1 << 18       # bytes of one task where channels are cut
@@ -89,10 +90,11 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
 
 cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     """Whether it is better to walk memory in its order twice than to take some channels of it at a time."""
-    if is_roomy():
-        # 1024 x 16 x 8 x 8, four channels at a time: training 220 and 470 us, 512 x 32 x 10 x 10, eight: 360 and 470.
+    if is_roomy() or is_lean():
+        # 1024 x 16 x 8 x 8, four channels at a time: training 220 and 470 us, 512 x 32 x 10 x 10, eight: 360 and 470. On lean
+        # cores 256 x 32 x 16 x 16, eight: 470 and 680.
         return (job.inner < SMALL_RUN and bytes > SMALL
-                and job.channels // (2 * job.threads) * job.inner < SHORT_FUSED_RUN)
+                and job.channels // (2 * job.threads) * job.inner < SHORT_FUSED_RUN * (2 if is_lean() else 1))
     # A channel is many runs of middling length (big NCHW training 1.92 limits against 2.08, conv2 backward 2.22 against 2.25
     # with and 2.86 without fetching by hand);
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
@@ -108,7 +110,16 @@ cdef inline Py_ssize_t fused_run(Py_ssize_t operands, bint far) noexcept nogil:
     """Values of an operand that channels taken together for the fused pass have side by side, if they can."""
     if is_roomy():
         return FUSED_RUN // 2 if far else NEAR_FUSED_RUN
-    return FUSED_RUN // operands
+    return (NEAR_FUSED_RUN if is_lean() and not far else FUSED_RUN) // operands
+
+
+cdef inline Py_ssize_t near_cache(const Job* job) noexcept nogil:
+    """Bytes of what a task sums that are still near to its core when it applies them.
+
+    A lean core's share of the last level is near. In a loop and cold, times those of two walks in the order of memory:
+    gradients 0.91 and 0.73, training 0.97 and 0.90; 64 x 256 x 56 x 56 0.70 and 0.79.
+    """
+    return max(own_cache, min(<Py_ssize_t> SHARE, SHARED // <Py_ssize_t> job.threads)) if is_lean() else own_cache
 
 
 cdef inline Cut cut(const Job* job) noexcept nogil:
@@ -117,7 +128,8 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Py_ssize_t operands = summed(job)
     cdef Py_ssize_t channel_bytes = job.outer * job.inner * itemsize * operands
     cdef Py_ssize_t bytes = job.channels * channel_bytes
-    cdef bint far = is_roomy() and bytes > job.threads * own_cache  # what is not in the cores' own caches
+    # What is not in the cores' own caches, or in the one they share.
+    cdef bint far = is_roomy() and bytes > job.threads * own_cache or is_lean() and bytes > SHARED
     cdef Py_ssize_t tile_bytes, row_bytes
     # The first four decide about parts, so they depend on the shape alone.
     k.segments = (job.inner + TILE - 1) // TILE
@@ -131,7 +143,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if k.span > 1:  # threads have as many tasks as one another
         k.spans = (job.channels + k.span * job.threads - 1) // (k.span * job.threads) * job.threads
         k.span = (job.channels + k.spans - 1) // k.spans
-    k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= own_cache
+    k.fused = job.reduces and job.applies and k.span > 0 and channel_bytes * k.span <= near_cache(job)
     if job.weights.unchecked and not job.fresh:  # nothing is written before all of them have been seen
         k.fused = False
     k.abreast = ABREAST > 1 and bytes <= SHARED

@@ -1,5 +1,5 @@
 """Where results go: into the caches, or past them."""
-from .caches cimport is_roomy
+from .caches cimport is_lean, is_roomy
 from .job cimport NORMALIZE, TRAIN, Job
 from .lanes cimport SMOOTH
 
@@ -14,12 +14,17 @@ cdef enum:
     STREAM_ROOMY = 1 << 23
     STREAM_BETWEEN = 1 << 21
     STREAM_ROOMY_GRADIENT = 1 << 24
+    # Lean cores: what is left of such a last level beside the others that share it holds no more.
+    STREAM_LEAN = 3 << 22
+    STREAM_LEAN_GRADIENT = 1 << 23
 
 
 cdef inline Py_ssize_t streamed_from(const Job* job, bint gathers) noexcept nogil:
     """Bytes of a result from which it is stored past the caches, gathered in tiles for that or not."""
     if is_roomy() and job.y.size >= 4 and not gathers:
         return STREAM_BETWEEN if job.trains else STREAM_ROOMY
+    if is_lean() and (job.y.size >= 4 or not gathers):
+        return STREAM_LEAN if job.operation == NORMALIZE or job.operation == TRAIN else STREAM_LEAN_GRADIENT
     if job.operation == NORMALIZE:
         return STREAM_INFERENCE
     if job.operation == TRAIN:
@@ -32,12 +37,13 @@ cdef inline void place_results(Job* job, bint gathers) noexcept nogil:
     for it, so that the derivative is found once.
 
     In place the lines of y are in a cache already. dy is kept in dx where a store costs less than the derivative, unless its
-    type would round what is kept: in a dx that stays in the caches, in any of roomy cores, and for every smooth activation.
+    type would round what is kept: in a dx that stays in the caches, in any of roomy and of lean cores, and for every smooth
+    activation.
     Not where x is, which is still to be read.
     """
     job.streams = (job.applies and job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
                    and job.outer * job.channels * job.inner * job.y.size >= streamed_from(job, gathers))
     if (job.gated and job.kept.data == NULL and job.y.data != NULL and job.y.data != job.v.data
-            and (job.gate.bend == SMOOTH or ((is_roomy() or not job.streams) and job.y.size >= 4))):
+            and (job.gate.bend == SMOOTH or ((is_roomy() or is_lean() or not job.streams) and job.y.size >= 4))):
         job.kept = job.y
         job.streams = False  # its lines are in a cache
