@@ -11,7 +11,8 @@ cdef enum:
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together,
     MANY = 512         # or, of a staged piece at least, below that
-    LARGE = 13 << 21   # bytes of operands and result: more are in no cache
+    LARGE = 13 << 21   # bytes of operands and result: more are in no cache,
+    LEAN_PAIR = 1 << 22  # or of two operands and result, where cores are lean, not in a near one
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
     HALF = 512         # of other sums, and of other results
     PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
@@ -125,6 +126,15 @@ cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
     return min(job.channels, whole((job.channels + groups - 1) // groups))
 
 
+cdef inline bint is_large(const Job* job) noexcept nogil:
+    """Whether operands and result are to be walked as what comes from memory."""
+    cdef Py_ssize_t bytes = job.outer * job.channels * job.inner * job.u.size * (3 if job.reads_pair else 2)
+    if is_lean() and job.reads_pair:
+        # 2000 x 400 to 16000 x 64, cold: 0.7 to 0.8; in a loop 1.0. Of one operand it would be 1.1 in a loop.
+        return bytes >= LEAN_PAIR
+    return bytes >= LARGE and (job.streams or not is_roomy())
+
+
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t columns = job.channels * job.inner
@@ -133,7 +143,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     set_columns(&k, k.positions * columns)
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
-    k.large = job.outer * columns * job.u.size * (3 if job.reads_pair else 2) >= LARGE and (job.streams or not is_roomy())
+    k.large = is_large(job)
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD * (2 if is_roomy() and summed(job) * k.columns >= CHUNK else 1) // (summed(job) * k.columns),

@@ -10,19 +10,22 @@ cdef enum:
     STREAM_INFERENCE = 9 << 22
     STREAM_TRAINING = 3 << 23
     STREAM_GRADIENT = 3 << 22
-    # Roomy cores: of results that registers store by whole lines, of such that are in no cache anyway, and of other gradients.
+    # Roomy cores: of results that registers store by whole lines, and of other gradients.
     STREAM_ROOMY = 1 << 23
-    STREAM_BETWEEN = 1 << 21
     STREAM_ROOMY_GRADIENT = 1 << 24
     # Lean cores: what is left of such a last level beside the others that share it holds no more.
     STREAM_LEAN = 3 << 22
     STREAM_LEAN_GRADIENT = 1 << 23
+    # Either: of results that registers store by whole lines, and that are in no cache anyway.
+    STREAM_BETWEEN = 1 << 21
 
 
 cdef inline Py_ssize_t streamed_from(const Job* job, bint gathers) noexcept nogil:
     """Bytes of a result from which it is stored past the caches, gathered in tiles for that or not."""
+    if (is_roomy() or is_lean()) and job.trains and job.y.size >= 4 and not gathers:
+        return STREAM_BETWEEN
     if is_roomy() and job.y.size >= 4 and not gathers:
-        return STREAM_BETWEEN if job.trains else STREAM_ROOMY
+        return STREAM_ROOMY
     if is_lean() and (job.y.size >= 4 or not gathers):
         return STREAM_LEAN if job.operation == NORMALIZE or job.operation == TRAIN else STREAM_LEAN_GRADIENT
     if job.operation == NORMALIZE:
@@ -37,9 +40,8 @@ cdef inline void place_results(Job* job, bint gathers) noexcept nogil:
     for it, so that the derivative is found once.
 
     In place the lines of y are in a cache already. dy is kept in dx where a store costs less than the derivative, unless its
-    type would round what is kept: in a dx that stays in the caches, in any of roomy and of lean cores, and for every smooth
-    activation.
-    Not where x is, which is still to be read.
+    type would round what is kept: in a dx that stays in the caches, in any on roomy and on lean cores, and for every smooth
+    activation. Not where x is, which is still to be read.
     """
     job.streams = (job.applies and job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
                    and job.outer * job.channels * job.inner * job.y.size >= streamed_from(job, gathers))
