@@ -193,6 +193,54 @@ def test_any_memory(case, memory, dtype):
     assert digest(mixed) == digest(expected)
 
 
+def some_channels(a, axis):
+    """The channels of an array that has more of them."""
+    shape = list(a.shape)
+    shape[axis] += 7
+    channels = [slice(None)] * a.ndim
+    channels[axis] = slice(3, -4)
+    view = np.full(shape, np.nan, a.dtype)[tuple(channels)]
+    view[...] = a
+    return view
+
+
+# Rows of one position, of several that fill lanes together, of more columns than are taken at once, of small planes.
+TABLES = (
+    ((700, 300), -1),
+    ((3000, 300), -1),
+    ((4, 20, 21, 48), -1),
+    ((5000, 10), -1),
+    ((2000, 3), -1),
+    ((900, 5, 3, 2), 1),
+)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float16], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("case", TABLES, ids=cases.name)
+def test_some_channels_of_an_array(case, dtype, activation):
+    shape, axis = case
+    x, dy, gamma, beta = inputs(shape, axis, dtype)
+    residual, weights = cases.normal(shape, dtype, seed=5), np.abs(cases.normal(shape, np.float32, seed=6))
+
+    def step(x, dy, residual, out, dx_out):
+        options = {"gamma": gamma, "beta": beta, "training": True, "axis": axis}
+        y, cache = fastbn.batch_norm_forward(x, residual=residual, activation=activation, out=out, **options)
+        gradients = fastbn.batch_norm_backward(dy, cache, out=dx_out)
+        weighted, cache = fastbn.batch_norm_forward(x, sample_weight=weights, **options)
+        return digest(dict(enumerate([y, *gradients, weighted, *fastbn.batch_norm_backward(dy, cache)])))
+
+    expected = step(x, dy, residual, np.empty_like(x), np.empty_like(x))
+    parts = [some_channels(a, axis) for a in (x, dy, residual, x, x)]
+    assert step(*parts) == expected
+    assert step(parts[0], dy, residual, np.empty_like(x), parts[4]) == expected
+    assert step(x, parts[1], parts[2], parts[3], np.empty_like(x)) == expected
+    for part, filled in zip(parts[:3], (x, dy, residual), strict=True):
+        ref.assert_same_bits(np.ascontiguousarray(part), filled)
+    for part in parts:  # nothing was written beside them
+        assert np.isnan(part.base).sum() == part.base.size - part.size
+
+
 @pytest.mark.parametrize("case", [((40, 5, 33), 1), ((60, 50, 7), -1), ((6, 50, 4, 5), 1)], ids=cases.name)
 def test_fortran_order_copies_of_one_memory_order(case):
     """However an F-ordered array came about, its bits are those of the same memory read as C order."""

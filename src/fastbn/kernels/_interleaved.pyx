@@ -23,7 +23,9 @@ from . cimport caches
 from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
-from .interleaved_cut cimport CHUNK, FETCHED, PIECE, SHARE, STEP, STAGED, Cut, Grid, Tile, cut, cut_group, table_length, tile_of, whole
+from .interleaved_cut cimport (
+    APIECE, CHUNK, FETCHED, PIECE, SHARE, STAGED, STEP, STRETCHES, Cut, Grid, Tile, cut, cut_group, table_length, tile_of, whole,
+)
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
     kind_of_results, native,
@@ -56,6 +58,37 @@ cdef inline Py_ssize_t offset(const Job* job, const Operand* operand, Py_ssize_t
             + column % job.inner * operand.inner)
 
 
+cdef inline Py_ssize_t neighbours(const Job* job, const Operand* operand) noexcept nogil:
+    """Columns that lie side by side, in each of such stretches of a row: those of a position, or of a channel."""
+    if job.inner > 1 and operand.inner != operand.size:
+        return 1
+    if job.channels > 1 and operand.channel != job.inner * operand.size:
+        return job.inner
+    return job.channels * job.inner
+
+
+cdef inline bint in_stretches(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
+    """Whether an operand is staged along its rows, if it is: then as many columns at a time as of one that needs none."""
+    return dense(job, k, operand) or neighbours(job, operand) >= APIECE
+
+
+cdef struct Stretches:
+    # Some columns of a row as stretches of memory: the first is of fewer columns than the others, and so may be the last.
+    Py_ssize_t count, first, most
+    Py_ssize_t[STRETCHES] places  # bytes from the start of the row
+
+
+cdef inline void find_stretches(const Job* job, const Operand* operand, Py_ssize_t column, Py_ssize_t columns,
+                                Stretches* s) noexcept nogil:
+    cdef Py_ssize_t j = 0
+    s.count, s.most = 0, neighbours(job, operand)
+    s.first = s.most - column % s.most
+    while j < columns:
+        s.places[s.count] = offset(job, operand, column + j)
+        j += s.most if s.count else s.first
+        s.count += 1
+
+
 cdef struct View:
     # Some rows of a piece of columns, in place or staged; the stride is in values.
     char* data
@@ -69,7 +102,8 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns)
     cdef bint gapless = is_dense and columns == m and stride == m * operand.size
     cdef char* x = operand.data + row * stride
-    cdef Py_ssize_t r, j
+    cdef Py_ssize_t r, j, i, n
+    cdef Stretches s
     if direct:
         w.data = x + column * operand.size
         w.stride = stride // operand.size
@@ -81,6 +115,14 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     elif is_dense:
         for r in range(rows):
             take(operand, x + r * stride + column * operand.size, operand.size, columns, buffer + r * m, 1)
+    elif neighbours(job, operand) >= APIECE:
+        find_stretches(job, operand, column, columns, &s)
+        for r in range(rows):
+            j = 0
+            for i in range(s.count):
+                n = min(columns - j, s.most if i else s.first)
+                take(operand, x + r * stride + s.places[i], operand.size, n, buffer + r * m + j, 1)
+                j += n
     else:
         for j in range(columns):
             take(operand, x + offset(job, operand, column + j), stride, rows, buffer + j, m)
@@ -94,12 +136,21 @@ cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, b
                          Py_ssize_t row, Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
     cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns)
     cdef char* y = operand.data + row * stride
-    cdef Py_ssize_t r, j
+    cdef Py_ssize_t r, j, i, n
+    cdef Stretches s
     if is_dense and columns == m and stride == m * operand.size:
         give(operand, buffer, 1, rows * m, y + column * operand.size, operand.size)
     elif is_dense:
         for r in range(rows):
             give(operand, buffer + r * m, 1, columns, y + r * stride + column * operand.size, operand.size)
+    elif neighbours(job, operand) >= APIECE:
+        find_stretches(job, operand, column, columns, &s)
+        for r in range(rows):
+            j = 0
+            for i in range(s.count):
+                n = min(columns - j, s.most if i else s.first)
+                give(operand, buffer + r * m + j, 1, n, y + r * stride + s.places[i], operand.size)
+                j += n
     else:
         for j in range(columns):
             give(operand, buffer + j, m, rows, y + offset(job, operand, column + j), stride)

@@ -63,8 +63,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef bint direct_w = dense_w and (job.weights.size == sizeof(floating) and job.weights.repeat >= job.outer
                                       if weighted else job.w.kind == kind)
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v or direct_y or direct_w else 0
-    cdef Py_ssize_t most = CHUNK if dense_u and dense_y and (dense_v or not reads_v) else PIECE
-    if job.form.third and not dense_w and not weighted:
+    cdef Py_ssize_t most = CHUNK if (in_stretches(job, k, &job.u) and in_stretches(job, k, &job.y)
+                                     and (not reads_v or in_stretches(job, k, &job.v))) else PIECE
+    if job.form.third and not weighted and not in_stretches(job, k, &job.w):
         most = PIECE
     cdef Py_ssize_t j, r, rows, n, step, high = k.results.step, start = 0, stop = t.columns
     # Rows of y that start at whole lanes can be stored past the caches.

@@ -30,9 +30,10 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
     cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
     # What is direct is taken in whole lanes; the columns that are left over are staged.
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v else 0
-    cdef Py_ssize_t most = CHUNK if dense_u and (dense_v or not job.reads_pair) else PIECE
-    if job.gated and not ((job.kept.data == NULL or dense(job, k, &job.kept))
-                          and (not (job.by_output or job.gate.third) or dense(job, k, &job.w))):
+    cdef Py_ssize_t most = CHUNK if (in_stretches(job, k, &job.u)
+                                     and (not job.reads_pair or in_stretches(job, k, &job.v))) else PIECE
+    if job.gated and not ((job.kept.data == NULL or in_stretches(job, k, &job.kept))
+                          and (not (job.by_output or job.gate.third) or in_stretches(job, k, &job.w))):
         most = PIECE
     cdef double edge[4 * LANES]
     cdef Py_ssize_t j, r, rows, n, m, step, stop = t.columns

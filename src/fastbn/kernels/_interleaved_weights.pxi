@@ -104,7 +104,7 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
     cdef bint dense_u = dense(job, k, &job.u), direct_u = dense_u and is_native(&job.u)
     cdef bint dense_m = dense_weights(job, k), direct_m = dense_m and job.weights.repeat >= job.outer
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_m else 0
-    cdef Py_ssize_t most = CHUNK if dense_u else PIECE
+    cdef Py_ssize_t most = CHUNK if in_stretches(job, k, &job.u) else PIECE
     cdef Py_ssize_t j, r, rows, n, m, step, picked
     cdef Py_ssize_t one = 0, since = 0  # rows, of those that count and of those seen since they were counted
     cdef bint inside
@@ -166,7 +166,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
     cdef bint dense_w = dense_weights(job, k)
     cdef bint direct_w = dense_w and job.weights.size >= 4 and job.weights.repeat >= job.outer and not stages
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_w else 0
-    cdef Py_ssize_t most = CHUNK if dense_u else PIECE
+    cdef Py_ssize_t most = CHUNK if in_stretches(job, k, &job.u) else PIECE
     cdef Py_ssize_t j, r, i, rows, n, m, step, picked
     cdef bint inside, direct
     cdef View u, w
@@ -232,7 +232,7 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
     cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
     cdef bint dense_w = dense_weights(job, k)
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v else 0
-    cdef Py_ssize_t most = CHUNK if dense_u and dense_v else PIECE
+    cdef Py_ssize_t most = CHUNK if in_stretches(job, k, &job.u) and in_stretches(job, k, &job.v) else PIECE
     cdef Py_ssize_t j, r, i, rows, n, m, step
     cdef bint inside
     cdef View u, v, w, x, y

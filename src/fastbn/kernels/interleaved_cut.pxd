@@ -16,6 +16,8 @@ cdef enum:
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
     HALF = 512         # of other sums, and of other results
     PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
+    APIECE = 4         # columns side by side at least that are staged along a row; fewer are staged each down its rows
+    STRETCHES = 258    # of so many columns in CHUNK at most, the first and the last cut short
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
     LEAST = 4          # but so many while those of one are no more; in sums twice as many, unless both of two operands come from memory
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
