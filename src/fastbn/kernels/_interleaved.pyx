@@ -58,8 +58,10 @@ cdef inline Py_ssize_t offset(const Job* job, const Operand* operand, Py_ssize_t
             + column % job.inner * operand.inner)
 
 
-cdef inline Py_ssize_t neighbours(const Job* job, const Operand* operand) noexcept nogil:
-    """Columns that lie side by side, in each of such stretches of a row: those of a position, or of a channel."""
+cdef inline Py_ssize_t neighbours(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
+    """Columns that lie side by side, in each of such stretches of a row: all, those of a position, or of a channel."""
+    if dense(job, k, operand):
+        return k.columns
     if job.inner > 1 and operand.inner != operand.size:
         return 1
     if job.channels > 1 and operand.channel != job.inner * operand.size:
@@ -68,8 +70,8 @@ cdef inline Py_ssize_t neighbours(const Job* job, const Operand* operand) noexce
 
 
 cdef inline bint in_stretches(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
-    """Whether an operand is staged along its rows, if it is: then as many columns at a time as of one that needs none."""
-    return dense(job, k, operand) or neighbours(job, operand) >= APIECE
+    """Whether an operand is staged along its rows, if it is, not down its columns: then many of these at a time."""
+    return neighbours(job, k, operand) >= min(APIECE, k.columns)
 
 
 cdef struct Stretches:
@@ -78,10 +80,10 @@ cdef struct Stretches:
     Py_ssize_t[STRETCHES] places  # bytes from the start of the row
 
 
-cdef inline void find_stretches(const Job* job, const Operand* operand, Py_ssize_t column, Py_ssize_t columns,
+cdef inline void find_stretches(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t column, Py_ssize_t columns,
                                 Stretches* s) noexcept nogil:
     cdef Py_ssize_t j = 0
-    s.count, s.most = 0, neighbours(job, operand)
+    s.count, s.most = 0, neighbours(job, k, operand)
     s.first = s.most - column % s.most
     while j < columns:
         s.places[s.count] = offset(job, operand, column + j)
@@ -112,11 +114,8 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     w.stride = m
     if gapless:
         take(operand, x + column * operand.size, operand.size, rows * m, buffer, 1)
-    elif is_dense:
-        for r in range(rows):
-            take(operand, x + r * stride + column * operand.size, operand.size, columns, buffer + r * m, 1)
-    elif neighbours(job, operand) >= APIECE:
-        find_stretches(job, operand, column, columns, &s)
+    elif in_stretches(job, k, operand):
+        find_stretches(job, k, operand, column, columns, &s)
         for r in range(rows):
             j = 0
             for i in range(s.count):
@@ -140,11 +139,8 @@ cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, b
     cdef Stretches s
     if is_dense and columns == m and stride == m * operand.size:
         give(operand, buffer, 1, rows * m, y + column * operand.size, operand.size)
-    elif is_dense:
-        for r in range(rows):
-            give(operand, buffer + r * m, 1, columns, y + r * stride + column * operand.size, operand.size)
-    elif neighbours(job, operand) >= APIECE:
-        find_stretches(job, operand, column, columns, &s)
+    elif in_stretches(job, k, operand):
+        find_stretches(job, k, operand, column, columns, &s)
         for r in range(rows):
             j = 0
             for i in range(s.count):

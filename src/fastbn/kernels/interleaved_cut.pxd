@@ -15,9 +15,9 @@ cdef enum:
     LEAN_PAIR = 1 << 22  # or of two operands and result, where cores are lean, not in a near one
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
     HALF = 512         # of other sums, and of other results
-    PIECE = 64         # columns staged at a time; dense rows that are converted are staged up to CHUNK columns
-    APIECE = 4         # columns side by side at least that are staged along a row; fewer are staged each down its rows
-    STRETCHES = 258    # of so many columns in CHUNK at most, the first and the last cut short
+    PIECE = 64         # columns staged at a time, each down its rows; along rows it is up to CHUNK
+    APIECE = 4         # columns side by side at least that are staged along a row,
+    STRETCHES = 258    # and stretches of as many in CHUNK columns, the first and the last cut short
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
     LEAST = 4          # but so many while those of one are no more; in sums twice as many, unless both of two operands come from memory
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
