@@ -202,6 +202,21 @@ include "_interleaved_sums.pxi"
 include "_interleaved_results.pxi"
 
 
+cdef inline void repeat(const floating* x, Py_ssize_t n, Py_ssize_t times, floating* y) noexcept nogil:
+    """Each of n numbers so many times. As long as there is room for whole lanes they are filled, and the numbers that follow
+    take what was too much."""
+    cdef Py_ssize_t lanes = whole(times), filled = max(<Py_ssize_t> 0, n - (lanes + times - 1) // times + 1), i, j, s
+    cdef floating value
+    for i in range(filled):
+        value = x[i]
+        for j in range(lanes // LANES):
+            for s in range(LANES):
+                y[i * times + j * LANES + s] = value
+    for i in range(filled, n):
+        for s in range(times):
+            y[i * times + s] = x[i]
+
+
 cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, floating* table) noexcept nogil:
     """The coefficients of the columns of channels c0..c1.
 
@@ -210,7 +225,7 @@ cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, f
     cdef bint spread = k.columns > job.channels
     cdef Py_ssize_t stride = job.channels if spread else k.padded
     cdef floating* channel = table + 5 * k.padded if spread else table
-    cdef Py_ssize_t c, i, s, j
+    cdef Py_ssize_t i, j
     coefficients(job, c0, c1, stride, channel)
     for j in range(5 if job.form.pair else 3):  # the last two are a second operand's
         if spread and job.inner == 1:
@@ -218,9 +233,8 @@ cdef void tabulate(const Job* job, const Cut* k, Py_ssize_t c0, Py_ssize_t c1, f
                 memcpy(table + j * k.padded + i * job.channels + c0, channel + j * stride + c0, (c1 - c0) * sizeof(floating))
         elif spread:
             for i in range(k.positions):
-                for c in range(c0, c1):
-                    for s in range(job.inner):
-                        table[j * k.padded + (i * job.channels + c) * job.inner + s] = channel[j * stride + c]
+                repeat(channel + j * stride + c0, c1 - c0, job.inner,
+                       table + j * k.padded + (i * job.channels + c0) * job.inner)
         if c1 == job.channels:
             for i in range(k.columns, k.padded):
                 table[j * k.padded + i] = 0
