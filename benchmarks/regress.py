@@ -1,16 +1,17 @@
 """Compare two builds of fastbn in one run: `python -m benchmarks.regress FOLDER`.
 
 FOLDER is where another build was installed, by `pip install --target FOLDER ...`; it is compared with the
-fastbn that is installed here (or with `--new FOLDER`). Each build has a process of its own. They are told to
-work in turns, never at once, on arrays of the same sizes, in blocks whose order changes: a machine that is
-busy for a while slows both down alike. Before each turn the other build's threads are given time to fall
-asleep. Where arrays happen to lie in memory makes a difference that stays as long as a process lives
-(measured: up to 12 % between two copies of one build), so there are several pairs of processes, each of which
-counts once. With `--cold MB` calls go round arrays of so many MB together, so that none finds its own in a
-cache: as in a training step, where other layers come in between. With `--between` x (dy for a gradient) is
-copied to its place before each call, and moments of the result are taken after it: all three are timed. What
-is printed is how long the new build takes, in times of what the other takes: the median over pairs, with a 95
-% confidence interval. The exit code is 1 where the whole interval of a row lies above the threshold.
+fastbn that is installed here (or with `--new FOLDER`). Each build has a process of its own. They are told
+to work in turns, never at once, on arrays of the same sizes, in blocks whose order changes: a machine that
+is busy for a while slows both down alike. Before each turn the other build's threads are given time to
+fall asleep. Where arrays happen to lie in memory makes a difference that stays as long as a process lives
+(measured: up to 12 % between two copies of one build), so there are several pairs of processes, each of
+which counts once. With `--cold MB` calls go round arrays of so many MB together, so that none finds its
+own in a cache: as in a training step, where other layers come in between. With `--between` x (dy for a
+gradient) is copied to its place before each call, and moments of the result are taken after it: all three
+are timed. With `--of N` arrays are the first channels of arrays that have N of them. What is printed is
+how long the new build takes, in times of what the other takes: the median over pairs, with a 95 %
+confidence interval. The exit code is 1 where the whole interval of a row lies above the threshold.
 """
 
 from __future__ import annotations
@@ -83,6 +84,17 @@ def between_layers(call: Callable[[], Any], case: Case, operation: str) -> Calla
     return chain
 
 
+def take_channels(case: Case, channels: int) -> None:
+    """Let the arrays of a case be the first channels of arrays that have so many."""
+    for name in ("x", "dy", "out"):
+        given = getattr(case, name)
+        shape = list(given.shape)
+        shape[case.axis] = channels
+        view = np.moveaxis(np.zeros(shape, given.dtype), case.axis, 0)[: given.shape[case.axis]]
+        setattr(case, name, np.moveaxis(view, 0, case.axis))
+        getattr(case, name)[...] = given
+
+
 def serve(folder: str) -> None:
     """Answer messages on standard input, one JSON line each."""
     builds.use(folder)
@@ -100,6 +112,8 @@ def serve(folder: str) -> None:
                 case = Case(tuple(message["shape"]), message["layout"], entry.dtype, message["mean"])
                 copies = 1 + int(message["cold"] * 1e6) // (case.x.nbytes + case.dy.nbytes + case.out.nbytes)
                 cases = [case] + [copy.deepcopy(case) for _ in range(copies - 1)]
+                for c in cases if message["of"] else ():
+                    take_channels(c, message["of"])
                 prepared = [prepare(entry.operation, "fastbn", c, **entry.options(c)) for c in cases]
                 if message["between"]:
                     pairs = zip(prepared, cases, strict=True)
@@ -159,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=1.1, help="ratio above which a row has become slower")
     parser.add_argument("--cold", type=float, default=0, metavar="MB", help="of arrays to go round")
     parser.add_argument("--between", action="store_true", help="time what writes x, and reads the result, too")
+    parser.add_argument("--of", type=int, default=0, metavar="CHANNELS", help="arrays are the first of so many")
     parser.add_argument("--mean", type=float, default=1, help="of x, whose deviation is 1")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(arguments)
@@ -174,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for layout in layouts:
                     rows = found.setdefault((name, case, layout), [])
                     about = {"shape": shape, "layout": layout}
-                    about |= {"cold": args.cold, "between": args.between, "mean": args.mean}
+                    about |= {"cold": args.cold, "between": args.between, "of": args.of, "mean": args.mean}
                     wanted = {"do": "prepare", "entry": name} | about
                     if new.ask(wanted) and old.ask(wanted):
                         rows.append(compare(new, old, args.seconds / args.pairs))

@@ -407,6 +407,20 @@ def test_regress_compares_two_builds(tmp_path, capfd):
     assert regress.main([str(tmp_path), *between]) == 0
     assert "| backward | tiny | interleaved |" in capfd.readouterr().out
 
+    assert regress.main([str(tmp_path), "--threshold", "1000", *arguments, "--of", "20"]) == 0
+    assert "| train | tiny | interleaved |" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["planar", "interleaved"])
+def test_channels_of_wider_arrays(layout):
+    plain, case = (cases.Case((4, 3, 5, 2), layout, "float32") for _ in range(2))
+    regress.take_channels(case, 7)
+    assert operations.prepare("train", "fastbn", case)()[0] is case.out
+    operations.prepare("train", "fastbn", plain)()
+    assert np.array_equal(case.out, plain.out)
+    assert case.x.base.size == 4 * 7 * 5 * 2
+    assert np.count_nonzero(case.out.base) == plain.out.size
+
 
 @pytest.mark.parametrize(("operation", "given"), [("train", "x"), ("backward", "dy")])
 def test_a_call_between_layers_writes_what_it_reads(operation, given):
