@@ -74,21 +74,43 @@ cdef inline bint in_stretches(const Job* job, const Cut* k, const Operand* opera
     return neighbours(job, k, operand) >= min(APIECE, k.columns)
 
 
-cdef struct Stretches:
-    # Some columns of a row as stretches of memory: the first is of fewer columns than the others, and so may be the last.
-    Py_ssize_t count, first, most
-    Py_ssize_t[STRETCHES] places  # bytes from the start of the row
+cdef inline void carry(const Operand* operand, char* x, Py_ssize_t sx, Py_ssize_t n, floating* tile, Py_ssize_t st,
+                       bint back) noexcept nogil:
+    """n values of an operand to a tile, or back."""
+    if back:
+        give(operand, tile, st, n, x, sx)
+    else:
+        take(operand, x, sx, n, tile, st)
 
 
-cdef inline void find_stretches(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t column, Py_ssize_t columns,
-                                Stretches* s) noexcept nogil:
-    cdef Py_ssize_t j = 0
-    s.count, s.most = 0, neighbours(job, k, operand)
-    s.first = s.most - column % s.most
+cdef inline void carry_stretches(const Operand* operand, char* x, const Py_ssize_t* places, Py_ssize_t first, Py_ssize_t run,
+                                 Py_ssize_t columns, floating* tile, bint back) noexcept nogil:
+    """Columns of a row at x as stretches of memory, the first and the last of which may be cut short."""
+    cdef Py_ssize_t i = 0, j = 0, end = min(first, columns)
     while j < columns:
-        s.places[s.count] = offset(job, operand, column + j)
-        j += s.most if s.count else s.first
-        s.count += 1
+        carry(operand, x + places[i], operand.size, end - j, tile + j, 1, back)
+        j, end, i = end, min(end + run, columns), i + 1
+
+
+cdef inline void carry_rows(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t row, Py_ssize_t rows,
+                            Py_ssize_t column, Py_ssize_t columns, floating* tile, bint back) noexcept nogil:
+    """Some columns of some rows of an operand to the rows of a tile, which are whole lanes, or back."""
+    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns), run = neighbours(job, k, operand)
+    cdef char* x = operand.data + row * stride
+    cdef Py_ssize_t[STRETCHES] places
+    cdef Py_ssize_t r, j = 0, n = 0
+    if run < min(APIECE, k.columns):
+        for j in range(columns):
+            carry(operand, x + offset(job, operand, column + j), stride, rows, tile + j, m, back)
+    elif run == k.columns and columns == m and stride == m * operand.size:
+        carry(operand, x + column * operand.size, operand.size, rows * m, tile, 1, back)
+    else:
+        while j < columns:
+            places[n] = offset(job, operand, column + j)
+            j += run - (column + j) % run
+            n += 1
+        for r in range(rows):
+            carry_stretches(operand, x + r * stride, places, run - column % run, run, columns, tile + r * m, back)
 
 
 cdef struct View:
@@ -97,59 +119,22 @@ cdef struct View:
     Py_ssize_t stride
 
 
-cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint is_dense, bint direct, Py_ssize_t row,
-                      Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
+cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint direct, Py_ssize_t row, Py_ssize_t rows,
+                      Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
     """The operand itself where its columns are dense and whole lanes, else a copy in the type of arithmetic, padded with zeros."""
     cdef View w
-    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns)
-    cdef bint gapless = is_dense and columns == m and stride == m * operand.size
-    cdef char* x = operand.data + row * stride
-    cdef Py_ssize_t r, j, i, n
-    cdef Stretches s
+    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns), r, j
     if direct:
-        w.data = x + column * operand.size
+        w.data = operand.data + row * stride + column * operand.size
         w.stride = stride // operand.size
         return w
     w.data = <char*> buffer
     w.stride = m
-    if gapless:
-        take(operand, x + column * operand.size, operand.size, rows * m, buffer, 1)
-    elif in_stretches(job, k, operand):
-        find_stretches(job, k, operand, column, columns, &s)
-        for r in range(rows):
-            j = 0
-            for i in range(s.count):
-                n = min(columns - j, s.most if i else s.first)
-                take(operand, x + r * stride + s.places[i], operand.size, n, buffer + r * m + j, 1)
-                j += n
-    else:
-        for j in range(columns):
-            take(operand, x + offset(job, operand, column + j), stride, rows, buffer + j, m)
+    carry_rows(job, k, operand, row, rows, column, columns, buffer, False)
     for j in range(columns, m):
         for r in range(rows):
             buffer[r * m + j] = 0
     return w
-
-
-cdef inline void unstage(const Job* job, const Cut* k, const Operand* operand, bint is_dense, const floating* buffer,
-                         Py_ssize_t row, Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
-    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns)
-    cdef char* y = operand.data + row * stride
-    cdef Py_ssize_t r, j, i, n
-    cdef Stretches s
-    if is_dense and columns == m and stride == m * operand.size:
-        give(operand, buffer, 1, rows * m, y + column * operand.size, operand.size)
-    elif in_stretches(job, k, operand):
-        find_stretches(job, k, operand, column, columns, &s)
-        for r in range(rows):
-            j = 0
-            for i in range(s.count):
-                n = min(columns - j, s.most if i else s.first)
-                give(operand, buffer + r * m + j, 1, n, y + r * stride + s.places[i], operand.size)
-                j += n
-    else:
-        for j in range(columns):
-            give(operand, buffer + j, m, rows, y + offset(job, operand, column + j), stride)
 
 
 cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
@@ -183,17 +168,17 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
     g.data, g.stride = <char*> buffer, whole(columns)
     w = u[0]
     if direct:
-        g = view(job, k, &job.kept, True, True, row, rows, column, columns, buffer)
+        g = view(job, k, &job.kept, True, row, rows, column, columns, buffer)
     if job.by_output or job.gate.third:
         dense_w = dense(job, k, &job.w)
-        w = view(job, k, &job.w, dense_w, dense_w and inside and is_native(&job.w), row, rows, column, columns,
+        w = view(job, k, &job.w, dense_w and inside and is_native(&job.w), row, rows, column, columns,
                  buffer + STAGED)
         if job.by_output:
             source = &w
     scale(&job.gate, u, source, &w, &g, native(gates), rows, whole(columns), False, 0, gates + column, k.padded, False)
     if job.kept.data != NULL and not direct:
-        unstage(job, k, &job.kept, dense_kept, <floating*> g.data, row, rows, column, columns)
-        g = view(job, k, &job.kept, dense_kept, False, row, rows, column, columns, buffer)
+        carry_rows(job, k, &job.kept, row, rows, column, columns, <floating*> g.data, True)
+        g = view(job, k, &job.kept, False, row, rows, column, columns, buffer)
     return g
 
 

@@ -85,12 +85,12 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     if (stretch and unstaged and not weighted and t.columns > LANES and t.rows > 1
             and <size_t> job.y.data % job.y.size == 0 and is_stretch(job, k, &job.u)
             and (is_stretch(job, k, &job.v) or not reads_v) and (is_stretch(job, k, &job.w) or not job.form.third)):
-        u = v = w = view(job, k, &job.u, True, True, t.row, t.rows, 0, k.columns, ub)
-        y = view(job, k, &job.y, True, True, t.row, t.rows, 0, k.columns, ub)
+        u = v = w = view(job, k, &job.u, True, t.row, t.rows, 0, k.columns, ub)
+        y = view(job, k, &job.y, True, t.row, t.rows, 0, k.columns, ub)
         if reads_v:
-            v = view(job, k, &job.v, True, True, t.row, t.rows, 0, k.columns, ub)
+            v = view(job, k, &job.v, True, t.row, t.rows, 0, k.columns, ub)
         if job.form.third:
-            w = view(job, k, &job.w, True, True, t.row, t.rows, 0, k.columns, ub)
+            w = view(job, k, &job.w, True, t.row, t.rows, 0, k.columns, ub)
         apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, t.column, t.column + t.columns, large,
                       FETCHED if t.columns < k.columns else 0, table, k.padded)
         fence()
@@ -109,29 +109,29 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             while j < stop:
                 inside = j < width
                 n = min((width if inside and not overlaps else stop) - j, most)
-                u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+                u = view(job, k, &job.u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
                 direct = direct_y and inside
                 if direct:
-                    y = view(job, k, &job.y, True, True, t.row + r, rows, t.column + j, n, ub)
+                    y = view(job, k, &job.y, True, t.row + r, rows, t.column + j, n, ub)
                 else:
                     y.data, y.stride = <char*> ub, whole(n)  # over a staged u
                     if gathers and direct_u:
                         y.data += away(y.data, u.data, job.y.data + (t.row + r) * n * job.y.size)
                 v = w = u
                 if reads_v:
-                    v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+                    v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
                 if job.gated:
                     u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
                 if job.form.third and weighted:
                     w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 elif job.form.third:
-                    w = view(job, k, &job.w, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
+                    w = view(job, k, &job.w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 scale(&job.form, &u, &v, &w, &y, kind if inside else native(table), rows, whole(n), large,
                       FETCHED if n < stride else 0, table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:
                     stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)
                 elif not direct:
-                    unstage(job, k, &job.y, dense_y, ub, t.row + r, rows, t.column + j, n)
+                    carry_rows(job, k, &job.y, t.row + r, rows, t.column + j, n, ub, True)
                 j += n
         start, stop = stop, t.columns
         if start < stop:  # columns are left over

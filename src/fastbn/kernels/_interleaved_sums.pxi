@@ -45,9 +45,9 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
         j = t.columns - LANES
         memcpy(edge, p + j, LANES * sizeof(double))
         memcpy(edge + LANES, q + j, LANES * sizeof(double))
-        u = v = view(job, k, &job.u, True, True, t.row, t.rows, t.column + j, LANES, ub)
+        u = v = view(job, k, &job.u, True, t.row, t.rows, t.column + j, LANES, ub)
         if job.reads_pair:
-            v = view(job, k, &job.v, True, True, t.row, t.rows, t.column + j, LANES, vb)
+            v = view(job, k, &job.v, True, t.row, t.rows, t.column + j, LANES, vb)
         add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, job.reads_pair and job.omits,
                  True, edge + 2 * LANES, edge + 3 * LANES, gates)
         for j in range(width, t.columns):
@@ -61,10 +61,10 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             inside = j < width
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)
-            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            u = view(job, k, &job.u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
             v = u
             if job.reads_pair:
-                v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+                v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if job.gated:
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,

@@ -132,7 +132,7 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
             inside = j < width
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)
-            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            u = view(job, k, &job.u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
             if marked:
                 marks = view_weights(job, k, dense_m, direct_m and inside, t.row + r, rows, t.column + j, n, marks_room)
             if per_row and not job.omits:
@@ -191,7 +191,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
             inside = j < width
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)
-            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            u = view(job, k, &job.u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
             direct = direct_w and inside
             if each and wide:
                 w = view_weights(job, k, dense_w, direct, t.row + r, rows, t.column + j, n, wb)
@@ -245,8 +245,8 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
             inside = j < width
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)
-            u = view(job, k, &job.u, dense_u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
-            v = view(job, k, &job.v, dense_v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
+            u = view(job, k, &job.u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
+            v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if weighted and wide:
                 w = view_weights(job, k, dense_w, False, t.row + r, rows, t.column + j, n, wb)
             elif weighted:
