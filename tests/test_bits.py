@@ -71,8 +71,16 @@ def test_any_number_of_threads(case, dtype):
     assert len(digests) == 1
 
 
-# One each for every way that a core's own cache decides about: short, middling and longer runs, and rows from memory.
-WAYS = (((40, 48, 20, 20), 1), ((12, 24, 50, 50), 1), ((10, 16, 70, 70), 1), ((27_000, 130), -1))
+# One each for every way that a core's own cache decides about: short, middling and longer runs, such whose results go
+# past the caches, rows from memory, and few rows.
+WAYS = (
+    ((40, 48, 20, 20), 1),
+    ((12, 24, 50, 50), 1),
+    ((10, 16, 70, 70), 1),
+    ((18, 180, 33, 32), 1),
+    ((27_000, 130), -1),
+    ((100, 3000), -1),
+)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -12,12 +12,12 @@ cdef enum:
     FEW = 8            # rows; below, positions are not put together,
     MANY = 512         # or, of a staged piece at least, below that
     LARGE = 13 << 21   # bytes of operands and result: more are in no cache,
-    LEAN_PAIR = 1 << 22  # or of two operands and result, where cores are lean, not in a near one
+    LEAN_PAIR = 1 << 22  # or of gradients, where cores are lean, not in a near one when results come
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
     HALF = 512         # of other sums, and of other results
     PIECE = 64         # columns staged at a time, each down its rows; along rows it is up to CHUNK
     APIECE = 4         # columns side by side at least that are staged along a row,
-    STRETCHES = 258    # and stretches of as many in CHUNK columns, the first and the last cut short
+    STRETCHES = CHUNK // APIECE + 2  # and stretches of as many in CHUNK columns, the first and the last cut short
     TOGETHER = 2048    # values of all operands: rows are taken together up to this many,
     LEAST = 4          # but so many while those of one are no more; in sums twice as many, unless both of two operands come from memory
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
@@ -52,7 +52,8 @@ cdef struct Cut:
     Py_ssize_t rows       # full rows
     Py_ssize_t rest       # columns of the last, partial row
     Py_ssize_t ahead      # rows that are fetched in advance
-    bint large            # operands come from memory
+    bint far              # operands come from memory
+    bint large            # and so do those of results
     Grid sums
     Grid results
     Py_ssize_t group      # channels of a task that takes all steps, if that is not all of them
@@ -94,7 +95,7 @@ cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t
     """Both grids: sums of so many rows and columns at most, and results of so many rows."""
     cdef Py_ssize_t operands = 2 if job.reads_pair else 1
     cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if job.reads_pair else HALF))
-    k.sums = grid(k, height, chunk, operands, LEAST if summed(job) > 1 and k.large else 2 * LEAST)
+    k.sums = grid(k, height, chunk, operands, LEAST if summed(job) > 1 and k.far else 2 * LEAST)
     k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), operands, LEAST)
 
 
@@ -128,28 +129,22 @@ cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
     return min(job.channels, whole((job.channels + groups - 1) // groups))
 
 
-cdef inline bint is_large(const Job* job) noexcept nogil:
-    """Whether operands and result are to be walked as what comes from memory."""
-    cdef Py_ssize_t bytes = job.outer * job.channels * job.inner * job.u.size * (3 if job.reads_pair else 2)
-    if is_lean() and job.reads_pair:
-        # 2000 x 400 to 16000 x 64, cold: 0.7 to 0.8; in a loop 1.0. Of one operand it would be 1.1 in a loop.
-        return bytes >= LEAN_PAIR
-    return bytes >= LARGE and (job.streams or not is_roomy())
-
-
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t columns = job.channels * job.inner
-    cdef Py_ssize_t height, blocks, most = CHUNK
+    cdef Py_ssize_t height, blocks, most = CHUNK, bytes = job.outer * columns * job.u.size * (3 if job.reads_pair else 2)
     k.positions = positions_per_row(job.outer, columns)
     set_columns(&k, k.positions * columns)
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
-    k.large = is_large(job)
+    k.far = bytes >= LARGE and (job.streams or not is_roomy())
+    # Eight gradients of 3 to 10 MB an operand, cold: 0.78; in a loop 0.95, but 1.2 to 1.3 where a row is several positions of
+    # more columns than a chunk. Of one operand it would be 1.1 in a loop.
+    k.large = k.far or (is_lean() and job.reads_pair and bytes >= LEAN_PAIR)
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD * (2 if is_roomy() and summed(job) * k.columns >= CHUNK else 1) // (summed(job) * k.columns),
-                  <Py_ssize_t> (LEAST if k.large else 0))
+                  <Py_ssize_t> (LEAST if k.far else 0))
     height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
     k.group = group_of(job, &k)
     if k.rows * k.columns < SHARED:
