@@ -351,9 +351,9 @@ def test_past_the_caches_with_a_residual(shape):
     ref.assert_same_bits(x, expected)
 
 
-@pytest.mark.parametrize("kind", ["float32", "float64", "bool", "missing"])
+@pytest.mark.parametrize("kind", ["float32", "float64", "bool", "missing", "per sample", "per position"])
 def test_past_the_caches_with_weights(kind):
-    """A gradient whose values have weights of their own, or of which some are missing, by runs that share lines."""
+    """A gradient whose values have weights, of any form, or of which some are missing, by runs that share lines."""
     shape = (20, 350, 23, 23)
     rng = np.random.default_rng(8)
     x, dy, weights = rng.standard_normal((3, *shape), dtype=np.float32)
@@ -363,6 +363,10 @@ def test_past_the_caches_with_weights(kind):
     elif kind == "missing":
         x[weights > 1] = np.nan
         options["nan_policy"] = "omit"
+    elif kind == "per sample":
+        options["sample_weight"] = np.abs(weights[:, 0, 0, 0])
+    elif kind == "per position":
+        options["sample_weight"] = np.abs(weights[:, 0])
     else:
         options["sample_weight"] = np.abs(weights).astype(kind)
     _, cache = fastbn.batch_norm_forward(x, **options)

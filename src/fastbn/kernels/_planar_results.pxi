@@ -59,18 +59,56 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
         r.at_once = max(<Py_ssize_t> 1, TILE // length) if job.gated else job.channels
 
 
+cdef struct WeightRuns:
+    # Weights of the runs of neighbouring channels of an image, as wide as arithmetic and side by side.
+    bint direct         # they are that where they are,
+    Py_ssize_t at_once  # or are copied, of so many channels
+    Py_ssize_t taken    # the channel up to which they were
+    const char* w
+
+
+cdef inline WeightRuns prepare_weights(const Job* job, Py_ssize_t length, const floating* typed) noexcept nogil:
+    cdef WeightRuns r
+    cdef Py_ssize_t size = job.weights.size
+    r.direct = weights_ready(job, length, sizeof(floating))
+    # Runs of channels that lie side by side are taken together, for what is left over of a short one takes longest.
+    r.at_once = 1
+    if job.weights.inner == size and job.weights.channel == job.inner * size and length == job.inner:
+        r.at_once = max(<Py_ssize_t> 1, TILE // length)
+    r.taken, r.w = 0, NULL
+    return r
+
+
+cdef inline const char* weights_of(const Job* job, WeightRuns* r, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c, Py_ssize_t c0,
+                                   Py_ssize_t c1, Py_ssize_t s0, floating* room) noexcept nogil:
+    """Weights of the run of a channel; of an image's channels c0..c1 they are asked for one after the other."""
+    if r.direct:
+        return weights_at(&job.weights, n, c, s0)
+    if c > c0 and job.weights.channel == 0:
+        return r.w
+    if c > c0 and c < r.taken:
+        r.w += length * sizeof(floating)
+        return r.w
+    r.taken = min(c1, c + r.at_once)
+    take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, (r.taken - c) * length, room)
+    r.w = <const char*> room
+    return r.w
+
+
 cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0, Py_ssize_t length,
                     const floating* table, floating* tile, line* rest) noexcept nogil:
     """`apply_image` to runs that share lines: values of a line that is not one run's alone go through a tile."""
     cdef bint weighted = is_weighted(job.form.bend) and job.form.third
+    cdef WeightRuns weights = prepare_weights(job, length, table)
     cdef Py_ssize_t size = job.y.size, whole_line = LINE // size, c, head, end
     cdef const char* u
     cdef const char* v
     cdef const char* w
     cdef char* y
     for c in range(c0, c1):
-        u, v, y = at(&job.u, n, c, s0), at(&job.v, n, c, s0), at(&job.y, n, c, s0)
-        w = weights_at(&job.weights, n, c, s0) if weighted else at(&job.w, n, c, s0)
+        u, v, w, y = at(&job.u, n, c, s0), at(&job.v, n, c, s0), at(&job.w, n, c, s0), at(&job.y, n, c, s0)
+        if weighted:
+            w = weights_of(job, &weights, length, n, c, c0, c1, s0, tile + TILE)
         head = <Py_ssize_t> (-<size_t> y % LINE) // size
         end = head + (length - head) // whole_line * whole_line
         if head:
@@ -141,29 +179,18 @@ cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, 
                                Py_ssize_t s0, const floating* table, floating* buffer) noexcept nogil:
     """`apply_image` of a gradient whose third operand are weights."""
     cdef Job near = job[0]
-    cdef floating* weights = buffer + 2 * TILE
+    cdef WeightRuns weights = prepare_weights(job, length, table)
     cdef bint direct = (ready(&job.u, length, native(table)) and ready(&job.v, length, native(table))
                         and ready(&job.y, length, native(table)))
-    # As wide as arithmetic, and side by side: then they are read where they are.
-    cdef bint unstaged = job.form.third and weights_ready(job, length, sizeof(floating))
-    # Runs of channels that lie side by side are taken together, for what is left over of a short one takes longest.
-    cdef bint dense = (job.weights.inner == job.weights.size and job.weights.channel == job.inner * job.weights.size
-                       and length == job.inner)
-    cdef const char* w = <const char*> weights
-    cdef Py_ssize_t c, taken = c0  # channels whose weights are in the buffer
+    cdef const char* w = NULL
+    cdef Py_ssize_t c
     near.w.kind, near.w.size, near.w.inner = job.y.kind, sizeof(floating), sizeof(floating)
     if not is_native(&job.y):
         near.w.kind = FLOAT
     near.streams = job.streams and not shares_lines(&job.y, k.cut, length)
     for c in range(c0, c1):
-        if unstaged:
-            w = weights_at(&job.weights, n, c, s0)
-        elif job.form.third and dense and c < taken:
-            w += length * sizeof(floating)
-        elif job.form.third and (c == c0 or job.weights.channel != 0):
-            taken = min(c1, c + max(<Py_ssize_t> 1, TILE // length)) if dense else c + 1
-            take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, (taken - c) * length, weights)
-            w = <const char*> weights
+        if job.form.third:
+            w = weights_of(job, &weights, length, n, c, c0, c1, s0, buffer + 2 * TILE)
         apply_any(&near, direct, native(table), at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 1, length,
                   table + c, job.channels, buffer)
 

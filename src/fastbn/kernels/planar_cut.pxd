@@ -81,9 +81,7 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     if job.gated and job.kept.data == NULL:
         return False
     rest = behind_gate(job) if job.gated else job[0]
-    if is_weighted(job.form.bend) and job.form.third:
-        if not weights_ready(job, k.length, job.y.size):
-            return False
+    if is_weighted(job.form.bend):  # weights are staged where they have to be
         rest.form.third = False
     return rest.y.kind <= DOUBLE and <size_t> rest.y.data % rest.y.size == 0 and all_ready(&rest, k.length, rest.y.kind)
 
