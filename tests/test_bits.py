@@ -292,8 +292,11 @@ def test_in_place_or_not(case, dtype):
         ref.assert_same_bits(again[1], variance)
 
 
-# A little more than what is stored past the caches, by runs that share lines of memory, and by rows.
+# A little more than what is stored past the caches, by runs that share lines of memory, and by rows; and less, by rows
+# whose packs are moved to where lines begin.
 LARGE = (
+    ((6001, 64), -1),
+    ((1500, 528), -1),
     ((65, 1001, 10, 10), 1),
     ((5, 7, 461, 461), 1),
     ((42, 300, 23, 23), 1),
@@ -310,7 +313,7 @@ SIZES = {np.float64: 0.5, np.float32: 1, np.float16: 2}
 @pytest.mark.parametrize("dtype", SIZES, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("case", LARGE, ids=cases.name)
 def test_past_the_caches_or_through_them(case, dtype, activation):
-    """In place results are stored through the caches, others of this size past them."""
+    """In place results are stored through the caches and row by row, others of this size not."""
     shape, axis = case
     shape = (int(SIZES[dtype] * shape[0]) + 1, *shape[1:])
     rng = np.random.default_rng(8)

@@ -24,7 +24,8 @@ from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
 from .interleaved_cut cimport (
-    APIECE, CHUNK, FETCHED, PIECE, SHARE, STAGED, STEP, STRETCHES, Cut, Grid, Tile, cut, cut_group, table_length, tile_of, whole,
+    APIECE, CHUNK, FETCHED, PIECE, SHARE, SHIFTED, STAGED, STEP, STRETCHES, Cut, Grid, Tile, cut, cut_group, table_length, tile_of,
+    whole,
 )
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
@@ -37,7 +38,7 @@ from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
 from .packs cimport HAS_SMALL_PACKS, LANES
 from .scratch cimport scratch_give, scratch_take
-from .stores cimport place_results
+from .stores cimport is_in_place, place_results
 from .sums cimport reduce_rows
 from .weights cimport (
     Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights,
@@ -308,7 +309,7 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
             finish_channels(job, k, share * SHARE, min((share + 1) * SHARE, job.channels), parts, table)
     if not job.applies:
         return DONE
-    if job.streams and k.columns % LANES == 0:
+    if k.columns % LANES == 0:
         wrap(k, table)
     status = do_blocks(rest, k, NULL, table, gates)
     if status == DONE and job.settles:

@@ -9,9 +9,8 @@ cdef inline View from_column(const View* x, Py_ssize_t columns, Py_ssize_t size)
 
 cdef void apply_stretch(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
                         Py_ssize_t c0, Py_ssize_t c1, bint large, Py_ssize_t ahead, const floating* table,
-                        Py_ssize_t stride) noexcept nogil:
-    """*apply* to columns c0..c1 of rows that are one stretch of memory, stored past the caches where no row of y starts at whole
-    lanes.
+                        Py_ssize_t stride, bint stream) noexcept nogil:
+    """*apply* to columns c0..c1 of rows that are one stretch of memory, not in place, where no row of y starts at whole lanes.
 
     The first of these is some columns later, so all columns are taken from there to the same place of the next row. The first
     columns of a table stand behind its last once more. Views are of whole rows, as far apart as there are columns.
@@ -23,13 +22,13 @@ cdef void apply_stretch(const Form* form, const View* u, const View* v, const Vi
     cdef View ws = from_column(w, c0 + before, size), ys = from_column(y, c0 + before, size)
     if c0 == 0:
         scale(form, u, v, w, y, kind, 1, LANES, False, 0, table, stride, False)
-    scale(form, &us, &vs, &ws, &ys, kind, whole_rows, width, large, ahead, table + c0 + before, stride, True)
+    scale(form, &us, &vs, &ws, &ys, kind, whole_rows, width, large, ahead, table + c0 + before, stride, stream)
     if whole_rows == rows:
         return
     end = whole_rows * columns
     us, vs = from_column(&us, end, size), from_column(&vs, end, size)
     ws, ys = from_column(&ws, end, size), from_column(&ys, end, size)
-    scale(form, &us, &vs, &ws, &ys, kind, 1, width - LANES, False, 0, table + c0 + before, stride, True)
+    scale(form, &us, &vs, &ws, &ys, kind, 1, width - LANES, False, 0, table + c0 + before, stride, stream)
     end += columns - LANES
     us, vs = from_column(u, end, size), from_column(v, end, size)
     ws, ys = from_column(w, end, size), from_column(y, end, size)
@@ -69,11 +68,13 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
         most = PIECE
     cdef Py_ssize_t j, r, rows, n, step, high = k.results.step, start = 0, stop = t.columns
     # Rows of y that start at whole lanes can be stored past the caches.
-    cdef bint streams = (job.streams and <size_t> job.y.data % (LANES * job.y.size) == 0
-                         and k.positions * job.y.outer % (LANES * job.y.size) == 0)
+    cdef bint lies_well = (<size_t> job.y.data % (LANES * job.y.size) == 0
+                           and k.positions * job.y.outer % (LANES * job.y.size) == 0)
+    cdef bint streams = job.streams and lies_well
     # Others are taken as one stretch of memory, if they are that; where something is staged, they are put together in a tile.
-    cdef bint stretch = (job.streams and not streams and direct_y and k.columns % LANES == 0 and is_stretch(job, k, &job.y))
-    cdef bint gathers = stretch and most == CHUNK and k.columns <= GATHERED // 4 and t.columns == k.columns
+    cdef bint stretch = (not lies_well and not is_in_place(job) and direct_y and k.columns % LANES == 0
+                         and is_stretch(job, k, &job.y))
+    cdef bint gathers = stretch and job.streams and most == CHUNK and k.columns <= GATHERED // 4 and t.columns == k.columns
     cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
                           and (direct_w or not job.form.third))
     cdef bint inside, direct, large = k.large and job.y.kind == kind
@@ -83,6 +84,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef line left
     left.n = 0
     if (stretch and unstaged and not weighted and t.columns > LANES and t.rows > 1
+            and (job.streams or k.rows * k.columns * job.y.size >= SHIFTED)
             and <size_t> job.y.data % job.y.size == 0 and is_stretch(job, k, &job.u)
             and (is_stretch(job, k, &job.v) or not reads_v) and (is_stretch(job, k, &job.w) or not job.form.third)):
         u = v = w = view(job, k, &job.u, True, t.row, t.rows, 0, k.columns, ub)
@@ -92,8 +94,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
         if job.form.third:
             w = view(job, k, &job.w, True, t.row, t.rows, 0, k.columns, ub)
         apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, t.column, t.column + t.columns, large,
-                      FETCHED if t.columns < k.columns else 0, table, k.padded)
-        fence()
+                      FETCHED if t.columns < k.columns else 0, table, k.padded, job.streams)
+        if job.streams:
+            fence()
         return
     if gathers:
         direct_y = False

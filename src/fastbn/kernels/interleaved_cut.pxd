@@ -23,6 +23,7 @@ cdef enum:
     STAGED = 2 * TOGETHER  # values of rows that are taken together, in whole lanes
     AHEAD = 4096       # values of all operands that are fetched in advance of sums,
     FETCHED = 2        # or rows in results, where chunks of them are apart
+    SHIFTED = 1 << 20  # bytes of results whose packs begin with lines, though rows do not
     RETURN = 32768     # values of a block of gradients that stay in the caches
     SHARE = 256        # channels that one thread finishes at a time
     NARROW = 512       # values of operands in a row; it is no use to walk down fewer

@@ -35,6 +35,11 @@ cdef inline Py_ssize_t streamed_from(const Job* job, bint gathers) noexcept nogi
     return STREAM_ROOMY_GRADIENT if is_roomy() else STREAM_GRADIENT
 
 
+cdef inline bint is_in_place(const Job* job) noexcept nogil:
+    """Whether results take the place of an operand."""
+    return job.y.data == job.u.data or job.y.data == job.v.data or job.y.data == job.w.data
+
+
 cdef inline void place_results(Job* job, bint gathers) noexcept nogil:
     """Decide whether they are stored past the caches; and let dy, behind its gate, be kept in dx if nobody has another place
     for it, so that the derivative is found once.
@@ -43,7 +48,7 @@ cdef inline void place_results(Job* job, bint gathers) noexcept nogil:
     type would round what is kept: in a dx that stays in the caches, in any on roomy and on lean cores, and for every smooth
     activation. Not where x is, which is still to be read.
     """
-    job.streams = (job.applies and job.y.data != job.u.data and job.y.data != job.v.data and job.y.data != job.w.data
+    job.streams = (job.applies and not is_in_place(job)
                    and job.outer * job.channels * job.inner * job.y.size >= streamed_from(job, gathers))
     if (job.gated and job.kept.data == NULL and job.y.data != NULL and job.y.data != job.v.data
             and (job.gate.bend == SMOOTH or ((is_roomy() or is_lean() or not job.streams) and job.y.size >= 4))):
