@@ -1,22 +1,24 @@
 # Sums of the interleaved driver: of tiles to parts, of parts to columns, and of columns to channels.
 
 cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
-                   const double* q, bint pair, bint shifted, bint omits, bint begins, double* first, double* second,
-                   const floating* typed) noexcept nogil:
+                   const double* q, bint pair, bint shifted, bint omits, bint second_level, bint begins, double* first,
+                   double* second, const floating* typed) noexcept nogil:
     """*reduce* of views. Float64 data are always relative to a shift, and so is a gradient of which some is missing."""
     cdef const floating* x = <const floating*> u.data
     cdef const floating* x2 = <const floating*> v.data
     if omits:
-        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, True, begins, first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, True, False, begins, first, second)
     elif shifted or floating is double:
         if pair:
-            reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, False, begins, first, second)
+            reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, False, False, begins, first, second)
         else:
-            reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, True, False, begins, first, second)
+            reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, True, False, second_level, begins, first,
+                        second)
     elif pair:
-        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, False, False, begins, first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, False, False, False, begins, first, second)
     else:
-        reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, False, False, begins, first, second)
+        reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, False, False, second_level, begins, first,
+                    second)
 
 
 cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
@@ -49,7 +51,7 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
         if job.reads_pair:
             v = view(job, k, &job.v, True, t.row, t.rows, t.column + j, LANES, vb)
         add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, job.reads_pair and job.omits,
-                 True, edge + 2 * LANES, edge + 3 * LANES, gates)
+                 False, True, edge + 2 * LANES, edge + 3 * LANES, gates)
         for j in range(width, t.columns):
             first[j] = edge[3 * LANES + j - t.columns]
             second[j] = edge[4 * LANES + j - t.columns]
@@ -68,7 +70,7 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             if job.gated:
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
-                     job.reads_pair and job.omits, step == 0, first + j, second + j, gates)
+                     job.reads_pair and job.omits, k.second_level, step == 0, first + j, second + j, gates)
             j += n
 
 

@@ -55,8 +55,8 @@ cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssiz
 
 cdef inline void reduce_any(const Job* job, bint direct, const char* x, const char* x2, Py_ssize_t channels,
                             Py_ssize_t runs, Py_ssize_t n, const double* p, const double* q, bint shifted, bint abreast,
-                            Py_ssize_t next_u, Py_ssize_t next_v, bint begins, double* first, double* second,
-                            floating* tile) noexcept nogil:
+                            Py_ssize_t next_u, Py_ssize_t next_v, bint second_level, bint begins, double* first,
+                            double* second, floating* tile) noexcept nogil:
     """A run of any form, or those of several channels and images that need no staging, into the lanes.
 
     They begin with it, or are added to. Padding adds nothing: it is p, which *reduce* subtracts, or 0.
@@ -75,20 +75,20 @@ cdef inline void reduce_any(const Job* job, bint direct, const char* x, const ch
     if shifted:
         if job.reads_pair and job.omits:
             reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, True, abreast, next_u, next_v,
-                        begins, first, second)
+                        False, begins, first, second)
         elif job.reads_pair:
             reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, True, False, abreast, next_u, next_v,
-                        begins, first, second)
+                        False, begins, first, second)
         else:
             reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, True, False, abreast, next_u, next_v,
-                        begins, first, second)
+                        second_level, begins, first, second)
     elif floating is float:
         if job.reads_pair:
             reduce_runs(u, cu, su, v, cv, sv, channels, runs, n, p, q, True, False, False, abreast, next_u, next_v,
-                        begins, first, second)
+                        False, begins, first, second)
         else:
             reduce_runs(u, cu, su, u, cu, su, channels, runs, n, p, p, False, False, False, abreast, next_u, next_v,
-                        begins, first, second)
+                        second_level, begins, first, second)
 
 
 cdef void bend_together(const Job* job, const char* u, const char* v, const char* w, char* y, Py_ssize_t runs, Py_ssize_t n,

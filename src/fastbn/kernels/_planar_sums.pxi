@@ -102,7 +102,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                     gate_runs(&gate, gate_direct, u, w if job.by_output else v, w, g, several, t.length, gates + c0 + i,
                               scratch)
                 reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, k.abreast, next_u + (u - g),
-                           next_v, n == t.n0, first + i * LANES, second + i * LANES, scratch)
+                           next_v, k.second_level, n == t.n0, first + i * LANES, second + i * LANES, scratch)
                 u += several * walked.channel
                 v += several * near.v.channel
                 i += several

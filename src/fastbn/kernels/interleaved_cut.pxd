@@ -52,7 +52,8 @@ cdef struct Cut:
     Py_ssize_t padded     # from one table of coefficients to the next
     Py_ssize_t rows       # full rows
     Py_ssize_t rest       # columns of the last, partial row
-    Py_ssize_t ahead      # rows that are fetched in advance
+    Py_ssize_t ahead      # rows that are fetched in advance,
+    bint second_level     # to a second level cache
     bint far              # operands come from memory
     bint large            # and so do those of results
     Grid sums
@@ -146,6 +147,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD * (2 if is_roomy() and summed(job) * k.columns >= CHUNK else 1) // (summed(job) * k.columns),
                   <Py_ssize_t> (LEAST if k.far else 0))
+    k.second_level = k.far and is_roomy() and not job.reads_pair
     height = max(<Py_ssize_t> MIN_ROWS, BLOCK // k.columns // STEP * STEP)
     k.group = group_of(job, &k)
     if k.rows * k.columns < SHARED:

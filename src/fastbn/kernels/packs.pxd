@@ -28,6 +28,7 @@ cdef extern from "lanes.h" nogil:
     void prefetch "fastbn_prefetch"(const void* x)
     void prefetch_second "fastbn_prefetch_second"(const void* x)
     void prefetch_once "fastbn_prefetch_once"(const void* x)
+    void prefetch_to "fastbn_prefetch_to"(const void* x, bint second)
     vd select_d "fastbn_select_d"(vd x, vd y, vd yes, vd no)
     vf select_f "fastbn_select_f"(vf x, vf y, vf yes, vf no)
     vd smaller_d "fastbn_smaller_d"(vd x, vd y)

@@ -17,7 +17,8 @@ cdef enum:
     NEAR_FUSED_RUN = 16384  # or of each of them where the cores' own caches hold all,
     SHORT_FUSED_RUN = 1536  # and that short runs have at least, or they are not fused; where cores are lean twice as many
     BACK = 1 << 15          # values of neighbouring images that are applied in the order of memory, after later ones
-    NEAR = 1 << 11          # bytes that sums fetch in advance, since what the processor fetches by itself ends with every page
+    NEAR = 1 << 11          # bytes that sums fetch in advance, since what the processor fetches by itself ends with every page,
+    AFTER = 1 << 13         # or to a second level cache
     SMALL = 1 << 20         # bytes of operands that are near enough whatever the way
     OWN = 1 << 23           # bytes of operands of which the cores' own caches keep much
     SHARED = 1 << 24        # bytes of an operand of shorter runs that are, with the result, in a cache that cores share
@@ -48,7 +49,8 @@ cdef struct Cut:
     bint fused             # one task does all of its channels
     bint abreast           # sums take several side by side: what comes from memory is better walked in one stretch
     Py_ssize_t ahead       # they fetch in advance the runs of so many channels later,
-    Py_ssize_t near        # or so many bytes of the same run
+    Py_ssize_t near        # or so many bytes of the same run,
+    bint second_level      # to a second level cache
 
 
 cdef inline bint shares_lines(const Operand* operand, Py_ssize_t cut, Py_ssize_t length) noexcept nogil:
@@ -128,7 +130,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Py_ssize_t bytes = job.channels * channel_bytes
     # What is not in the cores' own caches, or in the one they share.
     cdef bint far = is_roomy() and bytes > job.threads * own_cache or is_lean() and bytes > SHARED
-    cdef Py_ssize_t tile_bytes, row_bytes
+    cdef Py_ssize_t tile_bytes, row_bytes, near
     # The first four decide about parts, so they depend on the shape alone.
     k.segments = (job.inner + TILE - 1) // TILE
     k.length = (job.inner + k.segments - 1) // k.segments
@@ -151,13 +153,15 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if k.fused and is_roomy():
         k.abreast = ABREAST > 1 and not far
         k.ahead = 1 if job.inner < TILE and not k.abreast else 0
+    k.second_level = is_roomy() and operands == 1 and bytes > OWN
     if is_roomy():
-        if k.length * itemsize < NEAR:
-            k.ahead = (NEAR + k.length * itemsize - 1) // (k.length * itemsize)
-        elif k.length * itemsize <= 4 * NEAR:
+        near = AFTER if k.second_level else NEAR
+        if k.length * itemsize < near:
+            k.ahead = (near + k.length * itemsize - 1) // (k.length * itemsize)
+        elif k.length * itemsize <= 4 * near:
             k.ahead = ABREAST if k.abreast else 1
         elif not k.ahead:
-            k.near = NEAR
+            k.near = near
     tile_bytes = k.images * k.length * itemsize
     row_bytes = tile_bytes * k.segments
     if k.fused:

@@ -3,7 +3,7 @@ from cython cimport floating
 from libc.stdint cimport int64_t
 
 from .packs cimport (
-    ABREAST, LANES, ND, VD, add_by_product, add_exact_product, last_masks, masked, prefetch, present, splat_d, vd, widen,
+    ABREAST, LANES, ND, VD, add_by_product, add_exact_product, last_masks, masked, prefetch_to, present, splat_d, vd, widen,
 )
 
 
@@ -48,11 +48,11 @@ cdef inline void add_values(const floating* u, const floating* v, vd p, vd q, vd
 cdef inline void reduce_abreast(const floating* u, Py_ssize_t cu, Py_ssize_t su, const floating* v, Py_ssize_t cv,
                                 Py_ssize_t sv, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p,
                                 const double* q, bint pair, bint shifted, bint omits, Py_ssize_t next_u, Py_ssize_t next_v,
-                                bint begins, double* first, double* second) noexcept nogil:
+                                bint second_level, bint begins, double* first, double* second) noexcept nogil:
     """`reduce_runs` of as many channels as have their sums side by side in registers, ABREAST at most.
 
-    The runs that come next, so many values further on, are fetched meanwhile: the processor's own prefetching would
-    start anew with every run.
+    The runs that come next, so many values further on, are fetched meanwhile, to a second level cache or to the first: the
+    processor's own prefetching would start anew with every run.
     The last chunk of a run overlaps the one before; values that were added already are masked.
     """
     cdef vd s[ABREAST * ND]
@@ -74,9 +74,9 @@ cdef inline void reduce_abreast(const floating* u, Py_ssize_t cu, Py_ssize_t su,
         for k in range(n // LANES):
             i = k * LANES
             for c in range(channels):
-                prefetch(u + c * cu + next_u + i)
+                prefetch_to(u + c * cu + next_u + i, second_level)
                 if pair:
-                    prefetch(v + c * cv + next_v + i)
+                    prefetch_to(v + c * cv + next_v + i, second_level)
                 for j in range(ND):
                     add_values(u + c * cu + i, v + c * cv + i, ps[c], qs[c], s + c * ND + j, t + c * ND + j, j, pair, shifted,
                                omits, NULL)
@@ -98,7 +98,7 @@ cdef inline void reduce_abreast(const floating* u, Py_ssize_t cu, Py_ssize_t su,
 cdef inline void reduce_runs(const floating* u, Py_ssize_t cu, Py_ssize_t su, const floating* v, Py_ssize_t cv,
                              Py_ssize_t sv, Py_ssize_t channels, Py_ssize_t runs, Py_ssize_t n, const double* p,
                              const double* q, bint pair, bint shifted, bint omits, bint abreast, Py_ssize_t next_u,
-                             Py_ssize_t next_v, bint begins, double* first, double* second) noexcept nogil:
+                             Py_ssize_t next_v, bint second_level, bint begins, double* first, double* second) noexcept nogil:
     """Add runs of n >= LANES values of each channel, su and sv values apart, to its LANES pairs of sums, which may begin here.
 
     Channels are cu and cv values apart. Where it omits, pairs whose v is NaN add nothing.
@@ -106,11 +106,11 @@ cdef inline void reduce_runs(const floating* u, Py_ssize_t cu, Py_ssize_t su, co
     cdef Py_ssize_t c = 0
     while ABREAST > 1 and abreast and c + ABREAST <= channels:
         reduce_abreast(u + c * cu, cu, su, v + c * cv, cv, sv, ABREAST, runs, n, p + c, q + c, pair, shifted, omits, next_u,
-                       next_v, begins, first + c * LANES, second + c * LANES)
+                       next_v, second_level, begins, first + c * LANES, second + c * LANES)
         c += ABREAST
     while c < channels:
         reduce_abreast(u + c * cu, cu, su, v + c * cv, cv, sv, 1, runs, n, p + c, q + c, pair, shifted, omits, next_u,
-                       next_v, begins, first + c * LANES, second + c * LANES)
+                       next_v, second_level, begins, first + c * LANES, second + c * LANES)
         c += 1
 
 
@@ -131,8 +131,8 @@ cdef inline Py_ssize_t pitch(Py_ssize_t stride, Py_ssize_t width, Py_ssize_t cou
 
 cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t rows,
                                 Py_ssize_t ahead, Py_ssize_t width, Py_ssize_t k, Py_ssize_t count, const double* p,
-                                const double* q, bint pair, bint shifted, bint omits, bint begins, double* first,
-                                double* second) noexcept nogil:
+                                const double* q, bint pair, bint shifted, bint omits, bint second_level, bint begins,
+                                double* first, double* second) noexcept nogil:
     """`reduce_rows` of so many times LANES columns, ABREAST at most, from the k-th on: their sums are side by side."""
     cdef vd s[ABREAST * ND]
     cdef vd t[ABREAST * ND]
@@ -151,9 +151,9 @@ cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating
             t[j] = (<vd*> (second + i))[j]
     for r in range(rows):
         for c in range(count):
-            prefetch(next_u + r * pu + c * LANES)
+            prefetch_to(next_u + r * pu + c * LANES, second_level)
             if pair:
-                prefetch(next_v + r * pv + c * LANES)
+                prefetch_to(next_v + r * pv + c * LANES, second_level)
         for j in range(count * ND):
             add_values(u + r * su + i, v + r * sv + i, ps[j], qs[j], s + j, t + j, j, pair, shifted, omits, NULL)
     for j in range(count * ND):
@@ -163,15 +163,16 @@ cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating
 
 cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv,
                              Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, const double* q,
-                             bint pair, bint shifted, bint omits, bint begins, double* first, double* second) noexcept nogil:
+                             bint pair, bint shifted, bint omits, bint second_level, bint begins, double* first,
+                             double* second) noexcept nogil:
     """Add rows to one pair of sums per column, which may begin here; su and sv are the distances between rows in values.
 
     Where it omits, pairs whose v is NaN add nothing. The width is a multiple of LANES.
     """
     cdef Py_ssize_t k = 0, end = width // LANES
     while ABREAST > 1 and k + ABREAST <= end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, begins, first, second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, second_level, begins, first, second)
         k += ABREAST
     while k < end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, begins, first, second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, second_level, begins, first, second)
         k += 1
