@@ -2,7 +2,8 @@
 
 Training calls and gradients of float32 arrays, in times of the plain call. Every round times all of them, one after
 the other in an order drawn anew, each for a moment; a ratio is the median over rounds of what a round says, so a
-machine that is slower for a while changes little.
+machine that is slower for a while changes little. Results are written to `out=`, or with `--fresh` to new arrays:
+these may be written before all weights have been looked at, since nobody sees them if one is refused.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ MISSING = 0.1  # share of values
 LEAST = 5  # calls of a turn
 
 
-def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
+def calls(case: Case, fresh: bool = False) -> dict[str, dict[str, Callable[[], Any]]]:
     """Training and gradient, plain and in every form."""
     rng = np.random.default_rng(2)
     each = rng.uniform(0.1, 1.1, case.x.shape).astype(np.float32)
@@ -65,13 +66,14 @@ def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
     }
     parameters = {"gamma": case.gamma, "beta": case.beta, "axis": case.axis, "training": True}
     moving = {"moving_mean": case.moving_mean, "moving_variance": case.moving_variance}
+    out = None if fresh else case.out
 
     def forward(x: np.ndarray, options: dict[str, Any]) -> Callable[[], Any]:
-        return lambda: fastbn.batch_norm(x, out=case.out, **parameters, **moving, **options)
+        return lambda: fastbn.batch_norm(x, out=out, **parameters, **moving, **options)
 
     def backward(x: np.ndarray, options: dict[str, Any]) -> Callable[[], Any]:
         cache = fastbn.batch_norm_forward(x, **parameters, **options)[1]
-        return lambda: fastbn.batch_norm_backward(case.dy, cache, out=case.out)
+        return lambda: fastbn.batch_norm_backward(case.dy, cache, out=out)
 
     return {
         operation: {form: of(x, options) for form, (x, options) in given.items()}
@@ -92,13 +94,13 @@ def measure(forms: dict[str, Callable[[], Any]], rounds: int, seconds: float) ->
     return found
 
 
-def rows(names: list[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+def rows(names: list[str], rounds: int, seconds: float, fresh: bool) -> list[dict[str, Any]]:
     """What was measured, a row for each array and operation."""
     found = []
     for name, layout in CASES:
         if name in names:
             case = Case(SHAPES[name], layout, "float32")
-            for operation, forms in calls(case).items():
+            for operation, forms in calls(case, fresh).items():
                 about = {"operation": operation, "shape": list(SHAPES[name]), "layout": layout}
                 found.append(about | measure(forms, rounds, seconds))
     return found
@@ -110,9 +112,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=0.02, help="of one call in one round")
+    parser.add_argument("--fresh", action="store_true", help="results are new arrays, instead of out=")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    found = rows(options.cases, options.rounds, options.seconds)
+    found = rows(options.cases, options.rounds, options.seconds, options.fresh)
     if options.json:
         print(json.dumps(found, indent=1))
         return

@@ -308,10 +308,12 @@ def test_lines_of_a_sweep():
     assert math.isnan(lines["NumPy"][1])
 
 
-def test_costs_of_weights_are_those_of_different_sums():
+@pytest.mark.parametrize("fresh", [False, True])
+def test_costs_of_weights_are_those_of_different_sums(fresh):
     """The plain calls compute what the reference does, and no form what another one does."""
     case = cases.Case((6, 5, 4, 7), "planar", "float32")
-    forms = weights.calls(case)
+    forms = weights.calls(case, fresh)
+    assert (forms["train"]["plain"]() is case.out) == (forms["backward"]["plain"]()[0] is case.out) == (not fresh)
     assert {*forms["train"]} == {*forms["backward"]} == {"plain", *weights.FORMS}
     results = {}
     for form in forms["train"]:
@@ -329,7 +331,7 @@ def test_costs_of_weights_are_printed(capsys):
     assert len(printed) == 6
     assert [row.split(" | ")[0] for row in printed[2:]] == ["| train", "| backward"] * 2
     assert all(float(cell) > 0.1 for row in printed[2:] for cell in row.strip("| ").split(" | ")[4:])
-    weights.main(["--cases", "dense", "--rounds", "1", "--seconds", "0.001", "--json"])
+    weights.main(["--cases", "dense", "--rounds", "1", "--seconds", "0.001", "--fresh", "--json"])
     assert {*weights.FORMS} < {*json.loads(capsys.readouterr().out)[0]}
 
 
