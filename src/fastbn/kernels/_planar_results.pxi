@@ -61,16 +61,14 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
 
 cdef struct WeightRuns:
     # Weights of the runs of neighbouring channels of an image, as wide as arithmetic and side by side.
-    bint direct         # they are that where they are,
-    Py_ssize_t at_once  # or are copied, of so many channels
-    Py_ssize_t taken    # the channel up to which they were
-    const char* w
+    Py_ssize_t at_once  # channels whose weights are found together,
+    Py_ssize_t taken    # the channel up to which they were,
+    const char* w       # and where those of the last one asked for are
 
 
-cdef inline WeightRuns prepare_weights(const Job* job, Py_ssize_t length, const floating* typed) noexcept nogil:
+cdef inline WeightRuns prepare_weights(const Job* job, Py_ssize_t length) noexcept nogil:
     cdef WeightRuns r
     cdef Py_ssize_t size = job.weights.size
-    r.direct = weights_ready(job, length, sizeof(floating))
     # Runs of channels that lie side by side are taken together, for what is left over of a short one takes longest.
     r.at_once = 1
     if job.weights.inner == size and job.weights.channel == job.inner * size and length == job.inner:
@@ -79,19 +77,14 @@ cdef inline WeightRuns prepare_weights(const Job* job, Py_ssize_t length, const 
     return r
 
 
-cdef inline const char* weights_of(const Job* job, WeightRuns* r, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c, Py_ssize_t c0,
-                                   Py_ssize_t c1, Py_ssize_t s0, floating* room) noexcept nogil:
-    """Weights of the run of a channel; of an image's channels c0..c1 they are asked for one after the other."""
-    if r.direct:
-        return weights_at(&job.weights, n, c, s0)
-    if c > c0 and job.weights.channel == 0:
-        return r.w
-    if c > c0 and c < r.taken:
+cdef inline const char* weights_of(const Job* job, WeightRuns* r, Py_ssize_t length, Py_ssize_t n, Py_ssize_t c, Py_ssize_t c1,
+                                   Py_ssize_t s0, floating* room) noexcept nogil:
+    """Weights of the run of a channel; of an image's channels up to c1 they are asked for one after the other."""
+    if c < r.taken:
         r.w += length * sizeof(floating)
-        return r.w
-    r.taken = min(c1, c + r.at_once)
-    take_weights(&job.weights, weights_at(&job.weights, n, c, s0), job.weights.inner, (r.taken - c) * length, room)
-    r.w = <const char*> room
+    elif r.w == NULL or job.weights.channel != 0:
+        r.taken = min(c1, c + r.at_once)
+        r.w = run_of_weights(job, weights_at(&job.weights, n, c, s0), (r.taken - c) * length, False, room)
     return r.w
 
 
@@ -99,7 +92,7 @@ cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, 
                     const floating* table, floating* tile, line* rest) noexcept nogil:
     """`apply_image` to runs that share lines: values of a line that is not one run's alone go through a tile."""
     cdef bint weighted = is_weighted(job.form.bend) and job.form.third
-    cdef WeightRuns weights = prepare_weights(job, length, table)
+    cdef WeightRuns weights = prepare_weights(job, length)
     cdef Py_ssize_t size = job.y.size, whole_line = LINE // size, c, head, end
     cdef const char* u
     cdef const char* v
@@ -108,7 +101,7 @@ cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, 
     for c in range(c0, c1):
         u, v, w, y = at(&job.u, n, c, s0), at(&job.v, n, c, s0), at(&job.w, n, c, s0), at(&job.y, n, c, s0)
         if weighted:
-            w = weights_of(job, &weights, length, n, c, c0, c1, s0, tile + TILE)
+            w = weights_of(job, &weights, length, n, c, c1, s0, tile + TILE)
         head = <Py_ssize_t> (-<size_t> y % LINE) // size
         end = head + (length - head) // whole_line * whole_line
         if head:
@@ -179,7 +172,7 @@ cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, 
                                Py_ssize_t s0, const floating* table, floating* buffer) noexcept nogil:
     """`apply_image` of a gradient whose third operand are weights."""
     cdef Job near = job[0]
-    cdef WeightRuns weights = prepare_weights(job, length, table)
+    cdef WeightRuns weights = prepare_weights(job, length)
     cdef bint direct = (ready(&job.u, length, native(table)) and ready(&job.v, length, native(table))
                         and ready(&job.y, length, native(table)))
     cdef const char* w = NULL
@@ -190,7 +183,7 @@ cdef void apply_weighted_image(const Job* job, const Cut* k, Py_ssize_t length, 
     near.streams = job.streams and not shares_lines(&job.y, k.cut, length)
     for c in range(c0, c1):
         if job.form.third:
-            w = weights_of(job, &weights, length, n, c, c0, c1, s0, buffer + 2 * TILE)
+            w = weights_of(job, &weights, length, n, c, c1, s0, buffer + 2 * TILE)
         apply_any(&near, direct, native(table), at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 1, length,
                   table + c, job.channels, buffer)
 

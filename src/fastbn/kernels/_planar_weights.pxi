@@ -64,8 +64,8 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 u = stage(&job.u, x, t.length, <floating> p[c], buffer)
                 counts[c] += t.length
                 reduce_any(job, True, <const char*> u, <const char*> u, 1, 1, m, p + c, p + c, shifted,
-                           False, to_later(&job.u, k, c, c1 - c0, on), 0, False, False, first + c * LANES, second + c * LANES,
-                           buffer)
+                           False, to_later(&job.u, k, c, c1 - c0, on), 0, k.second_level, False, first + c * LANES,
+                           second + c * LANES, buffer)
             else:
                 u = stage(&job.u, x, t.length, pad, buffer)
                 next_u = to_later(&job.u, k, c, c1 - c0, on) // <Py_ssize_t> sizeof(floating)

@@ -171,8 +171,10 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
     """
     cdef Py_ssize_t k = 0, end = width // LANES
     while ABREAST > 1 and k + ABREAST <= end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, second_level, begins, first, second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, second_level, begins, first,
+                       second)
         k += ABREAST
     while k < end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, second_level, begins, first, second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, second_level, begins, first,
+                       second)
         k += 1
