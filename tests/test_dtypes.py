@@ -124,6 +124,21 @@ def test_bits_are_those_of_float32_rounded(case, name):
         ref.assert_same_bits(value, rounded(expected[key], result_of(dtype)) if small else expected[key], key)
 
 
+@pytest.mark.parametrize("name", HALVES + BYTES)
+def test_rows_of_every_width(name):
+    """Rows are staged in whole lanes: as many as fit the width alone overran the buffers (577, 673 or 817 columns)."""
+    dtype = dtype_of(name)
+    for columns in range(500, 1050):
+        x, dy = batch((9, columns), dtype), batch((9, columns), result_of(dtype), seed=1)
+        _, cache = fastbn.batch_norm_forward(x, training=True)
+        _, expected = fastbn.batch_norm_forward(as_float32(x), training=True)
+        gradients = fastbn.batch_norm_backward(dy, cache)
+        exact = fastbn.batch_norm_backward(as_float32(dy), expected)
+        ref.assert_same_bits(gradients[0], rounded(exact[0], result_of(dtype)), f"dx of {columns} columns")
+        for actual, wanted in zip(gradients[1:], exact[1:], strict=True):
+            ref.assert_same_bits(actual, wanted, f"parameters' gradients of {columns} columns")
+
+
 @pytest.mark.parametrize("name", HALVES)
 @pytest.mark.parametrize("shape,axis", [((2, 32768), 0), ((65536, 1), -1), ((1, 65536), -1), ((4096, 2, 8), 1)])
 def test_every_bit_pattern_comes_back(shape, axis, name):

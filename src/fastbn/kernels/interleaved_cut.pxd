@@ -87,8 +87,9 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
     g.blocks = (k.rows + height - 1) // height + (1 if k.rest else 0)
     g.chunk = chunk
     g.chunks = (k.columns + chunk - 1) // chunk
-    # Sums of some columns are in registers for so many rows; so many are staged together.
-    g.step = max(min(least, least // LEAST * TOGETHER // chunk), min(<Py_ssize_t> STEP, TOGETHER // (operands * chunk)))
+    # Sums of some columns are in registers for so many rows; so many are staged together, in whole lanes.
+    g.step = max(min(least, least // LEAST * TOGETHER // whole(chunk)),
+                 min(<Py_ssize_t> STEP, TOGETHER // (operands * whole(chunk))))
     g.wave = max(<Py_ssize_t> 1, WAVE // (height * chunk))
     return g
 
