@@ -31,12 +31,14 @@ from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
     kind_of_results, native,
 )
-from .kinds cimport BFLOAT, DOUBLE, HALF, size_of
-from .lanes cimport Form, apply_rows, is_weighted
+from .kinds cimport DOUBLE, size_of
+from .lanes cimport (
+    BENT, CLIPPED, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form, Strips, apply_rows, is_weighted, moved,
+)
 from .lines cimport GATHERED, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
-from .packs cimport HAS_SMALL_PACKS, LANES
+from .packs cimport LANES
 from .scratch cimport scratch_give, scratch_take
 from .stores cimport is_in_place, place_results
 from .sums cimport reduce_rows
@@ -138,21 +140,61 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     return w
 
 
-cdef void scale(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
-                Py_ssize_t columns, bint large, Py_ssize_t ahead, const floating* p, Py_ssize_t stride, bint stream) noexcept nogil:
-    """*apply* to views of a kind. Not inline: its many forms are compiled once, whoever calls it."""
-    cdef Py_ssize_t size = size_of(kind), su = u.stride * size, sv = v.stride * size, sw = w.stride * size, sy = y.stride * size
-    cdef const floating* a = p + stride
-    cdef const floating* c = a + stride
-    cdef const floating* q = c + stride
-    cdef const floating* b = q + stride
-    if floating is float and HAS_SMALL_PACKS and kind == HALF:
-        apply_rows(u.data, su, v.data, sv, w.data, sw, y.data, sy, rows, columns, large, ahead, p, a, c, q, b, form, stream, HALF)
-    elif floating is float and HAS_SMALL_PACKS and kind == BFLOAT:
-        apply_rows(u.data, su, v.data, sv, w.data, sw, y.data, sy, rows, columns, large, ahead, p, a, c, q, b, form, stream, BFLOAT)
+cdef inline Strips strips(const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
+                          Py_ssize_t columns) noexcept nogil:
+    """Rows of views of a kind."""
+    cdef Py_ssize_t size = size_of(kind)
+    return Strips(u.data, v.data, w.data, y.data, u.stride * size, v.stride * size, w.stride * size, y.stride * size, rows,
+                  columns)
+
+
+# One function for each kind of bend, not inline: what loops there are is compiled once, whoever calls it, and so few in one
+# function that their numbers stay in registers. Of all in one, nine in ten fetched addresses from the stack for every pack.
+cdef void scale_straight(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+                         Py_ssize_t stride, bint stream) noexcept nogil:
+    apply_rows(x, large, ahead, table, stride, form, stream, kind, STRAIGHT)
+
+
+cdef void scale_clipped(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+                        Py_ssize_t stride, bint stream) noexcept nogil:
+    apply_rows(x, large, ahead, table, stride, form, stream, kind, CLIPPED)
+
+
+cdef void scale_bent(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+                     Py_ssize_t stride, bint stream) noexcept nogil:
+    apply_rows(x, large, ahead, table, stride, form, stream, kind, BENT)
+
+
+cdef void scale_smooth(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+                       Py_ssize_t stride, bint stream) noexcept nogil:
+    apply_rows(x, large, ahead, table, stride, form, stream, kind, SMOOTH)
+
+
+cdef void scale_weighted(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+                         Py_ssize_t stride, bint stream) noexcept nogil:
+    apply_rows(x, large, ahead, table, stride, form, stream, kind, WEIGHTED)
+
+
+cdef void scale_present(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+                        Py_ssize_t stride, bint stream) noexcept nogil:
+    apply_rows(x, large, ahead, table, stride, form, stream, kind, PRESENT)
+
+
+cdef void scale(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+                Py_ssize_t stride, bint stream) noexcept nogil:
+    """*apply* to rows of a kind."""
+    if form.bend == STRAIGHT:
+        scale_straight(form, x, kind, large, ahead, table, stride, stream)
+    elif form.bend == CLIPPED:
+        scale_clipped(form, x, kind, large, ahead, table, stride, stream)
+    elif form.bend == BENT:
+        scale_bent(form, x, kind, large, ahead, table, stride, stream)
+    elif form.bend == SMOOTH:
+        scale_smooth(form, x, kind, large, ahead, table, stride, stream)
+    elif form.bend == WEIGHTED:
+        scale_weighted(form, x, kind, large, ahead, table, stride, stream)
     else:
-        apply_rows(u.data, su, v.data, sv, w.data, sw, y.data, sy, rows, columns, large, ahead, p, a, c, q, b, form, stream,
-                   native(p))
+        scale_present(form, x, kind, large, ahead, table, stride, stream)
 
 
 cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const View* v, Py_ssize_t row,
@@ -176,7 +218,8 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
                  buffer + STAGED)
         if job.by_output:
             source = &w
-    scale(&job.gate, u, source, &w, &g, native(gates), rows, whole(columns), False, 0, gates + column, k.padded, False)
+    cdef Strips x = strips(u, source, &w, &g, native(gates), rows, whole(columns))
+    scale(&job.gate, &x, native(gates), False, 0, gates + column, k.padded, False)
     if job.kept.data != NULL and not direct:
         carry_rows(job, k, &job.kept, row, rows, column, columns, <floating*> g.data, True)
         g = view(job, k, &job.kept, False, row, rows, column, columns, buffer)
@@ -259,7 +302,7 @@ cdef void do_tasks(const Job* job, const Cut* k, Py_ssize_t begin, Py_ssize_t en
         if parts != NULL:
             reduce_block(job, k, begin + i, parts, gates)
         else:
-            apply_block(job, k, end - 1 - i, table, gates)
+            apply_block(job, k, end - 1 - i if job.reduces else begin + i, table, gates)
 
 
 cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* table,
@@ -283,11 +326,12 @@ cdef int do_blocks(const Job* job, const Cut* k, double* parts, const floating* 
     return DONE
 
 
-cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) noexcept nogil:
+cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* tables) noexcept nogil:
     """A job, or a group of its channels. A table of the gate follows that of the results."""
     cdef Py_ssize_t share, shares = (job.channels + SHARE - 1) // SHARE
     cdef int threads = job.threads, status
-    cdef floating* gates = table + table_length(k, job.channels) if job.gated else NULL
+    cdef floating* table = tables
+    cdef floating* gates = tables + table_length(k, job.channels) if job.gated else NULL
     cdef Job gate, behind
     cdef const Job* rest = job
     if job.gated:
@@ -296,6 +340,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* table) 
         if job.kept.data != NULL:
             behind = behind_gate(job)
             rest = &behind
+    if job.applies and is_shifted(rest, k):  # packs of coefficients shall begin with lines where those of y do
+        table += <Py_ssize_t> (<size_t> job.y.data % (LANES * job.y.size)) // job.y.size
     if job.reduces:
         status = do_blocks(job, k, parts, table, gates)
         if status != DONE:

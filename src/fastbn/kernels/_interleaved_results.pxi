@@ -1,43 +1,53 @@
 # Results of the interleaved driver: blocks of rows, in the order of memory.
 
-cdef inline View from_column(const View* x, Py_ssize_t columns, Py_ssize_t size) noexcept nogil:
-    """A view from some columns on; of rows that are one stretch of memory."""
-    cdef View w = x[0]
-    w.data += columns * size
-    return w
+cdef inline bint is_stretch(const Job* job, const Cut* k, const Operand* operand, int kind) noexcept nogil:
+    """Whether an operand is of a kind, and its rows follow one another without a gap."""
+    return operand.kind == kind and dense(job, k, operand) and k.positions * operand.outer == k.columns * operand.size
 
 
-cdef void apply_stretch(const Form* form, const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
-                        Py_ssize_t c0, Py_ssize_t c1, bint large, Py_ssize_t ahead, const floating* table,
-                        Py_ssize_t stride, bint stream) noexcept nogil:
+cdef inline bint lies_well(const Job* job, const Cut* k) noexcept nogil:
+    """Whether every row of y starts at whole lanes, so that it can be stored past the caches."""
+    return (<size_t> job.y.data % (LANES * job.y.size) == 0 and k.positions * job.y.outer % (LANES * job.y.size) == 0)
+
+
+cdef bint is_shifted(const Job* job, const Cut* k) noexcept nogil:
+    """Whether all rows are one stretch of memory, not in place, and y is large and lies otherwise: see `apply_stretch`."""
+    cdef int kind = kind_of_results(job)
+    return (k.columns % LANES == 0 and not lies_well(job, k) and not is_in_place(job) and not job.gated
+            and not is_weighted(job.form.bend) and <size_t> job.y.data % job.y.size == 0
+            and (job.streams or k.rows * k.columns * job.y.size >= SHIFTED)
+            and is_stretch(job, k, &job.u, kind) and is_stretch(job, k, &job.y, kind)
+            and (not job.writes_pair or is_stretch(job, k, &job.v, kind))
+            and (not job.form.third or is_stretch(job, k, &job.w, kind)))
+
+
+cdef void apply_part(const Form* form, const Strips* x, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t from_row,
+                     Py_ssize_t from_column, int kind, bint large, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
+                     bint stream) noexcept nogil:
+    """*apply* to some rows and columns, whose coefficients begin with the table's."""
+    cdef Strips part = moved(x, from_row, from_column * size_of(kind))
+    part.count, part.length = rows, columns
+    scale(form, &part, kind, large, ahead, table, stride, stream)
+
+
+cdef void apply_stretch(const Form* form, const Strips* x, int kind, Py_ssize_t c0, Py_ssize_t c1, bint large, Py_ssize_t ahead,
+                        const floating* table, Py_ssize_t stride, bint stream) noexcept nogil:
     """*apply* to columns c0..c1 of rows that are one stretch of memory, not in place, where no row of y starts at whole lanes.
 
     The first of these is some columns later, so all columns are taken from there to the same place of the next row. The first
-    columns of a table stand behind its last once more. Views are of whole rows, as far apart as there are columns.
+    columns of a table stand behind its last once more.
     """
-    cdef Py_ssize_t size = size_of(kind), columns = y.stride, width = c1 - c0, end
-    cdef Py_ssize_t before = LANES - <Py_ssize_t> (<size_t> y.data % (LANES * size)) // size
-    cdef Py_ssize_t whole_rows = rows - 1 if c1 == columns else rows  # of the last one, the end is not followed by another
-    cdef View us = from_column(u, c0 + before, size), vs = from_column(v, c0 + before, size)
-    cdef View ws = from_column(w, c0 + before, size), ys = from_column(y, c0 + before, size)
+    cdef Py_ssize_t size = size_of(kind), columns = x.length, width = c1 - c0, last = x.count - 1
+    cdef Py_ssize_t begin = c0 + LANES - <Py_ssize_t> (<size_t> x.y % (LANES * size)) // size
     if c0 == 0:
-        scale(form, u, v, w, y, kind, 1, LANES, False, 0, table, stride, False)
-    scale(form, &us, &vs, &ws, &ys, kind, whole_rows, width, large, ahead, table + c0 + before, stride, stream)
-    if whole_rows == rows:
+        apply_part(form, x, 1, LANES, 0, 0, kind, False, 0, table, stride, False)
+    if c1 < columns:
+        apply_part(form, x, x.count, width, 0, begin, kind, large, ahead, table + begin, stride, stream)
         return
-    end = whole_rows * columns
-    us, vs = from_column(&us, end, size), from_column(&vs, end, size)
-    ws, ys = from_column(&ws, end, size), from_column(&ys, end, size)
-    scale(form, &us, &vs, &ws, &ys, kind, 1, width - LANES, False, 0, table + c0 + before, stride, stream)
-    end += columns - LANES
-    us, vs = from_column(u, end, size), from_column(v, end, size)
-    ws, ys = from_column(w, end, size), from_column(y, end, size)
-    scale(form, &us, &vs, &ws, &ys, kind, 1, LANES, False, 0, table + columns - LANES, stride, False)
-
-
-cdef inline bint is_stretch(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
-    """Whether an operand's rows follow one another without a gap."""
-    return k.positions * operand.outer == k.columns * operand.size
+    apply_part(form, x, last, width, 0, begin, kind, large, ahead, table + begin, stride, stream)
+    # The end of the last row is not followed by another.
+    apply_part(form, x, 1, width - LANES, last, begin, kind, False, 0, table + begin, stride, stream)
+    apply_part(form, x, 1, LANES, last, columns - LANES, kind, False, 0, table + columns - LANES, stride, False)
 
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
@@ -67,34 +77,29 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     if job.form.third and not weighted and not in_stretches(job, k, &job.w):
         most = PIECE
     cdef Py_ssize_t j, r, rows, n, step, high = k.results.step, start = 0, stop = t.columns
-    # Rows of y that start at whole lanes can be stored past the caches.
-    cdef bint lies_well = (<size_t> job.y.data % (LANES * job.y.size) == 0
-                           and k.positions * job.y.outer % (LANES * job.y.size) == 0)
-    cdef bint streams = job.streams and lies_well
-    # Others are taken as one stretch of memory, if they are that; where something is staged, they are put together in a tile.
-    cdef bint stretch = (not lies_well and not is_in_place(job) and direct_y and k.columns % LANES == 0
-                         and is_stretch(job, k, &job.y))
-    cdef bint gathers = stretch and job.streams and most == CHUNK and k.columns <= GATHERED // 4 and t.columns == k.columns
+    cdef bint streams = job.streams and lies_well(job, k)
+    # Rows that lie otherwise, where something is staged, are put together in a tile, if they are one stretch of memory.
+    cdef bint gathers = (job.streams and not streams and most == CHUNK and k.columns <= GATHERED // 4 and t.columns == k.columns
+                         and k.columns % LANES == 0 and not is_in_place(job) and is_stretch(job, k, &job.y, kind))
     cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
                           and (direct_w or not job.form.third))
     cdef bint inside, direct, large = k.large and job.y.kind == kind
     cdef bint overlaps = False  # the last lanes, those before
     cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
+    cdef Strips x
     cdef line left
     left.n = 0
-    if (stretch and unstaged and not weighted and t.columns > LANES and t.rows > 1
-            and (job.streams or k.rows * k.columns * job.y.size >= SHIFTED)
-            and <size_t> job.y.data % job.y.size == 0 and is_stretch(job, k, &job.u)
-            and (is_stretch(job, k, &job.v) or not reads_v) and (is_stretch(job, k, &job.w) or not job.form.third)):
+    if t.columns > LANES and t.rows > 1 and is_shifted(job, k):
         u = v = w = view(job, k, &job.u, True, t.row, t.rows, 0, k.columns, ub)
         y = view(job, k, &job.y, True, t.row, t.rows, 0, k.columns, ub)
         if reads_v:
             v = view(job, k, &job.v, True, t.row, t.rows, 0, k.columns, ub)
         if job.form.third:
             w = view(job, k, &job.w, True, t.row, t.rows, 0, k.columns, ub)
-        apply_stretch(&job.form, &u, &v, &w, &y, kind, t.rows, t.column, t.column + t.columns, large,
-                      FETCHED if t.columns < k.columns else 0, table, k.padded, job.streams)
+        x = strips(&u, &v, &w, &y, kind, t.rows, k.columns)
+        apply_stretch(&job.form, &x, kind, t.column, t.column + t.columns, large, FETCHED if t.columns < k.columns else 0, table,
+                      k.padded, job.streams)
         if job.streams:
             fence()
         return
@@ -129,8 +134,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                     w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 elif job.form.third:
                     w = view(job, k, &job.w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-                scale(&job.form, &u, &v, &w, &y, kind if inside else native(table), rows, whole(n), large,
-                      FETCHED if n < stride else 0, table + t.column + j, k.padded, streams and direct and not overlaps)
+                x = strips(&u, &v, &w, &y, kind if inside else native(table), rows, whole(n))
+                scale(&job.form, &x, kind if inside else native(table), large, FETCHED if n < stride else 0,
+                      table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:
                     stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)
                 elif not direct:

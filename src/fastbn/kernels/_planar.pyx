@@ -24,12 +24,12 @@ from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of,
     is_interrupted, kind_of_results, native,
 )
-from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, size_of
-from .lanes cimport SMOOTH, STRAIGHT, Form, apply_runs, is_weighted
+from .kinds cimport DOUBLE, FLOAT, size_of
+from .lanes cimport SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
-from .packs cimport ABREAST, HAS_SMALL_PACKS, LANES
+from .packs cimport ABREAST, LANES
 from .planar_cut cimport (
     BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of, weights_ready,
 )
@@ -103,14 +103,18 @@ cdef void bend_together(const Job* job, const char* u, const char* v, const char
     cdef Form straight = job.form, bend = job.form
     cdef const Operand* operand = &job.v if job.form.pair else &job.u
     cdef const char* x = v if job.form.pair else u
+    cdef const char* given
     cdef Py_ssize_t r = 0, step = n * sizeof(floating), m
+    cdef Strips before, behind
     straight.bend, straight.pair, bend.third = STRAIGHT, False, False
     while r < runs:
         m = min(runs - r, TILE // n)
-        apply_runs(x + r * operand.channel, operand.channel, x, 0, w + r * job.w.channel, job.w.channel, <char*> tile, step, m, n,
-                   table + r, channels, &straight, False, native(table))
-        apply_runs(u + r * step if job.form.pair else <char*> tile, 0, <char*> tile, 0, w, 0, y + r * step, 0, 1, m * n, same, 1,
-                   &bend, job.streams, native(table))
+        before = Strips(x + r * operand.channel, x, w + r * job.w.channel, <char*> tile, operand.channel, 0, job.w.channel, step,
+                        m, n)
+        apply_runs(&before, table + r, channels, &straight, False, native(table))
+        given = u + r * step if job.form.pair else <const char*> tile
+        behind = Strips(given, <char*> tile, w, y + r * step, 0, 0, 0, 0, 1, m * n)
+        apply_runs(&behind, same, 1, &bend, job.streams, native(table))
         r += m
 
 
@@ -128,6 +132,7 @@ cdef inline void apply_any(const Job* job, bint direct, int kind, const char* u,
     cdef char* z = y
     cdef Py_ssize_t m = n
     cdef bint unstaged = direct
+    cdef Strips x
     if not direct:
         kind = native(tile)
         u = <const char*> stage(&job.u, u, n, 0, tile)
@@ -142,15 +147,8 @@ cdef inline void apply_any(const Job* job, bint direct, int kind, const char* u,
     elif runs > 1 and bends_together(job, n):
         bend_together(job, u, v, w, y, runs, n, table, channels)
         return
-    if floating is float and HAS_SMALL_PACKS and kind == HALF:
-        apply_runs(u, job.u.channel, v, job.v.channel, w, job.w.channel, z, job.y.channel, runs, m, table, channels,
-                   &job.form, job.streams and unstaged, HALF)
-    elif floating is float and HAS_SMALL_PACKS and kind == BFLOAT:
-        apply_runs(u, job.u.channel, v, job.v.channel, w, job.w.channel, z, job.y.channel, runs, m, table, channels,
-                   &job.form, job.streams and unstaged, BFLOAT)
-    else:
-        apply_runs(u, job.u.channel, v, job.v.channel, w, job.w.channel, z, job.y.channel, runs, m, table, channels,
-                   &job.form, job.streams and unstaged, native(tile))
+    x = Strips(u, v, w, z, job.u.channel, job.v.channel, job.w.channel, job.y.channel, runs, m)
+    apply_runs(&x, table, channels, &job.form, job.streams and unstaged, kind)
     if not unstaged:
         give(&job.y, <const floating*> z, 1, n, y, job.y.inner)
 

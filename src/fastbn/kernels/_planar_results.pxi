@@ -94,25 +94,28 @@ cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, 
     cdef bint weighted = is_weighted(job.form.bend) and job.form.third
     cdef WeightRuns weights = prepare_weights(job, length)
     cdef Py_ssize_t size = job.y.size, whole_line = LINE // size, c, head, end
-    cdef const char* u
-    cdef const char* v
     cdef const char* w
-    cdef char* y
+    cdef Strips x, part
     for c in range(c0, c1):
-        u, v, w, y = at(&job.u, n, c, s0), at(&job.v, n, c, s0), at(&job.w, n, c, s0), at(&job.y, n, c, s0)
+        w = at(&job.w, n, c, s0)
         if weighted:
             w = weights_of(job, &weights, length, n, c, c1, s0, tile + TILE)
-        head = <Py_ssize_t> (-<size_t> y % LINE) // size
+        x = Strips(at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 0, 0, 0, 0, 1, LANES)
+        head = <Py_ssize_t> (-<size_t> x.y % LINE) // size
         end = head + (length - head) // whole_line * whole_line
         if head:
-            apply_runs(u, 0, v, 0, w, 0, <char*> tile, 0, 1, LANES, table + c, job.channels, &job.form, False, native(tile))
-            stream_lines(rest, y, <char*> tile, head * size)
-        apply_runs(u + head * size, 0, v + head * size, 0, w + head * size, 0, y + head * size, 0, 1, end - head, table + c,
-                   job.channels, &job.form, True, native(tile))
+            part = x
+            part.y = <char*> tile
+            apply_runs(&part, table + c, job.channels, &job.form, False, native(tile))
+            stream_lines(rest, x.y, <char*> tile, head * size)
+        part = moved(&x, 0, head * size)
+        part.length = end - head
+        apply_runs(&part, table + c, job.channels, &job.form, True, native(tile))
         if end < length:
-            u, v, w = u + (length - LANES) * size, v + (length - LANES) * size, w + (length - LANES) * size
-            apply_runs(u, 0, v, 0, w, 0, <char*> tile, 0, 1, LANES, table + c, job.channels, &job.form, False, native(tile))
-            stream_lines(rest, y + end * size, <char*> (tile + LANES + end - length), (length - end) * size)
+            part = moved(&x, 0, (length - LANES) * size)
+            part.y = <char*> tile
+            apply_runs(&part, table + c, job.channels, &job.form, False, native(tile))
+            stream_lines(rest, x.y + end * size, <char*> (tile + LANES + end - length), (length - end) * size)
 
 
 cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t s0,

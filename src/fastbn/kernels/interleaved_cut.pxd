@@ -109,8 +109,8 @@ cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:
 
 
 cdef inline Py_ssize_t table_length(const Cut* k, Py_ssize_t channels) noexcept nogil:
-    """Numbers of a table of coefficients: five per column, and behind them five per channel."""
-    return 5 * (k.padded + whole(channels))
+    """Numbers of a table of coefficients: five per column, and behind them five per channel; it may begin within lanes."""
+    return 5 * (k.padded + whole(channels)) + LANES
 
 
 cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
