@@ -90,6 +90,11 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     return rest.y.kind <= DOUBLE and <size_t> rest.y.data % rest.y.size == 0 and all_ready(&rest, k.length, rest.y.kind)
 
 
+cdef inline bint weighs_each(const Job* job) noexcept nogil:
+    """Whether results read weights as large as x, beside what sums read."""
+    return is_weighted(job.form.bend) and job.form.third and not job.weights.marks and job.weights.channel != 0
+
+
 cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     """Whether it is better to walk memory in its order twice than to take some channels of it at a time."""
     if is_roomy() or is_lean():
@@ -104,8 +109,9 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     # or all is in the last level cache still when it is read again, and there the order of memory is worth more than the
     # second level: a single operand (12.8 MB of 28 x 28, training 1.24 in a loop, and 0.87 cold, the other way) and short
     # runs (32 x 1024 x 7 x 7, gradient 1.13 and 1.02).
+    # So it is in gradients with a weight for each value, which their results alone read (32 x 512 x 14 x 14, 1.33).
     if summed(job) > 1:
-        return job.inner < SHORT_RUN and SMALL_PAIR < bytes <= SHARED_PAIR
+        return ((job.inner < SHORT_RUN or weighs_each(job) and bytes > OWN) and SMALL_PAIR < bytes <= SHARED_PAIR)
     return (job.inner < SHORT_RUN and bytes > SMALL or job.inner < FETCHED_RUN and bytes > OWN) and bytes <= SHARED
 
 

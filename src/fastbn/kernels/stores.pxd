@@ -16,13 +16,13 @@ cdef enum:
     # Lean cores: what is left of such a last level beside the others that share it holds no more.
     STREAM_LEAN = 3 << 22
     STREAM_LEAN_GRADIENT = 1 << 23
-    # Either: of results that registers store by whole lines, and that are in no cache anyway.
+    # All: of results that registers store by whole lines, and that are in no cache anyway.
     STREAM_BETWEEN = 1 << 21
 
 
 cdef inline Py_ssize_t streamed_from(const Job* job, bint gathers) noexcept nogil:
     """Bytes of a result from which it is stored past the caches, gathered in tiles for that or not."""
-    if (is_roomy() or is_lean()) and job.trains and job.y.size >= 4 and not gathers:
+    if job.trains and job.y.size >= 4 and not gathers:
         return STREAM_BETWEEN
     if is_roomy() and job.y.size >= 4 and not gathers:
         return STREAM_ROOMY
