@@ -13,9 +13,9 @@ cdef inline bint lies_well(const Job* job, const Cut* k) noexcept nogil:
 cdef bint is_shifted(const Job* job, const Cut* k) noexcept nogil:
     """Whether all rows are one stretch of memory, not in place, and y is large and lies otherwise: see `apply_stretch`."""
     cdef int kind = kind_of_results(job)
-    return (k.columns % LANES == 0 and not lies_well(job, k) and not is_in_place(job) and not job.gated
-            and not is_weighted(job.form.bend) and <size_t> job.y.data % job.y.size == 0
-            and (job.streams or k.rows * k.columns * job.y.size >= SHIFTED)
+    return ((job.streams or k.rows * k.columns * job.y.size >= SHIFTED) and k.columns % LANES == 0
+            and not lies_well(job, k) and not is_in_place(job) and not job.gated and not is_weighted(job.form.bend)
+            and <size_t> job.y.data % job.y.size == 0
             and is_stretch(job, k, &job.u, kind) and is_stretch(job, k, &job.y, kind)
             and (not job.writes_pair or is_stretch(job, k, &job.v, kind))
             and (not job.form.third or is_stretch(job, k, &job.w, kind)))

@@ -91,12 +91,13 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
 
 
 cdef inline bint weighs_each(const Job* job) noexcept nogil:
-    """Whether results read weights as large as x, beside what sums read."""
+    """Whether a gradient's results read weights as large as x."""
     return is_weighted(job.form.bend) and job.form.third and not job.weights.marks and job.weights.channel != 0
 
 
 cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     """Whether it is better to walk memory in its order twice than to take some channels of it at a time."""
+    cdef bint pair = summed(job) > 1
     if is_roomy() or is_lean():
         # 1024 x 16 x 8 x 8, four channels at a time: training 220 and 470 us, 512 x 32 x 10 x 10, eight: 360 and 470. On lean
         # cores 256 x 32 x 16 x 16, eight: 470 and 680.
@@ -107,12 +108,12 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
         return True
     # or all is in the last level cache still when it is read again, and there the order of memory is worth more than the
-    # second level: a single operand (12.8 MB of 28 x 28, training 1.24 in a loop, and 0.87 cold, the other way) and short
-    # runs (32 x 1024 x 7 x 7, gradient 1.13 and 1.02).
-    # So it is in gradients with a weight for each value, which their results alone read (32 x 512 x 14 x 14, 1.33).
-    if summed(job) > 1:
-        return ((job.inner < SHORT_RUN or weighs_each(job) and bytes > OWN) and SMALL_PAIR < bytes <= SHARED_PAIR)
-    return (job.inner < SHORT_RUN and bytes > SMALL or job.inner < FETCHED_RUN and bytes > OWN) and bytes <= SHARED
+    # second level to short runs (32 x 1024 x 7 x 7, gradient 1.13 and 1.02, in a loop and cold, the other way), and to all
+    # (16 x 256 x 28 x 28, training 1.24 and 0.87) but gradients whose operands are dy and x alone (0.76 and 0.91): weights as
+    # large are read by results only (32 x 512 x 14 x 14, 1.33), or by sums only.
+    return ((job.inner < SHORT_RUN and bytes > (SMALL_PAIR if pair else SMALL)
+             or job.inner < FETCHED_RUN and bytes > (2 * OWN if pair else OWN) and (not job.reads_pair or weighs_each(job)))
+            and bytes <= (SHARED_PAIR if pair else SHARED))
 
 
 cdef inline Py_ssize_t fused_run(Py_ssize_t operands, bint far) noexcept nogil:
