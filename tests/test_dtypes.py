@@ -218,6 +218,33 @@ def test_activation_and_residual_are_those_of_float32(case, activation, name):
             ref.assert_same_bits(found, expected)
 
 
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", ("leaky_relu", -0.5), "silu", "gelu_tanh"], ids=str)
+@pytest.mark.parametrize("options", [(), ("residual",), ("mask",), ("residual", "mask")], ids="-".join)
+@pytest.mark.parametrize("case", (*SHAPES[::2], ((8, 24, 40, 40), 1), ((3000, 24), -1)), ids=cases.name)
+def test_gradients_behind_an_activation_are_rounded_once(case, options, activation, name):
+    """Those of the same values in float32: what comes through the activation is not kept in 16 bits on the way."""
+    shape, axis = case
+    dtype = dtype_of(name)
+    x, dy, added = (batch(shape, dtype, seed=seed) for seed in range(3))
+    mask = np.random.default_rng(3).random(shape) < 0.8 if "mask" in options else None
+    results = []
+    for wide in (False, True):
+        u, g, r = (as_float32(a) if wide else a for a in (x, dy, added))
+        call = {"axis": axis, "activation": activation, "residual": r if "residual" in options else None, "mask": mask}
+        for training in (True, False):
+            moving = {} if training else {f"moving_{name}": np.full(shape[axis], 2.0) for name in ("mean", "variance")}
+            _, cache = fastbn.batch_norm_forward(u, training=training, **moving, **call)
+            results.append(fastbn.batch_norm_backward(g, cache))
+            results.append(fastbn.batch_norm_backward(g, cache, out=g.copy()))
+    for half, exact in zip(results[:4], results[4:], strict=True):
+        ref.assert_same_bits(half[0], rounded(exact[0], dtype), "dx")
+        ref.assert_same_bits(half[1], exact[1], "dgamma")
+        ref.assert_same_bits(half[2], exact[2], "dbeta")
+        for a, b in zip(half[3:], exact[3:], strict=True):
+            ref.assert_same_bits(a, rounded(b, dtype), "dresidual")
+
+
 # -- memory and bits -------------------------------------------------------------------------------------------------
 
 

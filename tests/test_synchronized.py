@@ -51,7 +51,7 @@ def test_the_answer_of_the_whole(shape, axis, cuts, dtype, rng):
     ref.assert_within(sum(r[2][2].astype(np.float64) for r in results), dbeta, len(xs) * tolerances[2])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("shape, axis", SHAPES)
 def test_one_rank_has_the_bits_of_the_plain_call(shape, axis, activation, dtype, rng):

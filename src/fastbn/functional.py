@@ -381,6 +381,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     dresidual = layouts.like(x, dtype) if cache.has_residual else None
     activation = cache.activation
     if cache.weights is not None and fused and x.size:
+        if activation is not None and dtype.itemsize == 2:  # what is before it would be rounded
+            return _from_float32(gradient, cache, dx, dresidual)
         gradient = before_activation(gradient, cache, x)  # in a pass of its own
         activation = None
     before = None if activation is None else dresidual  # where to keep the gradient before the activation
@@ -413,6 +415,17 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         dgamma *= cache.sign.astype(dgamma.dtype)
     gradients = dx, dgamma.reshape(shape), dbeta.reshape(shape)
     return gradients if dresidual is None else (*gradients, dresidual)
+
+
+def _from_float32(dy: Array, cache: Cache, dx: Array, dresidual: Array | None) -> tuple[Array, ...]:
+    """Return the gradient, found in float32 and rounded once."""
+    wide = batch_norm_backward(dy.astype(np.float32), cache.in_float32())
+    with np.errstate(over="ignore"):
+        dx[...] = wide[0]
+        if dresidual is None:
+            return dx, *wide[1:]
+        dresidual[...] = wide[3]
+    return dx, *wide[1:3], dresidual
 
 
 def before_activation(dy: Array, cache: Cache, x: Array) -> Array:

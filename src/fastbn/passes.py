@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Final, Literal, NamedTuple
 
@@ -89,6 +90,15 @@ class Cache:
         """Whether the call overwrote a residual that the gradient needs."""
         needed = self.has_residual and self.activation is not None and not self.activation.from_output
         return needed and self.residual is None
+
+    def in_float32(self) -> Cache:
+        """Return that of the same call on float32 values, for a gradient of several passes that is rounded once."""
+        wide = copy.copy(self)
+        for name in ("x", "y", "residual"):
+            array = getattr(self, name)
+            if array is not None:
+                setattr(wide, name, array.astype(np.float32))
+        return wide
 
     def __repr__(self) -> str:
         """Describe the call."""

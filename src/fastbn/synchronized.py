@@ -244,6 +244,10 @@ def backward(
     sent = np.empty(2 * channels + 1)  # the first number says whether this rank is well
     try:
         x, gradient, dx = _prepared(dy, cache, out)
+        narrow = dx
+        if gradient.dtype.itemsize == 2 and (cache.activation is not None or cache.weights is not None):
+            cache, x, gradient = cache.in_float32(), x.astype(np.float32), gradient.astype(np.float32)
+            dx = layouts.like(x)  # to be rounded once, at the end
         if cache.weights is not None:
             before = functional.before_activation(gradient, cache, x) if x.size else gradient.copy()
         elif cache.activation is not None:  # it goes through dx where nobody else wants it
@@ -268,7 +272,11 @@ def backward(
     dgamma, dbeta = (np.empty(channels, checks.parameter_dtype(x.dtype)) for _ in range(2))
     _channels.parameter_gradients(sums[0], sums[1], variance, cache.epsilon, dgamma, dbeta)
     shape = layouts.channel_shape(x.shape, cache.axes)
-    gradients = dx, dgamma.reshape(shape), dbeta.reshape(shape)
+    if dx is not narrow:
+        with np.errstate(over="ignore"):
+            narrow[...] = dx
+            before = before.astype(narrow.dtype)
+    gradients = narrow, dgamma.reshape(shape), dbeta.reshape(shape)
     return (*gradients, before) if cache.has_residual else gradients
 
 
@@ -364,12 +372,6 @@ def apply_weighted_sums(
     an array of x's size, and two passes more.
     """
     if not x.size:
-        return
-    if dy.dtype.itemsize == 2:  # rounded once, at the end
-        wide = layouts.like(x, np.dtype(np.float32))
-        source = x.astype(np.float32)
-        apply_weighted_sums(dy.astype(np.float32), source, cache, weights, sums, count, wide)
-        dx[...] = wide
         return
     mean, variance = cache.statistics
     first, second = _per_value(sums, count)

@@ -200,7 +200,7 @@ cdef void scale(const Form* form, const Strips* x, int kind, bint large, Py_ssiz
 cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const View* v, Py_ssize_t row,
                        Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, const floating* gates,
                        floating* buffer) noexcept nogil:
-    """dy, a view, times the derivative of the activation, in the buffer; or where it is kept.
+    """dy, a view, times the derivative of the activation, in the buffer, or where it is kept as it is.
 
     v is a view of x. There is room behind the result for what the derivative is told from.
     """
@@ -222,7 +222,6 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
     scale(&job.gate, &x, native(gates), False, 0, gates + column, k.padded, False)
     if job.kept.data != NULL and not direct:
         carry_rows(job, k, &job.kept, row, rows, column, columns, <floating*> g.data, True)
-        g = view(job, k, &job.kept, False, row, rows, column, columns, buffer)
     return g
 
 
@@ -337,9 +336,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* tables)
     if job.gated:
         gate = gate_of(job)
         tabulate(&gate, k, 0, job.channels, gates)
-        if job.kept.data != NULL:
-            behind = behind_gate(job)
-            rest = &behind
+        behind = behind_gate(job)
+        rest = &behind
     if job.applies and is_shifted(rest, k):  # packs of coefficients shall begin with lines where those of y do
         table += <Py_ssize_t> (<size_t> job.y.data % (LANES * job.y.size)) // job.y.size
     if job.reduces:

@@ -53,11 +53,11 @@ cdef void apply_stretch(const Form* form, const Strips* x, int kind, Py_ssize_t 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
                       const floating* gates) noexcept nogil:
     cdef Tile t = tile_of(k, &k.results, task)
-    cdef floating room[4 * STAGED + LANES]
+    cdef floating room[5 * STAGED + LANES]
     cdef floating* ub = aligned(room)
     cdef floating* vb = ub + STAGED
     cdef floating* wb = vb + STAGED
-    cdef floating* gb = wb + STAGED
+    cdef floating* gb = wb + STAGED  # and behind it what the gate reads
     cdef bint dense_u = dense(job, k, &job.u), dense_y = dense(job, k, &job.y)
     cdef bint reads_v = job.writes_pair or job.gated
     cdef bint dense_v = reads_v and dense(job, k, &job.v)

@@ -161,7 +161,7 @@ cdef void reduce_block(const Job* job, const Cut* k, Py_ssize_t task, double* pa
         for j in range(t.columns):
             second[j] -= q[j] * first[j]
     if again:
-        rest = behind_gate(job) if job.gated and job.kept.data != NULL else job[0]
+        rest = behind_gate(job)
         sum_rows(&rest, k, &t, p, q, True, other, other_squares, gates)
         for j in range(t.columns):
             if not job.reads_pair:

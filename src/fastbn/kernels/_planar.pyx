@@ -22,7 +22,7 @@ from .channels cimport coefficients, load, settle
 from .convert cimport give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of,
-    is_interrupted, kind_of_results, native,
+    is_interrupted, keeps_exactly, kind_of_results, native,
 )
 from .kinds cimport DOUBLE, FLOAT, size_of
 from .lanes cimport SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved

@@ -42,7 +42,8 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
     if r.converts:
         r.near.u = staged(&job.u, length, kind)
         r.near.v = staged(&job.v, length, kind)
-        r.near.w = staged(&job.w, length, kind)
+        if job.form.third:  # what a gate reads there it stages itself
+            r.near.w = staged(&job.w, length, kind)
         r.near.y = in_tile(length, kind) if r.gathers else staged(&job.y, length, kind)
         r.near.streams = job.streams and job.y.kind == kind and not r.gathers
     elif job.streams and shares_lines(&job.y, k.cut, length):
@@ -154,7 +155,7 @@ cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0
             g = u
             if job.gated:
                 g = <const char*> (buffer + 3 * TILE)
-                gate_runs(&r.gate, r.gate_direct, u, v, w, <char*> g, several, length, gates + i, buffer + 4 * TILE)
+                gate_runs(&r.gate, r.gate_direct, u, w if job.by_output else v, w, <char*> g, several, length, gates + i, buffer + 4 * TILE)
             apply_any(&r.near, r.direct, kind, g, v, w, y, several, length, table + i, job.channels, buffer)
             u += several * r.step_u
             v += several * r.near.v.channel
@@ -222,7 +223,7 @@ cdef void apply_rest(const Job* job, const Cut* k, Py_ssize_t first, Py_ssize_t 
                      const floating* table, floating* buffer) noexcept nogil:
     """`apply_planes` to what is left to do: a gradient that was kept has come through its gate already."""
     cdef Job rest
-    if job.gated and job.kept.data != NULL:
+    if job.gated:
         rest = behind_gate(job)
         apply_planes(&rest, k, first, last, c0, c1, table, buffer)
     else:

@@ -31,6 +31,13 @@ cdef inline Py_ssize_t to_later(const Operand* operand, const Cut* k, Py_ssize_t
     return k.near + ahead * operand.channel
 
 
+cdef void keep_rounded(const Operand* kept, const floating* tile, char* place, Py_ssize_t runs, Py_ssize_t length) noexcept nogil:
+    """What came through the gate, of neighbouring channels, in fewer bits."""
+    cdef Py_ssize_t r
+    for r in range(runs):
+        give(kept, tile + r * length, 1, length, place + r * kept.channel, kept.inner)
+
+
 cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
                    const double* q, bint shifted, double* parts, const floating* gates, floating* buffer) noexcept nogil:
     """Both sums of one tile of channels c0..c1 to their parts."""
@@ -44,7 +51,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef Py_ssize_t together = c1 - c0
     cdef int kind = native(buffer)
     cdef bint converts = not is_native(&job.u) or (job.reads_pair and not is_native(&job.v))
-    cdef bint direct, gate_direct = False
+    cdef bint direct, gate_direct = False, exact = False
     cdef const char* u
     cdef const char* v
     cdef const char* w
@@ -63,7 +70,8 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     walked = near.u
     if job.gated:
         gate = gate_of(&near)
-        if gate.y.data == NULL:
+        exact = keeps_exactly(job)
+        if not exact:
             gate.y = in_tile(t.length, kind)
         gate_direct = all_ready(&gate, t.length, kind)
         near.u = gate.y
@@ -71,7 +79,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     if direct and not converts and not job.gated and t.length < SMALL_RUN:
         most = IMAGES
     if direct and (not job.gated or gate_direct):
-        at_once = c1 - c0 if not job.gated or job.kept.data != NULL else max(<Py_ssize_t> 1, TILE // t.length)
+        at_once = c1 - c0 if not job.gated or exact else max(<Py_ssize_t> 1, TILE // t.length)
     n = t.n0
     while n < t.n1:
         images = min(most, t.n1 - n)
@@ -97,10 +105,12 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                 if job.gated:
                     w = at(&job.w, n, c0 + i, t.s0)
                     g = <char*> (buffer + 2 * TILE)
-                    if job.kept.data != NULL:
+                    if exact:
                         g = at(&job.kept, n, c0 + i, t.s0)
                     gate_runs(&gate, gate_direct, u, w if job.by_output else v, w, g, several, t.length, gates + c0 + i,
                               scratch)
+                    if job.kept.data != NULL and not exact:
+                        keep_rounded(&job.kept, <const floating*> g, at(&job.kept, n, c0 + i, t.s0), several, t.length)
                 reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, k.abreast, next_u + (u - g),
                            next_v, k.second_level, n == t.n0, first + i * LANES, second + i * LANES, scratch)
                 u += several * walked.channel
@@ -141,7 +151,7 @@ cdef void reduce_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t 
         return
     shifted = floating is double or remote == c1 - c0
     sum_tile(job, k, tile, c0, c1, p, q, shifted, parts, gates, buffer)
-    if job.gated and job.kept.data != NULL:
+    if job.gated:
         behind = behind_gate(job)
         rest = &behind
     for c in range(c1 - c0):

@@ -2,7 +2,7 @@
 from cython cimport floating
 
 from .kinds cimport DOUBLE, FLOAT
-from .lanes cimport BENT, PRESENT, WEIGHTED, Form
+from .lanes cimport BENT, CLIPPED, PRESENT, WEIGHTED, Form
 from .packs cimport HAS_SMALL_PACKS
 
 cdef enum Operation:
@@ -186,9 +186,16 @@ cdef inline Job gate_of(const Job* job) noexcept nogil:
     return gate
 
 
+cdef inline bint keeps_exactly(const Job* job) noexcept nogil:
+    """Whether dy behind the gate is kept as it is: 16 bits would round it, unless it is dy or 0."""
+    return job.kept.data != NULL and (job.kept.size >= 4 or job.gate.bend == CLIPPED)
+
+
 cdef inline Job behind_gate(const Job* job) noexcept nogil:
-    """What is left of a job when its dy has come through the gate and was kept."""
+    """What is left of a job when its dy has come through the gate once: what was kept exactly does not go again."""
     cdef Job rest = job[0]
-    rest.u = job.kept
-    rest.gated = False
+    if job.gated and keeps_exactly(job):
+        rest.u = job.kept
+        rest.gated = False
+    rest.kept.data = NULL
     return rest

@@ -1,6 +1,6 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
 from .caches cimport is_lean, is_roomy, own_cache
-from .job cimport Job, Operand, behind_gate, summed
+from .job cimport Job, Operand, behind_gate, keeps_exactly, summed
 from .kinds cimport DOUBLE
 from .lanes cimport is_weighted
 from .lines cimport GATHERED, LINE
@@ -82,9 +82,9 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     cdef Job rest
     if not (job.streams and k.length > JOINED and shares_lines(&job.y, k.cut, k.length)):
         return False
-    if job.gated and job.kept.data == NULL:
+    if job.gated and not keeps_exactly(job):
         return False
-    rest = behind_gate(job) if job.gated else job[0]
+    rest = behind_gate(job)
     if is_weighted(job.form.bend):  # weights are staged where they have to be
         rest.form.third = False
     return rest.y.kind <= DOUBLE and <size_t> rest.y.data % rest.y.size == 0 and all_ready(&rest, k.length, rest.y.kind)

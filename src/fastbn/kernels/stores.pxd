@@ -44,13 +44,13 @@ cdef inline void place_results(Job* job, bint gathers) noexcept nogil:
     """Decide whether they are stored past the caches; and let dy, behind its gate, be kept in dx if nobody has another place
     for it, so that the derivative is found once.
 
-    In place the lines of y are in a cache already. dy is kept in dx where a store costs less than the derivative, unless its
-    type would round what is kept: in a dx that stays in the caches, in any on roomy and on lean cores, and for every smooth
-    activation. Not where x is, which is still to be read.
+    In place the lines of y are in a cache already. dy is kept in dx where a store costs less than the derivative: in a dx that
+    stays in the caches, in any on roomy and on lean cores, and for every smooth activation. Not in 16 bits, which would round
+    what is kept, and not where x is, which is still to be read.
     """
     job.streams = (job.applies and not is_in_place(job)
                    and job.outer * job.channels * job.inner * job.y.size >= streamed_from(job, gathers))
     if (job.gated and job.kept.data == NULL and job.y.data != NULL and job.y.data != job.v.data
-            and (job.gate.bend == SMOOTH or ((is_roomy() or is_lean() or not job.streams) and job.y.size >= 4))):
+            and job.y.size >= 4 and (job.gate.bend == SMOOTH or is_roomy() or is_lean() or not job.streams)):
         job.kept = job.y
         job.streams = False  # its lines are in a cache

@@ -235,12 +235,8 @@ def batch_norm_backward_fused(
     """Return dx, dweight, dbias and, if that is to be kept (else it is empty), the gradient before the activation."""
     statistics = _vectors(mean, variance, frozen)
     act = decoded(activation, slope)
-    # The kernels find a derivative in y only where they keep what comes out.
-    keeps = keep or y is not None
-    dx, dweight, dbias, dz = bridge.backward(dy, x, weight, bias, residual, y, statistics, eps, act, keeps)
-    if dz is None or not keep:
-        dz = x.new_empty(0)
-    return dx, torch.from_numpy(dweight), torch.from_numpy(dbias), dz
+    dx, dweight, dbias, dz = bridge.backward(dy, x, weight, bias, residual, y, statistics, eps, act, keep)
+    return dx, torch.from_numpy(dweight), torch.from_numpy(dbias), x.new_empty(0) if dz is None else dz
 
 
 @batch_norm_backward_fused.register_fake
