@@ -8,7 +8,17 @@ import pytest
 import reference as ref
 from cases import BOTH, DTYPES
 
-from fastbn import BatchNorm, batch_norm, fold, moments, normalize, update_moving
+from fastbn import (
+    BatchNorm,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    denormalize,
+    fold,
+    moments,
+    normalize,
+    update_moving,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,3 +157,17 @@ def test_fold_of_a_read_only_weight():
     w, b = fold(weight, bias, trained(5), axis=-1)
     assert w.flags.writeable
     assert b.flags.writeable
+
+
+def test_what_is_returned_is_out_itself():
+    class Labelled(np.ndarray):
+        """An array of a class of its own."""
+
+    x, zeros, ones = cases.normal((6, 4)), np.zeros(4), np.ones(4)
+    y, out, dx = (np.empty_like(x).view(Labelled) for _ in range(3))
+    assert batch_norm(x, training=True, out=out) is out
+    assert normalize(x, zeros, ones, out=out) is out
+    assert denormalize(x, zeros, ones, out=out) is out
+    result, cache = batch_norm_forward(x, training=True, out=y)
+    assert result is y
+    assert batch_norm_backward(x, cache, out=dx)[0] is dx

@@ -361,3 +361,76 @@ def test_a_failed_first_call_does_not_build(bad, x):
         bn(bad, True)
     assert not bn.built
     bn(x, True)
+
+
+# -- what no array tells -------------------------------------------------------------------------------------
+
+BARE = {"center": False, "scale": False}
+MORE_THAN_A_PASS = [
+    {"virtual_batch_size": 2},
+    {"on_nonfinite": "skip"},
+    {"on_nonfinite": "raise"},
+    {"zero_debias": True},
+    {"renorm": True},
+    {"track": False},
+]
+
+
+@pytest.mark.parametrize("options", MORE_THAN_A_PASS, ids=str)
+@pytest.mark.parametrize(("built", "shape"), [(3, (4, 5)), (1, (4, 5)), ((2, 3), (4, 3, 2))])
+def test_other_channels_than_those_of_a_layer_without_parameters(options, built, shape):
+    axis = tuple(range(1, len(shape)))
+    layer = BatchNorm(built, axis=axis if len(axis) > 1 else 1, **BARE, **options)
+    x, out = np.ones(shape, np.float32), np.full(shape, 7, np.float32)
+    with pytest.raises(ValueError, match=r"x must have .* channels, got"):
+        layer(x, True, out=out)
+    assert (out == 7).all()
+    with pytest.raises(ValueError, match=r"x must have .* channels, got"):
+        fastbn.recompute_statistics(BatchNorm(built, axis=layer.axis, **BARE), [x], forward=lambda b: layer(b, True))
+
+
+def test_a_layer_without_arrays_remembers_its_channels(tmp_path):
+    layer = BatchNorm((2, 3), axis=(1, 2), track=False, **BARE)
+    layer.save(tmp_path / "layer.npz")
+    loaded = BatchNorm.load(tmp_path / "layer.npz")
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        assert other.built
+        assert repr(other) == repr(layer)
+        with pytest.raises(ValueError, match=r"x must have \(2, 3\) channels, got \(3, 2\)"):
+            other(np.ones((4, 3, 2)), True)
+    loaded.save(tmp_path / "again.npz")
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "layer.npz").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["moving_mean", "moving_variance"])
+def test_statistics_that_could_not_be_loaded_are_not_saved(bn, name, tmp_path):
+    bn.save(tmp_path / "layer.npz")
+    before = (tmp_path / "layer.npz").read_bytes()
+    getattr(bn, name)[1] = np.nan
+    with pytest.raises(ValueError, match=f"{name} must be finite in a layer that is saved, got NaN or infinity"):
+        bn.save(tmp_path / "layer.npz")
+    assert (tmp_path / "layer.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_debias": True}], ids=str)
+@pytest.mark.parametrize("name", STATE)
+def test_out_is_none_of_the_layers_arrays(name, options):
+    layer = BatchNorm(4, axis=0, **options)
+    before = getattr(layer, name).copy()
+    with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+        layer(np.arange(4, dtype=np.float32), True, out=getattr(layer, name))
+    ref.assert_same_bits(getattr(layer, name), before)
+
+
+class Labelled(np.ndarray):
+    """An array of a class of its own."""
+
+
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 20}, {"zero_debias": True}], ids=str)
+def test_what_is_returned_is_out_itself(x, options):
+    layer = BatchNorm(C, **options)
+    for training in (True, False):
+        out, dx = (np.empty_like(x).view(Labelled) for _ in range(2))
+        assert layer(x, training, out=out) is out
+        assert layer.backward(x, out=dx) is dx
+    ref.assert_same_bits(np.asarray(out), layer(x))

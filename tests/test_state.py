@@ -291,7 +291,7 @@ def test_statistics():
         ([0.0], [-1e-300], "m2 must be finite and not negative"),
     ]:
         with pytest.raises(StateError, match=message):
-            check_statistics("f", mean, variance, name="m2")
+            check_statistics("f", mean, variance, names=("mean", "m2"))
 
 
 # --- any damage at all --------------------------------------------------------------------------------------

@@ -403,3 +403,33 @@ def test_frozen_layers_look_at_weights_for_missing_values_only(case):
     assert missing.any()
     np.testing.assert_array_equal(dx, np.where(missing, 0, expected[0]))
     assert np.isfinite(dgamma).sum() == shape[axis] - 1
+
+
+# -- nothing to weigh ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "axis", "weights"), [((2, 3, 0), 0, (3, 0)), ((2, 0, 0, 3), 3, (2, 0, 0))])
+@pytest.mark.parametrize("name", ["mask", "sample_weight"])
+def test_the_gradient_of_an_empty_batch(name, shape, axis, weights, training):
+    x = np.ones(shape, np.float32)
+    moving = {} if training else {"moving_mean": np.zeros(shape[axis]), "moving_variance": np.ones(shape[axis])}
+    given = np.ones(weights, bool if name == "mask" else np.float32)
+    y, cache = batch_norm_forward(x, training=training, axis=axis, **moving, **{name: given})
+    dx, dgamma, dbeta = batch_norm_backward(y, cache)
+    assert dx.shape == shape
+    assert dgamma.tolist() == dbeta.tolist() == [0.0] * shape[axis]
+
+
+@pytest.mark.parametrize("save", ["input", "output"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_dgamma_is_0_where_nothing_counts(save, order):
+    x, dy = cases.normal((4, 40), seed=3), cases.normal((4, 40), seed=4)
+    gamma, beta = cases.parameters(40)
+    mask = np.ones((4, 40), bool)
+    mask[:, ::2] = False
+    _, cache = batch_norm_forward(x, training=True, gamma=gamma, beta=beta, mask=mask, save=save)
+    dx, dgamma, _ = batch_norm_backward(np.asarray(dy, order=order), cache)
+    assert not dgamma[::2].any()
+    assert not dx[:, ::2].any()
+    assert dgamma[1::2].all()

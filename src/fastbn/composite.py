@@ -108,7 +108,7 @@ class Composite:
             if dresidual is not None:
                 dresidual[rows] = others[0]
         dtype = checks.parameter_dtype(x.dtype)
-        gradients = dx, self._corrected(dgamma, dbeta).astype(dtype), dbeta.astype(dtype)
+        gradients = dx if out is None else out, self._corrected(dgamma, dbeta).astype(dtype), dbeta.astype(dtype)
         return gradients if dresidual is None else (*gradients, dresidual)
 
     def _corrected(self, dgamma: Array, dbeta: Array) -> Array:

@@ -117,7 +117,8 @@ def batch_norm(
 
     With weights w and W their sum over a channel, ``mean = sum(w * x) / W`` and
     ``variance = sum(w * (x - mean)^2) / W``; ``moving_variance`` is divided by W - ddof, or by W where that is not
-    positive. Where nothing counts a channel keeps its moving statistics, and y is beta. Where x is NaN, y is.
+    positive. Where nothing counts a channel keeps its moving statistics, and y is beta. Where x is NaN, y is, and where
+    it is infinite in such a channel.
 
     References
     ----------
@@ -167,7 +168,7 @@ def batch_norm(
         out=out,
         keep="nothing",
     )
-    return y
+    return y if out is None else out
 
 
 def batch_norm_forward(
@@ -277,7 +278,7 @@ def batch_norm_forward(
         keep="output" if save == "output" else "always",
     )
     assert cache is not None
-    return y, cache
+    return y if out is None else out, cache
 
 
 def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None) -> tuple[Array, ...]:
@@ -290,7 +291,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         dx = gamma * r * (dy - dbeta / m - (x - mean) * r * dgamma / m)
 
     and ``dx = gamma * r * dy`` where the call normalized with moving statistics. After an activation, dy stands for dy
-    times its derivative, which at 0 is 0 for relu and relu6 and the slope for leaky_relu.
+    times its derivative, which at 0 is 0 for relu and relu6 and the slope for leaky_relu. With a residual these three
+    are told from y as it is stored: what float16 and bfloat16 round to 6 is not below it.
 
     With weights w, and W their sum over a channel, it is the gradient of what was computed: y everywhere, so dy counts
     everywhere, but x only as much as it did in the statistics::
@@ -298,7 +300,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
         dx = gamma * r * (dy - w * dbeta / W - w * (x - mean) * r * dgamma / W)
 
     A value is missing if it is not finite and its weight is 0, or if it is NaN and nan_policy is "omit". Its dy counts
-    nowhere, and its dx is 0. A channel where nothing counted has dx and dgamma 0.
+    nowhere, and its dx is 0, unless its channel's statistics are not finite. A channel where nothing counted has dx and
+    dgamma 0.
 
     Parameters
     ----------
@@ -352,7 +355,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     mean, variance = cache.statistics
     frozen = cache.mode == "inference"
     fused = cache.has_residual or cache.activation is not None
-    if len(cache.axes) == 1 and (cache.weights is None or not fused):
+    if len(cache.axes) == 1 and (cache.weights is None or (x.size and not fused)):
         plain = _calls.backward(
             dy, x, cache.axes[0], cache.gamma, mean, variance, cache.epsilon, frozen, out, team, SERIAL,
             counting(x, cache.axes, cache.weights, cache.total), cache.activation, cache.has_residual, cache.beta,
@@ -382,7 +385,7 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
     activation = cache.activation
     if cache.weights is not None and fused and x.size:
         if activation is not None and dtype.itemsize == 2:  # what is before it would be rounded
-            return _from_float32(gradient, cache, dx, dresidual)
+            return (dx if out is None else out, *_from_float32(gradient, cache, dx, dresidual))
         gradient = before_activation(gradient, cache, x)  # in a pass of its own
         activation = None
     before = None if activation is None else dresidual  # where to keep the gradient before the activation
@@ -410,22 +413,24 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
             total=cache.total,
         )
     dgamma, dbeta = (np.empty(first.shape, checks.parameter_dtype(x.dtype)) for _ in range(2))
+    if cache.total is not None:  # where nothing counts, whatever else the variance stands for
+        variance = np.where(cache.total > 0, variance, np.inf)
     _channels.parameter_gradients(first, second, variance, cache.epsilon, dgamma, dbeta)
     if cache.sign is not None:
         dgamma *= cache.sign.astype(dgamma.dtype)
-    gradients = dx, dgamma.reshape(shape), dbeta.reshape(shape)
+    gradients = dx if out is None else out, dgamma.reshape(shape), dbeta.reshape(shape)
     return gradients if dresidual is None else (*gradients, dresidual)
 
 
 def _from_float32(dy: Array, cache: Cache, dx: Array, dresidual: Array | None) -> tuple[Array, ...]:
-    """Return the gradient, found in float32 and rounded once."""
+    """Write dx and dresidual, found in float32 and rounded once; return what follows dx."""
     wide = batch_norm_backward(dy.astype(np.float32), cache.in_float32())
     with np.errstate(over="ignore"):
         dx[...] = wide[0]
         if dresidual is None:
-            return dx, *wide[1:]
+            return wide[1:]
         dresidual[...] = wide[3]
-    return dx, *wide[1:3], dresidual
+    return *wide[1:3], dresidual
 
 
 def before_activation(dy: Array, cache: Cache, x: Array) -> Array:

@@ -20,7 +20,7 @@ from .constraints import Constraint
 from .errors import UntrainedWarning, must
 from .initializers import Initializer
 from .kernels import _calls
-from .parameters import Arrays, parameter_dtype
+from .parameters import Arrays, features, parameter_dtype
 from .persistence import Persistent
 from .regularizers import Regularizer
 from .threads import give_lock
@@ -301,6 +301,8 @@ class BatchNorm(Persistent):
         if arrays is None:
             axes = layouts.channel_axes(self.axis, self.layout, data.ndim)
             arrays = self._created(layouts.channel_shape(data.shape, axes), checks.parameter_dtype(data.dtype))
+        if isinstance(out, np.ndarray):
+            checks.apart(out, "out", **self._named(arrays))
         if not self._direct and (mode != "inference" or self._recorder is not None):
             trains = training is not None and bool(training)
             return self._call_composite(data, arrays, mode, trains, residual, mask, sample_weight, out)
@@ -344,7 +346,7 @@ class BatchNorm(Persistent):
                 passes.store_moving(*kept, cache.statistics, count, share, self.ddof)
                 self.batches += 1
         self._last.cache = cache
-        return y
+        return y if out is None else out
 
     def _call_small(
         self, x: Array, training: Any, arrays: Arrays, residual: Any, mask: Any, sample_weight: Any, out: Any
@@ -389,6 +391,9 @@ class BatchNorm(Persistent):
         out: Any,
     ) -> Array:
         """Call, where it normalizes with the batch and there is more to do than one pass."""
+        shape = layouts.channel_shape(x.shape, layouts.channel_axes(self.axis, self.layout, x.ndim))
+        if shape != arrays.shape and arrays.gamma is None and arrays.beta is None:  # no parameter tells
+            raise ValueError(must("x", f"have {features(arrays.shape)} channels", features(shape)))
         recorder = self._recorder
         # Without training the batch is normalized as a whole, by nothing but its statistics.
         trains = recorder is None and (training or mode == "train")
@@ -429,7 +434,7 @@ class BatchNorm(Persistent):
                 elif counts and mode == "train":
                     self._learn(self._arrays, batch)
         self._last.cache = last
-        return y
+        return y if out is None else out
 
     def _learn(self, arrays: Arrays, batch: Batch) -> None:
         """Take a batch into the moving statistics; the lock is held."""

@@ -208,7 +208,7 @@ class BatchNorm(layer.BatchNorm):
                 with np.errstate(all="ignore"):  # of averages of infinite and NaN
                     self._learn(self._arrays, batch)
         self._last.cache = _Pooled(cache, pooled.count, corrected[0] if corrected else None)
-        return y
+        return y if out is None else out
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of this thread's last call, and set `grads`.

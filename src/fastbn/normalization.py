@@ -88,7 +88,7 @@ def normalize(
         keep="nothing",
         names=("mean", "variance"),
     )
-    return y
+    return y if out is None else out
 
 
 def denormalize(
@@ -151,8 +151,7 @@ def denormalize(
     if (total < 0).any():
         raise ValueError(must("variance", "be at least -epsilon", total.min() - epsilon))
     if out is not None:
-        out = checks.output(out, data.shape, checks.result_dtype(data.dtype))
-        checks.apart(out, "out", mean=center, beta=shift)
+        checks.apart(checks.output(out, data.shape, checks.result_dtype(data.dtype)), "out", mean=center, beta=shift)
     deviation = np.sqrt(total)
     # Inference itself, around beta, with a deviation of 1.
     return normalize(

@@ -158,7 +158,7 @@ class Persistent(Parameters):
         Raises
         ------
         ValueError
-            If the layer is not built.
+            If the layer is not built, or its statistics are not finite.
         TypeError
             If one of its arguments is a function, which no file can hold.
         OSError
@@ -169,8 +169,11 @@ class Persistent(Parameters):
             if callable(value):
                 raise TypeError(must(name, "not be a function in a layer that is saved", repr(value)))
         arrays = self.state_dict()
-        batches = arrays.pop("batches")
-        state.write_state(path, "batch_norm", {"config": self.get_config(), "batches": batches}, arrays)
+        fields = {"config": self.get_config(), "batches": arrays.pop("batches")} | self._untold()
+        for name in sorted(set(arrays) - {"gamma", "beta"}):
+            if not np.isfinite(arrays[name]).all():  # `load` would refuse it
+                raise ValueError(must(name, "be finite in a layer that is saved", "NaN or infinity"))
+        state.write_state(path, "batch_norm", fields, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -193,18 +196,22 @@ class Persistent(Parameters):
         OSError
             If it cannot be read.
         """
-        fields, arrays = state.read_state(path, "batch_norm", fields=("config", "batches"))
+        fields, arrays = state.read_state(
+            path, "batch_norm", fields=("config", "batches"), optional_fields=("num_features",)
+        )
         config = fields["config"]
         try:
             # Older files have fewer arguments; those of version 0.1.0 are in every one.
             if not isinstance(config, dict) or not _FIRST <= set(config) <= set(cls._defaults):
                 raise ValueError("config must have exactly the arguments of a layer, got others")
             layer = cls.from_config(config)
+            layer._build_untold(fields)
             layer.load_state_dict(arrays | {"batches": fields["batches"]})
         except (TypeError, ValueError, OverflowError) as error:
             raise StateError(f"{os.fspath(path)}: {error}") from error
         if layer.track:
-            state.check_statistics(path, layer.moving_mean.reshape(-1), layer.moving_variance.reshape(-1))
+            statistics = (layer.moving_mean.reshape(-1), layer.moving_variance.reshape(-1))
+            state.check_statistics(path, *statistics, names=("moving_mean", "moving_variance"))
         for name, array in layer.renorm_state.items():
             if not np.isfinite(array).all():
                 raise StateError(f"{os.fspath(path)}: {name} must be finite")
@@ -212,13 +219,23 @@ class Persistent(Parameters):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: arguments and arrays, not the last batch."""
-        return {"config": self.get_config(), "state": self.state_dict(), "may_warn": self._may_warn}
+        return {"config": self.get_config(), "state": self.state_dict(), "may_warn": self._may_warn} | self._untold()
 
     def __setstate__(self, content: dict[str, Any]) -> None:
         """Restore from a pickle, checked like any other state."""
         self.__init__(**content["config"])  # type: ignore[misc]
+        self._build_untold(content)
         self.load_state_dict(content["state"])
         self._may_warn = content["may_warn"]
+
+    def _untold(self) -> dict[str, list[int]]:
+        """Return the shape of a layer that has no array to tell it."""
+        arrays = self._arrays
+        return {} if arrays is None or self._named(arrays) else {"num_features": list(arrays.shape)}
+
+    def _build_untold(self, content: Mapping[str, Any]) -> None:
+        if "num_features" in content:
+            self.build(tuple(content["num_features"]))
 
     def __repr__(self) -> str:
         """Show the number of channels and every argument that is not the default."""

@@ -37,21 +37,24 @@ from .passes import Statistics
 Array = NDArray[Any]
 
 SCHEMES: Final = ("keras", "tf1")
-_KEYS: Final = ("rmin", "rmax", "dmax")
+# What is no bound, and the range of what is one; a negative rmin changes nothing, since no r is negative.
+_NO_BOUND: Final = {"rmin": -math.inf, "rmax": math.inf, "dmax": math.inf}
+_NOT_NEGATIVE: Final = (0.0, math.inf, "finite and at least 0")
+_RANGES: Final = {"rmin": (-math.inf, math.inf, "finite"), "rmax": _NOT_NEGATIVE, "dmax": _NOT_NEGATIVE}
 
 
 def clipping(value: Any) -> dict[str, float] | None:
-    """Return the bounds of r and d, checked; a missing one is no bound."""
+    """Return the bounds of r and d, checked; a missing or infinite one is no bound."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
         raise TypeError(must("renorm_clipping", "be a mapping or None", type(value).__name__))
-    if not set(value) <= set(_KEYS):
+    if not set(value) <= set(_NO_BOUND):
         raise ValueError(must("renorm_clipping", "have no keys but rmin, rmax and dmax", ", ".join(map(str, value))))
     bounds = {
-        key: checks.real(value[key], f"{key} of renorm_clipping", 0.0, math.inf, "finite and at least 0")
-        for key in _KEYS
-        if value.get(key) is not None
+        key: checks.real(value[key], f"{key} of renorm_clipping", *_RANGES[key])
+        for key, none in _NO_BOUND.items()
+        if value.get(key) is not None and not (np.ndim(value[key]) == 0 and value[key] == none)
     }
     if bounds.get("rmin", 0.0) > bounds.get("rmax", math.inf):
         raise ValueError(must("renorm_clipping", "have rmin <= rmax", f"{bounds['rmin']} and {bounds['rmax']}"))

@@ -89,6 +89,7 @@ def read_state(
     required: Collection[str] | None = None,
     optional: Collection[str] = (),
     fields: Collection[str] | None = None,
+    optional_fields: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Read a state file.
 
@@ -103,8 +104,8 @@ def read_state(
         What the file has to hold; by default either.
     required, optional : collections of str
         Names of the arrays that must and that may be there; by default any.
-    fields : collection of str, optional
-        The exact names of the header fields; by default any.
+    fields, optional_fields : collections of str
+        Names of the header fields that must and that may be there; by default any.
 
     Returns
     -------
@@ -127,7 +128,7 @@ def read_state(
         if required is not None:
             _compare(npz, "array", announced, required, optional)
         if fields is not None:
-            _compare(npz, "header field", head["fields"], fields)
+            _compare(npz, "header field", head["fields"], fields, optional_fields)
         return head["fields"], {name: _read_array(npz, name, announced[name]) for name in announced}
 
 
@@ -234,7 +235,9 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-def check_statistics(source: object, mean: ArrayLike, variance: ArrayLike, *, name: str = "variance") -> None:
+def check_statistics(
+    source: object, mean: ArrayLike, variance: ArrayLike, *, names: tuple[str, str] = ("mean", "variance")
+) -> None:
     """Check that values from a file can be statistics of channels; StateError naming `source` if not.
 
     Parameters
@@ -243,13 +246,14 @@ def check_statistics(source: object, mean: ArrayLike, variance: ArrayLike, *, na
         Where the values come from, for the message.
     mean, variance : (C,) array_like
         Must be finite and of one length, and variance not negative. M2 obeys the same rules.
-    name : str
-        What the message calls `variance`.
+    names : tuple of two str
+        What messages call them.
     """
     mean, variance = np.asarray(mean), np.asarray(variance)
     if mean.ndim != 1 or variance.shape != mean.shape:
-        raise StateError(f"{source}: mean and {name} must have one shape (C,), got {mean.shape} and {variance.shape}")
+        shapes = f"{mean.shape} and {variance.shape}"
+        raise StateError(f"{source}: {names[0]} and {names[1]} must have one shape (C,), got {shapes}")
     if not np.isfinite(mean).all():
-        raise StateError(f"{source}: mean must be finite")
+        raise StateError(f"{source}: {names[0]} must be finite")
     if not (np.isfinite(variance) & (variance >= 0)).all():
-        raise StateError(f"{source}: {name} must be finite and not negative")
+        raise StateError(f"{source}: {names[1]} must be finite and not negative")

@@ -203,7 +203,7 @@ def forward(
     )
     if cache is not None:
         cache.mode = "batch"  # the statistics are those of the batch, though not found by this call
-    return y, cache, pooled
+    return y if out is None else out, cache, pooled
 
 
 def backward(
@@ -276,7 +276,7 @@ def backward(
         with np.errstate(over="ignore"):
             narrow[...] = dx
             before = before.astype(narrow.dtype)
-    gradients = narrow, dgamma.reshape(shape), dbeta.reshape(shape)
+    gradients = narrow if out is None else out, dgamma.reshape(shape), dbeta.reshape(shape)
     return (*gradients, before) if cache.has_residual else gradients
 
 
