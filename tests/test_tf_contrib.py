@@ -88,6 +88,18 @@ def test_scopes_and_reuse(x):
     assert len(names()) == 6
 
 
+@pytest.mark.parametrize("shape", [(8, 3), (4, 2, 3), (4, 2, 2, 3)])
+@pytest.mark.parametrize("debias", [False, True])
+def test_the_root_as_scope(rng, shape, debias):
+    x = rng.normal(1, 2, shape).astype(f32)
+    tf_contrib.batch_norm(x, scope=tf.get_variable_scope(), zero_debias_moving_mean=debias)
+    tf_contrib.batch_norm(x, scope="", reuse=True, zero_debias_moving_mean=debias)
+    more = ["moving_mean/biased:0", "moving_mean/local_step:0"] if debias else []
+    assert names() == ["beta:0", "moving_mean:0", "moving_variance:0", *more]
+    assert tf.get_collection("update_ops")[0].name.removesuffix(":0") == "AssignMovingAvg"
+    assert tf.get_layer("").backward(x).shape == shape
+
+
 def test_layers_share_the_store(x):
     tf_contrib.batch_norm(x, scale=True, scope="bn", updates_collections=None)
     tf.batch_normalization(x, name="bn", reuse=True)
@@ -126,6 +138,11 @@ def test_a_collection_of_ones_own(x):
     for update in tf.get_collection("mine"):
         update()
     assert tf.get_collection("mine") == tf.get_collection("also") == []
+
+
+def test_a_collection_that_is_named_twice(x):
+    tower(x, True, updates_collections=["mine", "mine"])
+    assert [u.name for u in tf.get_collection("mine")] == ["bn/AssignMovingAvg:0", "bn/AssignMovingAvg_1:0"]
 
 
 def test_inference_without_training(x):
@@ -216,6 +233,10 @@ def test_initializers_and_regularizers(image):
     }
     tf_contrib.batch_norm(image, fused=False, updates_collections=None, param_regularizers=penalties)
     assert len(tf.get_collection("regularization_losses")) == 4  # TensorFlow's older path ignored them
+    for nothing in (tf_contrib.l1_regularizer(0.0), tf_contrib.l2_regularizer(0.0), lambda w: None):
+        for shape in ((4, 30), (4, 2, 3, 5)):
+            tf_contrib.batch_norm(image.reshape(shape), param_regularizers={"beta": nothing})
+    assert len(tf.get_collection("regularization_losses")) == 4
 
 
 def test_batch_weights(x):
@@ -252,6 +273,57 @@ def test_collections_of_variables_and_outputs(x):
     assert names("mine") == ["a/beta:0", "a/moving_mean:0", "a/moving_variance:0", "b/beta:0"]
     assert names("all") == ["a/beta:0", "a/moving_mean:0", "a/moving_variance:0"]
     assert tf.get_collection("out")[0] is y
+
+
+PATHS = [((8, 3), {}, 0), ((4, 2, 2, 3), {}, 1), ((4, 2, 3), {"updates_collections": "mine"}, 0)]
+
+
+@pytest.mark.parametrize(("shape", "options", "by_layer"), PATHS, ids=["fused", "layer", "older"])
+def test_collections_of_variables_by_path(rng, shape, options, by_layer):
+    x = rng.normal(1, 2, shape).astype(f32)
+    given = ["variables", "trainable_variables", "all", "all"]
+    tf_contrib.batch_norm(x, scale=True, scope="a", variables_collections=given, **options)
+    first = ["a/gamma:0", "a/beta:0"] if by_layer else ["a/beta:0", "a/gamma:0"]
+    moving = ["a/moving_mean:0", "a/moving_variance:0"]
+    assert names("variables") == names("model_variables") == first + moving
+    assert names("trainable_variables") == first + moving
+    assert names("all") == ([*moving, "a/beta:0", "a/gamma:0"] if by_layer else first + moving)
+    before = names("model_variables")
+    for _ in range(2):  # the path through tf.layers adds variables that it has found
+        tf_contrib.batch_norm(x, scale=True, scope="a", reuse=True, variables_collections="again", **options)
+    assert names("again") == (names("all") if by_layer else [])
+    assert names("model_variables") == before
+
+
+def test_collections_of_other_variables(rng, image):
+    tf_contrib.batch_norm(image, renorm=True, scope="a", variables_collections="mine")
+    assert names("mine") == ["a/moving_mean:0", "a/moving_variance:0", "a/beta:0"]
+    assert names("model_variables") == names()
+    more = ["moving_mean/biased:0", "moving_mean/local_step:0"]
+    for x, kept in ((image, []), (image[0], more)):  # fused, older
+        tf.reset_default_graph()
+        scope = tf.get_variable_scope()
+        tf_contrib.batch_norm(x, scope=scope, zero_debias_moving_mean=True, variables_collections="mine")
+        assert names("mine") == ["beta:0", "moving_mean:0", "moving_variance:0"]
+        assert names("model_variables") == names("mine") + kept
+        assert names() == names("mine") + more
+
+
+def test_a_call_that_fails_late_changes_nothing(x):
+    wrong = {"activation_fn": lambda y: 1 / 0}, {"variables_collections": 3}, {"outputs_collections": 3}
+    wrong += {"updates_collections": 3}, {"variables_collections": {"beta": 3}}
+    for scope in ("new", "old"):
+        before = None
+        if scope == "old":
+            tower(x, True, scope="old")
+            before = [v.eval().tolist() for v in tf.global_variables()]
+        for options in wrong:
+            with pytest.raises((TypeError, ZeroDivisionError)):
+                tower(2 * x, True, scope=scope, **options)
+            assert [v.eval().tolist() for v in tf.global_variables()] == (before or [])
+            assert not tf.get_collection("update_ops")
+    with pytest.raises(TypeError, match="outputs_collections must be a string, a sequence of strings or None, got 3"):
+        tower(x, True, outputs_collections=3)
 
 
 def test_renormalization_and_adjustment(x):
@@ -354,6 +426,34 @@ def test_moments_of_nothing_but_weights_of_0(image):
     assert np.isfinite([mean[1:], variance[1:]]).all()
 
 
+def test_moments_of_nothing():
+    """As TensorFlow: NaN, and no mean of 0."""
+    for axes in ([0], [0, 1]):
+        assert np.isnan(tf_nn.moments(np.zeros((0, 3), f32), axes)).all()
+    assert tf_nn.moments(np.zeros((2, 0), f32), [0])[0].shape == (0,)
+    y, mean, variance = tf_nn.fused_batch_norm(np.zeros((0, 2, 2, 3), f32), np.ones(3), np.ones(3))
+    assert y.size == 0
+    assert np.isnan([mean, variance]).all()
+    count, first, second, _ = tf_nn.sufficient_statistics(np.zeros((0, 3), f32), [0], 1.0)
+    assert (count, first.tolist(), second.tolist()) == (0, [0] * 3, [0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((1, 3), [0]), ((3,), [0]), ((8, 1), [-1]), ((8, 3), [0]), ((8, 3), [0, 1]), ((), [1]), ((1,), [0])],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_shift_is_broadcast_to_the_data(rng, x, shape, axes, keep):
+    shift = rng.normal(0, 1, shape)
+    count, first, second, given = tf_nn.sufficient_statistics(x, axes, shift, keep_dims=keep)
+    wide, reduced = x.astype(np.float64) - shift, tuple(axes)
+    assert count == np.prod([x.shape[a] for a in axes])
+    np.testing.assert_array_equal(given, shift)
+    for found, wanted in ((first, wide), (second, wide**2)):
+        np.testing.assert_allclose(found, wanted.sum(reduced, keepdims=keep), rtol=1e-12, atol=1e-12)
+        assert found.shape == wanted.sum(reduced, keepdims=keep).shape
+
+
 @pytest.mark.parametrize("shift", [None, 100.0, np.full(5, 99.5, f32)])
 def test_sufficient_statistics_and_back(rng, shift):
     x = rng.normal(100, 1, (50, 5)).astype(f32)
@@ -420,10 +520,11 @@ NN = [
     (lambda x: tf_nn.moments(x, [True]), TypeError, "axes must be an int or a sequence of ints"),
     (lambda x: tf_nn.moments(x.astype(int), 0), TypeError, "x must be float16, .*, got int64"),
     (
-        lambda x: tf_nn.sufficient_statistics(x, 0, np.ones(2)),
+        lambda x: tf_nn.sufficient_statistics(x, -1, np.ones(8)),
         ValueError,
-        r"shift must be a number or have shape \(3,\)",
+        r"shift must broadcast to shape \(8, 3\), got \(8,\)",
     ),
+    (lambda x: tf_nn.sufficient_statistics(x, 0, np.ones((2, 8, 3))), ValueError, "shift must broadcast to shape"),
     (
         lambda x: tf_nn.weighted_moments(x, 0, np.ones(2)),
         ValueError,

@@ -121,6 +121,52 @@ def test_reuse_is_inherited_and_can_be_switched_on(x):
     assert len(names()) == 4
 
 
+def test_only_the_first_character_at_the_root_has_a_rule_of_its_own(x):
+    with tf.variable_scope("a"), tf.variable_scope("_b"):
+        tf.batch_normalization(x, training=True, name="_c")
+        tf.get_variable("-v", [1], initializer="zeros")
+    assert names()[::4] == ["a/_b/_c/gamma:0", "a/_b/-v:0"]
+    for name in ("_b", "-b", "/b"):
+        with pytest.raises(ValueError, match=f"must begin with a letter, digit or dot outside of all scopes.*'{name}'"):
+            tf.variable_scope(name).__enter__()
+    with tf.variable_scope(""), pytest.raises(ValueError, match="begin with a letter, digit or dot"):
+        tf.get_variable("_v", [1], initializer="zeros")
+    assert tf.get_variable_scope().name == ""
+
+
+def test_a_scope_without_a_name(x):
+    tf.batch_normalization(x, training=True)
+    with tf.variable_scope("") as scope:
+        tf.batch_normalization(x, training=True)
+    with tf.variable_scope("net"), tf.variable_scope("") as inner:
+        tf.batch_normalization(x, training=True)
+    assert (scope.name, inner.name) == ("", "net/")
+    assert names()[::4] == [
+        "batch_normalization/gamma:0",
+        "batch_normalization_1/gamma:0",
+        "net//batch_normalization/gamma:0",
+    ]
+    tf.batch_normalization(x, training=True, name="")  # as without
+    assert names()[-4] == "batch_normalization_2/gamma:0"
+
+
+def test_a_scope_is_left_before_it_is_entered_again(x):
+    again, other = tf.variable_scope("a"), tf.variable_scope("b")
+    with (
+        again,
+        pytest.raises(RuntimeError, match="variable_scope must be left before it is entered again, got 'a'"),
+    ):
+        again.__enter__()
+    with again as scope, other as inner:
+        assert (scope.name, inner.name) == ("a", "a/b")
+        with pytest.raises(RuntimeError, match=r"variable_scope must be left once, after those inside .*, got 'a/b'"):
+            again.__exit__(None, None, None)
+        assert tf.get_variable_scope() is inner
+    with other, again as scope:
+        assert scope.name == "b/a"
+    assert tf.get_variable_scope().name == ""
+
+
 @pytest.mark.parametrize("reuse", [True, "auto", tf.AUTO_REUSE])
 def test_a_name_is_found_again(x, reuse):
     tf.batch_normalization(x, training=True, name="bn")
@@ -266,6 +312,30 @@ def test_initializers(x):
     assert other.beta.value.tolist() == [1] * 3
 
 
+def test_initializers_that_were_not_called(x):
+    """TensorFlow's are classes, and it makes an object of a class."""
+
+    class Sevens:
+        def __call__(self, shape, dtype):
+            return np.full(shape, 7, dtype)
+
+    layer = tf.BatchNormalization(
+        gamma_initializer=tf.zeros_initializer,
+        beta_initializer=tf.ones_initializer,
+        moving_mean_initializer=tf.constant_initializer,
+        moving_variance_initializer=Sevens,
+    )
+    layer.build(x.shape)
+    assert [v.value.tolist() for v in layer.variables] == [[0] * 3, [1] * 3, [0] * 3, [7] * 3]
+
+
+def test_collections_hold_a_variable_once():
+    v = tf.get_variable("v", [2], initializer="ones", collections=["variables", "trainable_variables", "c", "c"])
+    assert tf.global_variables() == tf.trainable_variables() == tf.get_collection("c") == [v]
+    tf.add_to_collection("c", v)  # asked for twice
+    assert tf.get_collection("c") == [v, v]
+
+
 def test_get_variable():
     with tf.variable_scope("net"):
         kernel = tf.get_variable("kernel", [2, 3], initializer="ones", collections=["mine"], trainable=False)
@@ -332,6 +402,30 @@ def test_a_layer_that_is_not_trainable_takes_the_batch_and_moves_nothing(x):
     assert layer.updates == tf.get_collection("update_ops") == []
 
 
+def test_a_layer_forgets_updates_that_were_carried_out(x):
+    layer = tf.BatchNormalization()
+    for _ in range(3):
+        layer(x, training=True)
+        first, second = tf.get_collection("update_ops")
+        first()
+        second()
+        assert not layer._updates
+    layer(x, training=True)
+    assert layer.updates == tf.get_collection("update_ops")
+
+
+def test_a_layer_belongs_to_the_graph_of_its_variables(x):
+    layer, unbuilt = tf.BatchNormalization(), tf.BatchNormalization()
+    layer(x, training=True)
+    tf.reset_default_graph()
+    for training in (True, False):
+        with pytest.raises(ValueError, match="the layer must be called before reset_default_graph, got a call after"):
+            layer(x, training=training)
+    assert tf.get_collection("update_ops") == tf.global_variables() == []
+    unbuilt(x, training=True)
+    assert names(unbuilt.variables) == names()
+
+
 def test_an_update_that_fails_can_be_called_again(x):
     layer = tf.BatchNormalization()
     layer(x, training=True)
@@ -358,6 +452,17 @@ def test_inference_after_training_whose_updates_never_ran(x):
     assert w[0].filename == __file__
     layer(x)  # once is enough
     run_updates()
+    layer(x)
+
+
+def test_inference_after_updates_of_the_mean_alone(x):
+    layer = tf.BatchNormalization()
+    layer(x, training=True)
+    layer.updates[0]()
+    with pytest.warns(PendingUpdatesWarning, match="moving_variance:0 is used, and 1 updates of it wait"):
+        layer(x)
+    layer(x)  # once is enough
+    layer.updates[0]()
     layer(x)
 
 
@@ -393,6 +498,14 @@ def test_inference_without_training(x):
         y = tf.batch_normalization(x)
     assert w[0].filename == __file__
     np.testing.assert_allclose(y, x / np.sqrt(1.001), rtol=3e-7)
+
+
+def test_a_warning_that_is_an_error_changes_nothing(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UntrainedWarning):
+            tf.batch_normalization(x)
+    assert tf.global_variables() == []
 
 
 def test_no_warning_where_statistics_were_set(x):
@@ -554,6 +667,23 @@ def test_regularizers_and_constraints(x):
     assert repr(gamma_loss) == "<fastbn regularization loss 'batch_normalization/gamma/Regularizer:0'>"
 
 
+def test_a_regularizer_without_a_penalty(x):
+    layer = tf.BatchNormalization(gamma_regularizer=lambda w: None, beta_regularizer=("l1", 0.0))
+    layer(x, training=True)
+    assert [loss.name for loss in layer.losses] == ["batch_normalization/beta/Regularizer:0"]
+    assert tf.get_collection("regularization_losses") == layer.losses
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"rmax": np.inf}, {"dmax": np.inf}, {"rmin": -np.inf}, {"rmin": -1}, {"rmin": -1.0, "rmax": np.inf}]
+)
+@pytest.mark.parametrize("scheme", ["tf1", "keras"])
+def test_bounds_that_bound_nothing(x, bounds, scheme):
+    tf.set_renorm_scheme(scheme)
+    y = tf.batch_normalization(x, training=True, renorm=True, renorm_clipping=bounds)
+    np.testing.assert_array_equal(y, tf.batch_normalization(x, training=True, renorm=True))
+
+
 # -- gradients ---------------------------------------------------------------------------------------------
 
 
@@ -665,6 +795,17 @@ def test_what_a_file_must_have(tmp_path, x):
         tf.Saver([x])
 
 
+def test_what_a_saver_must_be_given(x):
+    train(x, "a")
+    for none in ([], {}):
+        with pytest.raises(ValueError, match="var_list must hold a variable to save, got none"):
+            tf.Saver(none)
+    v, w = tf.global_variables()[:2]
+    for twice in ([v, w, v], {"a": v, "b": v}):
+        with pytest.raises(ValueError, match="var_list must hold each variable once, under one name, got 'a/gamma:0'"):
+            tf.Saver(twice)
+
+
 @pytest.mark.parametrize(
     "listed",
     [
@@ -734,6 +875,16 @@ WRONG = [
     ({"fused": "no"}, TypeError, "fused must be a bool, got 'no'"),
     ({"renorm": 3}, TypeError, "renorm must be a bool, got 3"),
     ({"renorm": True, "renorm_clipping": {"max": 1}}, ValueError, "renorm_clipping must have no keys but rmin, rmax"),
+    (
+        {"renorm": True, "renorm_clipping": {"rmin": np.inf}},
+        ValueError,
+        "rmin of renorm_clipping must be finite, got inf",
+    ),
+    (
+        {"renorm": True, "renorm_clipping": {"rmax": -np.inf}},
+        ValueError,
+        "rmax of renorm_clipping must be finite and at ",
+    ),
     ({"renorm": True, "renorm_momentum": 2.0}, ValueError, r"renorm_momentum must be in \[0, 1\], got 2.0"),
     ({"virtual_batch_size": 0}, ValueError, "virtual_batch_size must be at least 1, got 0"),
     ({"virtual_batch_size": 3, "training": True}, ValueError, "virtual_batch_size=3"),
@@ -741,11 +892,11 @@ WRONG = [
     ({"virtual_batch_size": 2, "adjustment": lambda s: (1, 0)}, ValueError, "adjustment must be None with virtual_bat"),
     ({"adjustment": 3}, TypeError, "adjustment must be callable or None, got 3"),
     ({"adjustment": lambda s: 3, "training": True}, TypeError, "adjustment must return a tuple of scale and shift"),
-    ({"name": "a b"}, ValueError, "name must begin with a letter, digit or dot .*, got 'a b'"),
+    ({"name": "a b"}, ValueError, r"name must hold nothing but letters, .*, got 'a b'"),
     ({"name": "_x"}, ValueError, "must begin with a letter, digit or dot"),
     ({"name": 3}, TypeError, "name.* must be a string, got 3"),
     ({"reuse": "yes"}, ValueError, r"reuse must be None, True, False or \"auto\" \(AUTO_REUSE\), got 'yes'"),
-    ({"reuse": 1}, TypeError, r"reuse must be None, True, False or \"auto\" \(AUTO_REUSE\), got 1"),
+    ({"reuse": 1}, ValueError, r"reuse must be None, True, False or \"auto\" \(AUTO_REUSE\), got 1"),
     ({"gamma_initializer": "one"}, ValueError, "initializer of .*gamma must be callable, or one of zeros"),
     ({"beta_initializer": np.ones(2)}, ValueError, r"initializer of .*beta must have shape \(3,\), got \(2,\)"),
     ({"beta_initializer": 1j}, TypeError, "initializer of .*beta must have a real dtype, got complex128"),
@@ -798,13 +949,14 @@ def test_later_inputs_must_fit(x, image):
 
 
 SCOPES = [
-    ((None,), {}, ValueError, "name_or_scope must be given without a default_name, got None"),
+    ((None,), {}, TypeError, "name_or_scope must be given without a default_name, got None"),
     ((None, "a"), {"reuse": True}, ValueError, "reuse must be None where the scope has no name of its own, got True"),
-    (("a b",), {}, ValueError, "name_or_scope must begin with a letter, digit or dot"),
-    (("",), {}, ValueError, "name_or_scope must begin with a letter, digit or dot"),
+    (("a b",), {}, ValueError, "name_or_scope must hold nothing but letters"),
+    ((None, ""), {}, ValueError, "default_name must hold nothing but letters"),
     ((3,), {}, TypeError, "name_or_scope must be a string, got 3"),
     ((None, 3), {}, TypeError, "default_name must be a string, got 3"),
     (("a",), {"reuse": "x"}, ValueError, "reuse must be None, True, False"),
+    (("a",), {"reuse": 3}, ValueError, "reuse must be None, True, False"),
 ]
 
 
@@ -818,7 +970,11 @@ VARIABLES = [
     ({"shape": None}, ValueError, "shape must be given for 'v', which is new, got None"),
     ({"initializer": None}, ValueError, "initializer must be given for 'v', which is new, got None"),
     ({"dtype": np.int32}, TypeError, "dtype must be float32 or float64, got int32"),
-    ({"name": "v w"}, ValueError, "name must begin with a letter"),
+    ({"name": "v w"}, ValueError, "name must hold nothing but letters"),
+    ({"name": "_v"}, ValueError, "name must begin with a letter"),
+    ({"collections": 3}, TypeError, "collections must be a string, a sequence of strings or None, got 3"),
+    ({"collections": [["c"]]}, TypeError, "collections must be a string, a sequence of strings or None"),
+    ({"regularizer": lambda w: 1 / 0}, ZeroDivisionError, "division by zero"),
     ({"initializer": lambda shape, dtype: np.ones(7)}, ValueError, r"initializer of v must return an array of shape"),
 ]
 

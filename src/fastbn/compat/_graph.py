@@ -29,8 +29,9 @@ Constraint = constraints.Constraint
 
 AUTO_REUSE: Final = "auto"
 
-# What TensorFlow accepts of a scope's name.
-_NAME: Final = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/-]*")
+# What tf.compat.v1 accepts of names; TensorFlow 1 itself had neither \ nor >.
+_NAME: Final = re.compile(r"[A-Za-z0-9_.\\/>-]+")
+_FIRST: Final = re.compile(r"[A-Za-z0-9.]")
 
 
 class GraphKeys:
@@ -144,6 +145,7 @@ class Update:
         self._action: Callable[[], None] | None = action
         self._graph = graph()
         self._keys: list[str] = []
+        self._waiting: dict[Update, None] = {}  # those of its layer, in order
 
     @property
     def done(self) -> bool:
@@ -173,6 +175,7 @@ class Update:
                 variable._written = True
                 variable._warned = False
                 variable._pending.remove(self)
+                self._waiting.pop(self, None)
         if action is None:
             _warnings.repeated(self)
         else:
@@ -259,12 +262,17 @@ class Graph:
 
     def add(self, keys: str | Iterable[str] | None, item: Any) -> None:
         """Put something into collections."""
-        names = [] if keys is None else [keys] if isinstance(keys, str) else list(keys)
+        names = collection_names(keys, "collections")
+        if isinstance(item, Update):
+            item._keys += names
         with self.lock:
             for key in names:
                 self.collections.setdefault(key, []).append(item)
-        if isinstance(item, Update):
-            item._keys += names
+
+    def complete(self, keys: Iterable[str], item: Any) -> None:
+        """Put something into the collections that do not hold it."""
+        with self.lock:
+            self.add([key for key in keys if not any(i is item for i in self.collections.get(key, ()))], item)
 
     def discard(self, item: Any, keys: Iterable[str]) -> None:
         """Take something out of collections."""
@@ -334,6 +342,16 @@ def reset_default_graph() -> None:
     _default = Graph()
 
 
+def collection_names(keys: Any, what: str) -> list[str]:
+    """Return names of collections as users write them, each once."""
+    if keys is None:
+        return []
+    try:
+        return list(dict.fromkeys([keys] if isinstance(keys, str) else keys))
+    except TypeError:
+        raise TypeError(must(what, "be a string, a sequence of strings or None", repr(keys))) from None
+
+
 # -- scopes --------------------------------------------------------------------------------------------------------
 
 
@@ -341,17 +359,24 @@ def checked_reuse(reuse: Any) -> Reuse:
     """Return what reuse may be: None, a bool or "auto"."""
     if reuse is None or reuse is True or reuse is False or (isinstance(reuse, str) and reuse == AUTO_REUSE):
         return reuse  # type: ignore[return-value]
-    error = ValueError if isinstance(reuse, str) else TypeError
-    raise error(must("reuse", 'be None, True, False or "auto" (AUTO_REUSE)', repr(reuse)))
+    raise ValueError(must("reuse", 'be None, True, False or "auto" (AUTO_REUSE)', repr(reuse)))
 
 
 def checked_name(name: Any, what: str = "name") -> str:
-    """Return a name that TensorFlow would accept for a scope."""
+    """Return a name that TensorFlow would accept for a scope inside of another one."""
     if not isinstance(name, str):
         raise TypeError(must(what, "be a string", repr(name)))
     if not _NAME.fullmatch(name):
-        raise ValueError(must(what, "begin with a letter, digit or dot and go on with these, _, - or /", repr(name)))
+        raise ValueError(must(what, "hold nothing but letters, digits, ., _, -, /, > and a backslash", repr(name)))
     return name
+
+
+def full_name(scope: str, name: str) -> str:
+    """Return a name with that of its scope; TensorFlow restricts its first character."""
+    full = f"{scope}/{name}" if scope else name
+    if full and not _FIRST.match(full):
+        raise ValueError(must("name", "begin with a letter, digit or dot outside of all scopes", repr(full)))
+    return full
 
 
 class variable_scope:
@@ -360,7 +385,7 @@ class variable_scope:
     Parameters
     ----------
     name_or_scope : str, VariableScope or None
-        The name, which is put behind that of the scope around it; or a scope that was entered before.
+        The name, which is put behind that of the scope around it, or ""; or a scope that was entered before.
     default_name : str, optional
         Used where the name is None, with a number if it was used in this scope before.
     values : optional
@@ -371,8 +396,10 @@ class variable_scope:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If there is neither name nor default name, a name is not one, or reuse is given with a default name alone.
+    RuntimeError
+        If the same object is entered again before it is left, or left before a scope that was entered in it.
 
     Examples
     --------
@@ -396,17 +423,20 @@ class variable_scope:
         self._reuse = checked_reuse(reuse)
         if name_or_scope is None:
             if default_name is None:
-                raise ValueError(must("name_or_scope", "be given without a default_name", "None"))
+                raise TypeError(must("name_or_scope", "be given without a default_name", "None"))
             if self._reuse:
                 raise ValueError(must("reuse", "be None where the scope has no name of its own", repr(reuse)))
             checked_name(default_name, "default_name")
-        elif not isinstance(name_or_scope, VariableScope):
+        elif not isinstance(name_or_scope, VariableScope) and name_or_scope != "":
             checked_name(name_or_scope, "name_or_scope")
         self._given = name_or_scope
         self._default_name = default_name
+        self._entered: VariableScope | None = None
 
     def __enter__(self) -> VariableScope:
         """Enter the scope and return it."""
+        if self._entered is not None:
+            raise RuntimeError(must("variable_scope", "be left before it is entered again", repr(self._entered.name)))
         local = self._local = graph().local
         outer = self._outer = local.scope
         if isinstance(self._given, VariableScope):
@@ -416,11 +446,10 @@ class variable_scope:
             if name is None:
                 assert self._default_name is not None
                 name = self._numbered(self._default_name)
-            scope = VariableScope(f"{outer.name}/{name}" if outer.name else name, self._reuse or outer.reuse)
+            scope = VariableScope(full_name(outer.name, name), self._reuse or outer.reuse)
         local.opened[scope.name] = local.opened.get(scope.name, 0) + 1
         self._opened = dict(local.opened) if isinstance(self._given, VariableScope) else None
-        self._name = scope.name
-        local.scope = scope
+        local.scope = self._entered = scope
         return scope
 
     def _numbered(self, name: str) -> str:
@@ -434,12 +463,14 @@ class variable_scope:
 
     def __exit__(self, *exception: object) -> None:
         """Leave the scope; entered again, it numbers its names from the start."""
-        local = self._local
-        local.scope = self._outer
+        local, scope = self._local, self._entered
+        if scope is None or local.scope is not scope:
+            raise RuntimeError(must("variable_scope", "be left once, after those inside of it", repr(local.scope.name)))
+        local.scope, self._entered = self._outer, None
         if self._opened is not None:
             local.opened = self._opened
             return
-        for name in [n for n in local.opened if n.startswith(self._name + "/")]:
+        for name in [n for n in local.opened if n.startswith(scope.name + "/")]:
             del local.opened[name]
 
 
@@ -478,9 +509,10 @@ def get_variable(
     dtype : {"float32", "float64"}
         Of a new variable.
     initializer : str, array or callable
-        Of a new variable: "zeros" or "ones", an array, or a function of (shape, dtype) or of shape.
+        Of a new variable: "zeros" or "ones", an array, or a function of (shape, dtype), which may come from a class
+        that was not called.
     regularizer : callable, optional
-        Penalty as a function of the value; it goes into the collection "regularization_losses".
+        Penalty as a function of the value; it goes into the collection "regularization_losses", unless it is None.
     trainable : bool
         Whether a new variable is among `trainable_variables`.
     collections : str or iterable of str, optional
@@ -495,13 +527,15 @@ def get_variable(
 
     Raises
     ------
-    ValueError
-        If it exists and must not, or does not and must; or if a shape does not fit.
+    TypeError, ValueError
+        If it exists and must not, or does not and must; or if an argument does not fit.
     """
     home = graph()
     scope = home.local.scope
-    checked_name(name)
-    full = f"{scope.name}/{name}" if scope.name else name
+    full = full_name(scope.name, checked_name(name))
+    keys = [GraphKeys.GLOBAL_VARIABLES] if collections is None else collection_names(collections, "collections")
+    if trainable:
+        keys = [*keys, GraphKeys.TRAINABLE_VARIABLES]
     wanted = None if shape is None else tuple(np.atleast_1d(np.asarray(shape, dtype=np.int64)).tolist())
     if shape is not None and np.ndim(shape) == 1 and not len(wanted or ()):
         wanted = ()
@@ -534,16 +568,15 @@ def get_variable(
         value = (
             initial_value(initializer, wanted, kind, full) if loaded is None else _fitting(loaded, full, wanted, kind)
         )
+        penalized = penalty is not None and not (callable(penalty) and penalty(value) is None)
         variable = Variable(full, value, trainable=trainable, regularizer=penalty, constraint=projection)
         variable._written = loaded is not None
         home.variables[full] = variable
         home.waiting.pop(full, None)
         if home.local.created is not None:
             home.local.created.append((variable, loaded))
-        home.add(GraphKeys.GLOBAL_VARIABLES if collections is None else collections, variable)
-        if trainable:
-            home.add(GraphKeys.TRAINABLE_VARIABLES, variable)
-        if regularizer is not None:
+        home.add(keys, variable)
+        if penalized:
             home.add(GraphKeys.REGULARIZATION_LOSSES, RegularizationLoss(variable))
     return variable
 
@@ -556,6 +589,10 @@ def _fitting(value: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[An
 
 def initial_value(initializer: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Array:
     """Return a new array with the first value of a variable."""
+    # In TensorFlow all of these are classes, and it makes an object of a class.
+    own = (zeros_initializer, ones_initializer, constant_initializer)
+    if isinstance(initializer, type) or (callable(initializer) and initializer in own):
+        initializer = initializer()
     if isinstance(initializer, str | tuple) or callable(initializer):
         what = f"initializer of {name}"
         return initializers.create(initializers.checked(initializer, what), what, shape, dtype)
@@ -655,7 +692,10 @@ def load_variables(values: Mapping[str, ArrayLike]) -> None:
         If a value does not fit its variable.
     """
     home = graph()
-    plain = {checked_name(str(name).removesuffix(":0")): checks.as_array(v, str(name)) for name, v in values.items()}
+    plain: dict[str, Array] = {}
+    for given, value in values.items():
+        name = full_name("", checked_name(str(given).removesuffix(":0")))
+        plain[name] = checks.as_array(value, str(given))
     for name, value in plain.items():
         if value.dtype.kind not in "iuf":
             raise TypeError(must(name, "have a real dtype", value.dtype))

@@ -25,6 +25,11 @@ class Saver:
     var_list : list of Variable or dict of str to Variable, optional
         What to save and restore, by its name or by the names given. By default all variables that exist at the time.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If var_list is empty, holds something else than variables, or holds one twice.
+
     Notes
     -----
     The file is an .npz of fastbn's own, written whole or not at all, and read without executing anything; it is no
@@ -52,7 +57,12 @@ class Saver:
             for name, variable in named:
                 if not isinstance(variable, Variable):
                     raise TypeError(must("var_list", "hold variables", type(variable).__name__))
-                self._given[variable.op_name if name is None else str(name)] = variable
+                key = variable.op_name if name is None else str(name)
+                if key in self._given or variable in self._given.values():
+                    raise ValueError(must("var_list", "hold each variable once, under one name", repr(variable.name)))
+                self._given[key] = variable
+            if not self._given:
+                raise ValueError(must("var_list", "hold a variable to save", "none"))
 
     def _variables(self) -> dict[str, Variable]:
         return {v.op_name: v for v in global_variables()} if self._given is None else self._given

@@ -49,8 +49,9 @@ class _ContribLayer(tf_layers.BatchNormalization):
         if self._debias:
             # TensorFlow opens a scope with the whole name of the variable inside of the layer's.
             with variable_scope(scope, reuse=self._reuse), variable_scope(made["moving_mean"].op_name):
-                made["biased"] = get_variable("biased", shape, dtype, "zeros", trainable=False)
-                made["local_step"] = get_variable("local_step", (), dtype, "zeros", trainable=False)
+                for name, extent in (("biased", shape), ("local_step", ())):
+                    collections = self._collections(name)
+                    made[name] = get_variable(name, extent, dtype, "zeros", trainable=False, collections=collections)
         return made, losses
 
 
@@ -62,7 +63,7 @@ def batch_norm(
     epsilon: float = 0.001,
     activation_fn: str | tuple[str, float] | Callable[[Array], Array] | None = None,
     param_initializers: Mapping[str, Initializer] | None = None,
-    param_regularizers: Mapping[str, Regularizer] | None = None,
+    param_regularizers: Mapping[str, Regularizer | None] | None = None,
     updates_collections: Collections = GraphKeys.UPDATE_OPS,
     is_training: bool = True,
     reuse: Reuse = None,
@@ -108,7 +109,8 @@ def batch_norm(
     reuse : {None, True, False, "auto"}
         Whether variables of this scope have to exist (True, which needs a scope), or are found or made ("auto").
     variables_collections : str, sequence of str, or dict of these by variable, optional
-        Where to put the variables besides "variables" and "model_variables".
+        Where to put the variables besides "variables" and "model_variables", when they are made; on the path layer, see
+        Notes, also those that are found.
     outputs_collections : str or sequence of str, optional
         Where to put the result.
     trainable : bool, default: True
@@ -206,10 +208,20 @@ def batch_norm(
         penalties = {}
     activation, function = _activation(activation_fn)
     weights = None if batch_weights is None else _weights(batch_weights, x)
+    updates = (
+        None if updates_collections is None else _graph.collection_names(updates_collections, "updates_collections")
+    )
+    outputs = _graph.collection_names(outputs_collections, "outputs_collections")
+    own = _by_variable(variables_collections)
+
+    def collections(name: str) -> list[str] | None:
+        """Return where a new variable goes."""
+        if by_fused and name not in _PARAMETERS:
+            return None
+        return [GraphKeys.GLOBAL_VARIABLES, GraphKeys.MODEL_VARIABLES, *([] if by_layer else own.get(name, []))]
 
     home = _graph.graph()
     with home.attempt(), variable_scope(scope, "BatchNorm", reuse=reuse) as inner:
-        existing = set(home.variables)
         layer = (tf_layers.BatchNormalization if by_layer else _ContribLayer)(
             axis=1 if data_format == "NCHW" else -1,
             momentum=decay,
@@ -228,25 +240,29 @@ def batch_norm(
             renorm_momentum=renorm_decay,
             adjustment=adjustment,
             fused=fused,
-            name=inner.name,
+            name=inner.name or None,
             _scope=inner,
             _reuse=reuse,
         )
         layer._activation = activation
-        layer._gradient_lost = function is not None
+        layer._function = function
+        layer._collections = collections
         if isinstance(layer, _ContribLayer):
             layer._own_fused = by_fused
             if debias:
                 layer._debias = True
                 layer._options = layer._options._replace(zero_debias="mean")
-        y = layer._call(x, layer.mode(training), updates_collections, weights)
-    for variable in layer.variables:
-        if variable.op_name not in existing and not variable.name.endswith(("/biased:0", "/local_step:0")):
-            home.add(GraphKeys.MODEL_VARIABLES, variable)
-            home.add(_collections_of(variables_collections, variable.op_name.rpartition("/")[2]), variable)
-    if function is not None:
-        y = np.asarray(function(y))
-    home.add(outputs_collections, y)
+        y = layer._call(x, layer.mode(training), updates, weights)
+    if by_layer:
+        for variable, name in (
+            (layer.moving_mean, "moving_mean"),
+            (layer.moving_variance, "moving_variance"),
+            (layer.beta, "beta"),
+            (layer.gamma, "gamma"),
+        ):
+            if variable is not None:
+                home.complete(own[name], variable)
+    home.add(outputs, y)
     return y
 
 
@@ -275,11 +291,15 @@ def _weights(value: ArrayLike, x: Array) -> Array:
     return array
 
 
-def _collections_of(given: Any, name: str) -> Any:
-    return given.get(name) if isinstance(given, Mapping) else given
+def _by_variable(given: Any) -> Mapping[str, list[str]]:
+    """Return the collections of each variable."""
+    what = "variables_collections"
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(_PARAMETERS, _graph.collection_names(given, what))
+    return {name: _graph.collection_names(given.get(name), what) for name in _PARAMETERS}
 
 
-def l1_regularizer(scale: float) -> Regularizer:
+def l1_regularizer(scale: float) -> Regularizer | None:
     """Return the penalty ``scale * sum(abs(weights))``: ``tf.contrib.layers.l1_regularizer``.
 
     Parameters
@@ -289,13 +309,14 @@ def l1_regularizer(scale: float) -> Regularizer:
 
     Returns
     -------
-    tuple
-        For param_regularizers, or the regularizers of `tf_layers`.
+    tuple or None
+        For param_regularizers, or the regularizers of `tf_layers`; None, which adds no penalty, for a scale of 0.
     """
-    return "l1", checks.real(scale, "scale", 0.0, math.inf, "finite and at least 0")
+    factor = checks.real(scale, "scale", 0.0, math.inf, "finite and at least 0")
+    return ("l1", factor) if factor else None
 
 
-def l2_regularizer(scale: float) -> Regularizer:
+def l2_regularizer(scale: float) -> Regularizer | None:
     """Return the penalty ``scale * sum(weights**2) / 2``: ``tf.contrib.layers.l2_regularizer``.
 
     Parameters
@@ -305,7 +326,8 @@ def l2_regularizer(scale: float) -> Regularizer:
 
     Returns
     -------
-    tuple
-        For param_regularizers, or the regularizers of `tf_layers`.
+    tuple or None
+        For param_regularizers, or the regularizers of `tf_layers`; None, which adds no penalty, for a scale of 0.
     """
-    return "l2", checks.real(scale, "scale", 0.0, math.inf, "finite and at least 0") / 2
+    factor = checks.real(scale, "scale", 0.0, math.inf, "finite and at least 0")
+    return ("l2", factor / 2) if factor else None

@@ -96,9 +96,10 @@ class BatchNormalization:
     center, scale : bool, default: True
         Whether there is a beta, a gamma.
     beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer : str, array or callable
-        First values: "zeros", "ones", an array, or a function of (shape, dtype).
+        First values: "zeros", "ones", an array, or a function of (shape, dtype), which may come from a class that
+        was not called.
     beta_regularizer, gamma_regularizer : callable, optional
-        Penalties, which go into the collection "regularization_losses".
+        Penalties, which go into the collection "regularization_losses", unless they are None.
     beta_constraint, gamma_constraint : callable, optional
         Projections, which `apply_constraints` carries out.
     renorm : bool, default: False
@@ -150,7 +151,6 @@ class BatchNormalization:
 
     _order: tuple[str, ...] = ("gamma", "beta")
     _update_suffix = ""
-    _gradient_lost = False  # behind a function that nobody knows the gradient of
 
     def __init__(
         self,
@@ -213,19 +213,23 @@ class BatchNormalization:
             raise ValueError(must("adjustment", "be None with virtual_batch_size", repr(adjustment)))
         self._reuse = _graph.checked_reuse(_reuse)
         self._activation: Any = None
-        self._collections: dict[str, list[str]] = {}
+        self._function: Callable[[Array], Any] | None = None  # applied to the result; nobody knows its gradient
+        # Where new variables go, by their names in the layer.
+        self._collections: Callable[[str], list[str] | None] = lambda name: None
         self._dtype = None if dtype is None else np.dtype(dtype)
         self.grads: dict[str, Array] = {}
-        self._base_name = "batch_normalization" if name is None else _graph.checked_name(name)
-        self.name = _graph.graph().number(self._base_name) if name is None else self._base_name
+        unnamed = name is None or name == ""
+        self._base_name = "batch_normalization" if unnamed else _graph.checked_name(name)
+        self.name = _graph.graph().number(self._base_name) if unnamed else self._base_name
         self._scope: VariableScope | None = None
-        if _scope is not None:
+        if _scope is not None and _scope != "":
             with variable_scope(_scope) as scope:
                 self._scope = scope
         self._variables: dict[str, Variable] = {}
         self._settings: Settings | None = None
+        self._graph: _graph.Graph | None = None
         self._ndim = 0
-        self._updates: list[Update] = []
+        self._updates: dict[Update, None] = {}
         self._losses: list[RegularizationLoss] = []
         self._last = threading.local()
 
@@ -288,6 +292,7 @@ class BatchNormalization:
         self.fused = fused
         self._ndim = len(input_shape)
         self._settings = settings
+        self._graph = _graph.graph()
 
     def _fusable(self, axes: tuple[int, ...], ndim: int) -> bool:
         plain = not self.renorm and self.virtual_batch_size is None and self.adjustment is None
@@ -309,7 +314,7 @@ class BatchNormalization:
                         getattr(self, f"{name}_initializer"),
                         getattr(self, f"{name}_regularizer"),
                         self.trainable,
-                        self._collections.get(name),
+                        self._collections(name),
                         getattr(self, f"{name}_constraint"),
                     )
             for name in ("moving_mean", "moving_variance"):
@@ -319,13 +324,20 @@ class BatchNormalization:
                     dtype,
                     getattr(self, f"{name}_initializer"),
                     trainable=False,
-                    collections=self._collections.get(name),
+                    collections=self._collections(name),
                 )
             renormalizer = self._options.renormalizer()
             if renormalizer is not None:
                 first = renormalizer.create(made["moving_mean"].value, made["moving_variance"].value)
                 for name in renormalizer.names:
-                    made[name] = get_variable(name, first[name].shape, dtype, first[name], trainable=False)
+                    made[name] = get_variable(
+                        name,
+                        first[name].shape,
+                        dtype,
+                        first[name],
+                        trainable=False,
+                        collections=self._collections(name),
+                    )
         new = [v for v in made.values() if v.regularizer is not None and v.op_name not in existing]
         listed = get_collection(GraphKeys.REGULARIZATION_LOSSES)
         return made, [loss for loss in listed if getattr(loss, "variable", None) in new]
@@ -369,7 +381,6 @@ class BatchNormalization:
     @property
     def updates(self) -> list[Update]:
         """Updates of the moving statistics that this layer's training calls deferred, and that still wait."""
-        self._updates = [update for update in self._updates if not update.done]
         return list(self._updates) if self.trainable else []
 
     @property
@@ -431,6 +442,8 @@ class BatchNormalization:
         x = checks.data(inputs, "inputs")
         home = _graph.graph()
         built = self.built
+        if built and self._graph is not home:
+            raise ValueError(must("the layer", "be called before reset_default_graph", "a call after it"))
         try:
             with home.attempt():
                 if self._settings is None:
@@ -439,12 +452,14 @@ class BatchNormalization:
                     raise ValueError(must("inputs", f"have {self._ndim} dimensions, as the first ones", x.ndim))
                 assert self._settings is not None
                 y, cache, actions = normalize(x, self._settings, self._variables, mode, sample_weight)
+                if self._function is not None:
+                    y = np.asarray(self._function(y))
+                if mode == "inference":
+                    _warnings.at_inference(self._variables["moving_mean"], self._variables["moving_variance"])
         except BaseException:
             if not built:
                 self._settings, self._variables, self._losses = None, {}, []
             raise
-        if mode == "inference":
-            _warnings.at_inference(self._variables["moving_mean"], self._variables["moving_variance"])
         self._defer(actions, collections)
         self._last.cache = cache
         home.layers[self.scope_name] = home.local.layers[self.scope_name] = self
@@ -452,14 +467,15 @@ class BatchNormalization:
 
     def _defer(self, actions: list[tuple[Variable, Callable[[], None]]], collections: Any) -> None:
         for number, (variable, action) in enumerate(actions):
-            name = f"{self.scope_name}/AssignMovingAvg{'_1' if number else ''}{self._update_suffix}"
-            update = Update(name, variable, action)
+            name = f"AssignMovingAvg{'_1' if number else ''}{self._update_suffix}"
+            update = Update(_graph.full_name(self.scope_name, name), variable, action)
             with variable._lock:
                 variable._pending.append(update)
             if collections is None:
                 update()
             else:
-                self._updates.append(update)
+                update._waiting = self._updates
+                self._updates[update] = None
                 _graph.graph().add(collections, update)
 
     def backward(self, dy: ArrayLike) -> Array:
@@ -483,7 +499,7 @@ class BatchNormalization:
         cache = getattr(self._last, "cache", None)
         if cache is None:
             raise ValueError("backward must follow a call of the layer in the same thread, got none")
-        if self._gradient_lost:
+        if self._function is not None:
             raise ValueError(must("activation_fn", "be a name of fastbn's for a gradient", "another function"))
         dx, *grads = backward(dy, cache)
         self.grads = {

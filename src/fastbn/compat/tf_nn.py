@@ -54,7 +54,8 @@ def moments(
     Returns
     -------
     mean, variance : ndarray
-        Of x's dtype (float32 for 8-bit data), the variance divided by the count. Sums are float64.
+        Of x's dtype (float32 for 8-bit data), the variance divided by the count; NaN without a value. Sums are
+        float64.
 
     Raises
     ------
@@ -69,9 +70,7 @@ def moments(
     (array([2., 4.]), array([1., 4.]))
     """
     data, reduced = _reduction(x, axes)
-    found = _moments(data, reduced)
-    dtype = checks.result_dtype(data.dtype)
-    return tuple(_kept(v, data, reduced, keep_dims).astype(dtype) for v in (found.mean, found.variance()))  # type: ignore[return-value]
+    return _mean_and_variance(_moments(data, reduced), data, reduced, keep_dims)
 
 
 def weighted_moments(
@@ -107,16 +106,8 @@ def weighted_moments(
         If a dtype, an axis or the shape of the weights does not fit, or a weight is negative.
     """
     data, reduced = _reduction(x, axes)
-    weights = checks.as_array(frequency_weights, "frequency_weights")
-    try:
-        weights = np.broadcast_to(weights, data.shape)
-    except ValueError:
-        raise ValueError(must("frequency_weights", f"broadcast to shape {data.shape}", weights.shape)) from None
-    found = _moments(data, reduced, np.ascontiguousarray(weights))
-    dtype = checks.result_dtype(data.dtype)
-    empty = np.asarray(found.count) == 0
-    mean, variance = (np.where(empty, np.nan, v) for v in (found.mean, found.variance()))
-    return tuple(_kept(v, data, reduced, keep_dims).astype(dtype) for v in (mean, variance))  # type: ignore[return-value]
+    weights = _broadcast(checks.as_array(frequency_weights, "frequency_weights"), data, "frequency_weights")
+    return _mean_and_variance(_moments(data, reduced, np.ascontiguousarray(weights)), data, reduced, keep_dims)
 
 
 def sufficient_statistics(
@@ -135,7 +126,7 @@ def sufficient_statistics(
     axes : int or sequence of ints
         The axes that are reduced.
     shift : array_like, optional
-        Taken off the data first; a number, or of the shape of the result.
+        Taken off the data first; broadcast to x.
     keep_dims : bool, default: False
         Whether reduced axes stay, with extent 1.
     name : optional
@@ -157,14 +148,13 @@ def sufficient_statistics(
         If a dtype, an axis or the shape of the shift does not fit.
     """
     data, reduced = _reduction(x, axes)
+    given = None if shift is None else checks.as_array(shift, "shift")
+    if given is not None:
+        data = np.subtract(data.astype(np.float64), _broadcast(given, data, "shift"), dtype=np.float64)
     found = _moments(data, reduced)
     count = int(found.count)
     mean, m2 = (_kept(v, data, reduced, keep_dims) for v in (found.mean, found.m2))
-    given = None if shift is None else checks.as_array(shift, "shift")
-    if given is not None and given.shape not in ((), mean.shape):
-        raise ValueError(must("shift", f"be a number or have shape {mean.shape}", given.shape))
-    distance = mean if given is None else mean - given
-    return count, count * distance, m2 + count * distance**2, given
+    return count, count * mean, m2 + count * mean**2, given
 
 
 def normalize_moments(
@@ -311,7 +301,8 @@ def fused_batch_norm(
     y : ndarray
         Of x's shape and dtype.
     mean, variance : ndarray of shape (channels,)
-        Those of the batch, the variance divided by m - 1 (by 1 for m = 1); or as they were given.
+        Those of the batch, the variance divided by m - 1 (by 1 for m = 1), or NaN without a value; or as they were
+        given.
 
     Raises
     ------
@@ -339,8 +330,8 @@ def fused_batch_norm(
     dtype = checks.parameter_dtype(data.dtype)
     if not training:
         return y, np.array(mean, dtype), np.array(variance, dtype)
-    found = np.zeros(shape, dtype), np.zeros(shape, dtype)
     count = layouts.values_per_channel(data.shape, cache.axes)
+    found = np.full(shape, np.nan, dtype), np.full(shape, np.nan, dtype)  # which stay without a value
     averages.update_moving(*found, *cache.statistics, momentum=0.0, count=count, ddof=1)
     return y, *found
 
@@ -402,6 +393,21 @@ def _moments(data: Array, reduced: tuple[int, ...], weights: Array | None = None
     if weights is not None:
         options["sample_weight"] = weights if kept else weights[..., None]
     return channel_moments(data if kept else data[..., None], axis=kept or -1, **options)
+
+
+def _mean_and_variance(found: Moments, data: Array, reduced: tuple[int, ...], keep_dims: bool) -> tuple[Array, Array]:
+    """Return both in the shape and dtype of results, NaN where nothing counted."""
+    empty, dtype = np.asarray(found.count) == 0, checks.result_dtype(data.dtype)
+    both = (np.where(empty, np.nan, v) for v in (found.mean, found.variance()))
+    return tuple(_kept(v, data, reduced, keep_dims).astype(dtype) for v in both)  # type: ignore[return-value]
+
+
+def _broadcast(array: Array, data: Array, name: str) -> Array:
+    """Return an argument in the shape of the data."""
+    try:
+        return np.broadcast_to(array, data.shape)
+    except ValueError:
+        raise ValueError(must(name, f"broadcast to shape {data.shape}", array.shape)) from None
 
 
 def _kept(flat: Array, data: Array, reduced: tuple[int, ...], keep_dims: bool) -> Array:
