@@ -133,6 +133,39 @@ def test_config_goes_through_json_and_back():
         assert BatchNormalization(beta_constraint=constraint).get_config()["beta_constraint"]["config"] == entries
 
 
+def test_the_inputs_of_a_model_are_no_part_of_its_first_layer():
+    config = BatchNormalization(name="a").get_config()
+    inputs = {"batch_input_shape": (None, 4), "batch_shape": (None, 4), "activity_regularizer": None}
+    assert BatchNormalization.from_config(config | inputs).get_config() == config
+
+
+def test_the_axis_of_a_norm_may_be_the_last():
+    config = {"class_name": "MaxNorm", "config": {"max_value": 1.0, "axis": -1}}
+    layer = built(gamma_constraint=config, beta_constraint={"class_name": "UnitNorm", "config": {"axis": [-1]}})
+    layer.apply_constraints()
+    np.testing.assert_allclose(layer.gamma, np.full(4, 0.5), rtol=1e-6)
+
+
+def test_arguments_are_attributes():
+    layer = BatchNormalization(
+        renorm=True, renorm_clipping={"rmax": 3.0}, renorm_momentum=0.5, gamma_initializer=("constant", 2.0),
+        gamma_regularizer="l2", beta_constraint="non_neg",
+    )  # fmt: skip
+    for name in inspect.signature(BatchNormalization).parameters:
+        assert hasattr(layer, name), name
+    assert (layer.renorm_clipping, layer.renorm_momentum, layer.synchronized) == ({"rmax": 3.0}, 0.5, False)
+    assert (layer.gamma_initializer, layer.beta_initializer) == (("constant", 2.0), "zeros")
+    assert (layer.moving_mean_initializer, layer.moving_variance_initializer) == ("zeros", "ones")
+    assert (layer.gamma_regularizer, layer.beta_regularizer) == (("l2", 0.01), None)
+    assert (layer.gamma_constraint, layer.beta_constraint) == (None, "non_neg")
+    names = ("moving_stddev", "renorm_mean", "renorm_stddev")
+    assert all(getattr(layer, name) is None for name in names)
+    layer.build((None, 4))
+    assert all(getattr(layer, name) is weight for name, weight in zip(names, layer.weights[4:]))
+    assert BatchNormalization().renorm_clipping is None
+    assert built().renorm_mean is None
+
+
 def test_names_are_numbered():
     first, second = BatchNormalization().name, BatchNormalization().name
     assert first.startswith("batch_normalization")
@@ -231,12 +264,17 @@ def test_copies_and_pickles(x):
         (
             lambda: BatchNormalization(gamma_constraint={"class_name": "MaxNorm", "config": {"axis": 1}}),
             ValueError,
-            "axis of gamma_constraint must be 0, got 1",
+            "axis of gamma_constraint must be 0 or -1, got 1",
         ),
         (
             lambda: BatchNormalization.from_config({"unknown": 1}),
             ValueError,
             "config must have no entry 'unknown', got 1",
+        ),
+        (
+            lambda: BatchNormalization.from_config({"activity_regularizer": "l2"}),
+            ValueError,
+            "config must have no entry 'activity_regularizer' but None, got 'l2'",
         ),
         (
             lambda: BatchNormalization().build((None, None)),

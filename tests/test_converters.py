@@ -19,6 +19,7 @@ from fastbn.compat import (
     from_keras,
     from_keras_many,
     from_onnx,
+    from_onnx_many,
     from_tf1,
     from_tf1_many,
     from_torch,
@@ -26,6 +27,8 @@ from fastbn.compat import (
     keras_config,
     load_safetensors,
     save_safetensors,
+    tf_contrib,
+    tf_layers,
     to_flax,
     to_keras,
     to_onnx,
@@ -216,7 +219,27 @@ def test_models_of_torch():
         (
             lambda: from_torch({k: v[0] for k, v in TORCH.items() if k != "num_batches_tracked"}),
             ValueError,
-            "running_mean must have an axis of channels, got shape ()",
+            "running_mean must have as many axes as there are channel axes, 1, got shape ()",
+        ),
+        (
+            lambda: from_torch({"running_mean": np.ones((2, 3)), "running_var": np.ones((2, 3))}),
+            ValueError,
+            "running_mean must have as many axes as there are channel axes, 1, got shape (2, 3)",
+        ),
+        (
+            lambda: from_flax({"mean": np.ones((2, 3)), "var": np.ones((2, 3))}),
+            ValueError,
+            "mean must have as many axes as there are channel axes, 1, got shape (2, 3)",
+        ),
+        (
+            lambda: from_flax({"mean": MEAN, "var": VARIANCE}, axis=(1, 2)),
+            ValueError,
+            "mean must have as many axes as there are channel axes, 2, got shape (3,)",
+        ),
+        (
+            lambda: from_onnx(dict.fromkeys(ONNX, np.ones((2, 3)))),
+            ValueError,
+            "input_mean must have as many axes as there are channel axes, 1, got shape (2, 3)",
         ),
         (
             lambda: from_torch(TORCH | {"weight": ["a", "b", "c"]}),
@@ -336,6 +359,14 @@ def test_models_of_torch():
             ValueError,
             "layer must be built with weights of shape (3,), (3,), (3,), (3,), got none",
         ),
+        (lambda: to_keras(layer(axis=1), keras_layer(2)), ValueError, "axis of layer must be 1, got 2"),
+        (lambda: to_keras(layer(axis=1), keras_layer(-1)), ValueError, "axis of layer must be 1, got 3"),
+        (lambda: to_keras(layer(layout="NCHW"), keras_layer(3)), ValueError, "axis of layer must be 1, got 3"),
+        (
+            lambda: from_keras([GAMMA] * 4, {"activity_regularizer": "l2", "units": 3}),
+            ValueError,
+            "config must have no entry 'units', got 3",
+        ),
         (
             lambda: from_tf1(3),
             TypeError,
@@ -366,10 +397,10 @@ def test_models_of_torch():
             "net/bn/moving_variance, net/bn/renorm_mean",
         ),
         (
-            lambda: from_tf1(TF1 | {"net/bn/kernel:0": MEAN}),
+            lambda: from_tf1(TF1 | {"net/bn/net/bn/moving_mean/biased": MEAN}),
             ValueError,
-            "source must have no other names than moving_mean, moving_variance, gamma, beta below net/bn, "
-            "got net/bn/kernel",
+            "source must have 'net/bn/moving_mean/local_step', got net/bn/beta, net/bn/gamma, net/bn/moving_mean, "
+            "net/bn/moving_variance, net/bn/net/bn/moving_mean/biased",
         ),
         (
             lambda: from_tf1(TF1 | {"net/bn/moving_mean/biased": MEAN, "net/bn/moving_mean/local_step": 1.5}),
@@ -402,9 +433,19 @@ def test_models_of_torch():
             "source must have no other names than mean, var, scale, bias, got kernel",
         ),
         (
-            lambda: from_flax({"mean": np.ones((2, 3)), "var": np.ones((2, 3))}, axis=(-1, 1)),
+            lambda: from_flax({"mean": np.ones((2, 3)), "var": np.ones((2, 3))}, axis=(-2, 1)),
             ValueError,
-            "axis must count all axes from the same end, or begin with axis 0, got (-1, 1)",
+            "axis must count all axes from the same end, or begin with axis 0, or end with axis -1, got (-2, 1)",
+        ),
+        (
+            lambda: to_flax(fastbn.BatchNorm((2, 3), axis=(1, -2))),
+            ValueError,
+            "axis of bn must count all axes from the same end, or begin with axis 0, or end with axis -1, got (1, -2)",
+        ),
+        (
+            lambda: flax_arguments(fastbn.BatchNorm((2, 3), axis=(1, -2))),
+            ValueError,
+            "axis of bn must count all axes from the same end, or begin with axis 0, or end with axis -1, got (1, -2)",
         ),
         (
             lambda: from_flax_many(3),
@@ -513,6 +554,92 @@ def test_keras_layer_there_and_back():
     np.testing.assert_array_equal(again.moving_variance, VARIANCE)
 
 
+def keras_layer(axis, **arguments):
+    made = BatchNormalization(axis=axis, **arguments)
+    made.build((None, C, C, C))
+    return made
+
+
+def test_keras_axes_are_compared_where_the_rank_is_known():
+    assert to_keras(layer(axis=3), keras_layer(-1)).axis == -1
+    assert to_keras(layer(layout="channels_last"), keras_layer(3)).axis == 3
+    theirs = keras_layer(-1)
+    theirs._ndim = None
+    assert to_keras(layer(axis=1), theirs) is theirs
+    with pytest.raises(ValueError, match=r"^axis of layer must be 1, got 3$"):
+        to_keras(layer(layout="NCHW"), theirs)
+
+
+def test_what_only_training_would_need_stays_behind():
+    """Configurations of Keras that fastbn has nothing like, as serialized by Keras 3 and by tf.keras."""
+    config = {
+        "batch_input_shape": (None, 3),
+        "batch_shape": (None, 3),
+        "activity_regularizer": {"class_name": "L2", "config": {"l2": 0.01}},
+        "gamma_initializer": {"class_name": "GlorotUniform", "config": {"seed": None, "input_axes": None}},
+        "beta_initializer": "he_normal",
+        "gamma_regularizer": {"module": "builtins", "class_name": "function", "config": "penalty"},
+        "beta_regularizer": {"class_name": "L2", "config": {"l2": 0.5}},
+        "gamma_constraint": {"class_name": "MaxNorm", "config": {"max_value": 2, "axis": -1}},
+        "beta_constraint": {"class_name": "__lambda__", "config": {"value": ("...", None, None)}},
+    }
+    bn = from_keras(list(STATE.values()), config)
+    assert (bn.gamma_initializer, bn.beta_initializer) == ("ones", "zeros")
+    assert (bn.gamma_regularizer, bn.beta_regularizer) == (None, ("l2", 0.5))
+    assert (bn.gamma_constraint, bn.beta_constraint) == (("max_norm", 2.0), None)
+    grid = np.ones((1, 2, 1, 3))
+    bn = from_keras([grid] * 4, config | {"axis": [1, 3], "beta_constraint": "non_neg"})
+    assert (bn.gamma_constraint, bn.beta_constraint) == (None, "non_neg")
+
+
+def test_a_subclass_of_a_keras_layer_may_have_more_entries():
+    class Named(BatchNormalization):
+        def get_config(self):
+            return super().get_config() | {"tag": "a"}
+
+    assert from_keras(built_by_keras(Named, epsilon=0.5)).epsilon == 0.5
+
+
+def built_by_keras(kind, **arguments):
+    made = kind(**arguments)
+    made.build((None, C))
+    return made
+
+
+class Holder:
+    """Like a model, or any other layer of Keras, that has layers inside."""
+
+    def __init__(self, name, *inside):
+        self.name, self.inside = name, inside
+
+    def _flatten_layers(self, recursive=True, include_self=True):
+        assert not recursive
+        assert not include_self
+        return iter(self.inside)
+
+
+class Model(Holder):
+    @property
+    def layers(self):
+        return list(self.inside)
+
+
+def test_all_layers_of_a_keras_model():
+    def bn(name):
+        return built_by_keras(BatchNormalization, name=name)
+
+    shared, block = bn("shared"), Holder("block", bn("bn"), Holder("wrapper", bn("bn")))
+    block.inside += (block,)  # Keras has layers that know the one that they are in
+    model = Model("model", bn("bn"), bn("bn_1"), bn("bn"), shared, block, block, Model("inner", bn("bn"), shared))
+    layers = from_keras_many(model)
+    assert list(layers) == ["bn", "bn_1", "bn_2", "shared", "block/bn", "block/wrapper/bn", "inner/bn"]
+
+    class Older:
+        layers = (bn("a"),)
+
+    assert list(from_keras_many(Older())) == ["a"]
+
+
 def test_tf1_scopes(rng):
     variables = TF1 | prefixed(without(STATE, "gamma"), "net/bn_1/") | {"net/dense/kernel:0": np.ones((2, 3))}
     layers = from_tf1_many(variables, momentum=0.9, ddof=1)
@@ -522,6 +649,39 @@ def test_tf1_scopes(rng):
     }
     assert list(from_tf1_many(variables, "net/bn_1/")) == ["net/bn_1"]
     assert from_tf1(variables, "net/bn").scale
+
+
+def test_tf1_leaves_out_other_variables():
+    inner = prefixed(without(STATE, "gamma"), "net/bn/inner/")
+    variables = TF1 | inner | {"net/bn/weights:0": np.ones((2, 3)), "net/bn/kernel/Adam:0": np.ones((2, 3))}
+    assert {n: bn.scale for n, bn in from_tf1_many(variables).items()} == {"net/bn": True, "net/bn/inner": False}
+    np.testing.assert_array_equal(from_tf1(variables, "net/bn").gamma, GAMMA)
+    root = STATE | TF1 | {"global_step:0": np.array(7)}
+    assert list(from_tf1_many(root)) == ["", "net/bn"]
+    np.testing.assert_array_equal(from_tf1(root).gamma, GAMMA)
+    old = {"renorm_mean": MEAN, "renorm_mean_weight": 0.5, "renorm_stddev": GAMMA, "renorm_stddev_weight": 0.5}
+    old |= {f"{name}/ExponentialMovingAverage": value for name, value in old.items()}
+    assert from_tf1(TF1 | prefixed(old, "net/bn/")).renorm_scheme == "tf1"
+
+
+@pytest.mark.parametrize("scope", ("net/bn", "imported/net/bn"))
+def test_tf1_zero_debias_is_below_the_scope_of_the_mean(scope):
+    """TensorFlow's names have the whole scope twice; a graph imported into a scope has one more before."""
+    debiased = {f"{scope}/net/bn/moving_mean/biased:0": MEAN, f"{scope}/net/bn/moving_mean/local_step:0": 4.0}
+    bn = from_tf1(prefixed(STATE, f"{scope}/") | debiased)
+    assert (bn.zero_debias, bn.batches) == ("mean", 4)
+    assert from_tf1_many(TF1 | debiased)["net/bn"].zero_debias == (scope == "net/bn" and "mean")
+
+
+def test_tf1_takes_the_variables_of_tf_contrib():
+    for scope in (None, "net/inner"):
+        tf_layers.reset_default_graph()
+        x = np.eye(C, dtype=np.float32)
+        tf_contrib.batch_norm(x, scope=scope, zero_debias_moving_mean=True, updates_collections=None)
+        bn = from_tf1(tf_layers.global_variables())
+        assert (bn.zero_debias, bn.batches) == ("mean", 1)
+        np.testing.assert_allclose(bn.moving_mean, x.mean(0), rtol=1e-5)
+    tf_layers.reset_default_graph()
 
 
 def test_tf1_optimizer_slots_are_left_out():
@@ -583,6 +743,85 @@ def test_flax_there_and_back():
     assert flax_arguments(bn) == {
         "momentum": 0.5, "epsilon": 1e-5, "axis": -1, "use_scale": True, "use_bias": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("collection", ("cache", "intermediates", "perturbations"))
+def test_flax_collections_beside(collection):
+    """Whatever else a model keeps is no layer, even where it has a layer's names."""
+    variables = {name: {"bn": tree} for name, tree in LINEN.items()} | {collection: {"bn": {"mean": 0, "other": 1}}}
+    for source in (variables, dict(reversed(variables.items()))):
+        assert {n: (bn.scale, bn.center) for n, bn in from_flax_many(source).items()} == {"bn": (True, True)}
+        np.testing.assert_array_equal(from_flax(source, "bn").moving_mean, MEAN)
+    without_params = without(variables, "params")
+    assert {n: (bn.scale, bn.center) for n, bn in from_flax_many(without_params).items()} == {"bn": (False, False)}
+
+
+@pytest.mark.parametrize(
+    ("axis", "ordered", "shape"),
+    [
+        ((3, 1), (1, 3), (5, 3, 4, 2)),
+        ((1, 3), (1, 3), (5, 2, 4, 3)),
+        ((-1, -3), (-3, -1), (5, 3, 4, 2)),
+        ((-1, 1), (1, -1), (5, 3, 4, 2)),
+        ((-2, 0), (0, -2), (3, 4, 2, 5)),
+        ((2, 3, 1), (1, 2, 3), (5, 4, 2, 3)),  # an order that is not its own inverse
+    ],
+)
+def test_flax_sorts_axes(axis, ordered, shape, rng):
+    bn = fastbn.BatchNorm((2, 3, 4)[: len(axis)], axis=axis)
+    for name in STATE:
+        setattr(bn, name, rng.uniform(1, 2, bn.moving_mean.shape))
+    x = rng.standard_normal(shape).astype(np.float32)
+    assert flax_arguments(bn)["axis"] == ordered
+    for variables in (to_flax(bn), to_flax(bn, api="nnx")):
+        for given in (axis, ordered):  # from_flax sorts, as flax does
+            np.testing.assert_allclose(from_flax(variables, axis=given, epsilon=bn.epsilon)(x), bn(x), rtol=1e-6)
+
+
+def onnx_model(nodes, constants=()):
+    onnx = pytest.importorskip("onnx")
+    values = [onnx.numpy_helper.from_array(a, n) for n, a in constants]
+    ends = [[onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None)] for n in ("X", "Y")]
+    graph = onnx.helper.make_graph(nodes, "graph", *ends, values)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 15)], ir_version=8)
+
+
+def test_onnx_constants_of_other_forms():
+    helper = pytest.importorskip("onnx").helper
+    nodes = [
+        helper.make_node("Constant", [], ["scale"], value_floats=GAMMA.tolist()),
+        helper.make_node("Identity", ["shared"], ["B"]),
+        helper.make_node("Identity", ["B"], ["input_mean"]),
+        helper.make_node("BatchNormalization", ["X", *ONNX], ["Y"], "bn"),
+    ]
+    bn = from_onnx(onnx_model(nodes, [("shared", BETA), ("input_var", VARIANCE)]))
+    np.testing.assert_array_equal([bn.gamma, bn.beta, bn.moving_mean], [GAMMA, BETA, BETA])
+    nodes[0] = helper.make_node("Constant", [], ["scale"], value_float=1.0)
+    message = r"^bn/scale must have shape \(3,\) as bn/input_mean, got \(\)$"
+    with pytest.raises(ValueError, match=message):
+        from_onnx(onnx_model(nodes, [("shared", BETA), ("input_var", VARIANCE)]))
+
+
+def test_onnx_nodes_of_one_name():
+    helper = pytest.importorskip("onnx").helper
+    names = ["bn", "bn", "", "other", "third"]
+    values = ["X", "a", "b", "third", "d", "Y"]
+    nodes = [
+        helper.make_node("BatchNormalization", [x, *ONNX], [y], name) for x, y, name in zip(values, values[1:], names)
+    ]
+    model = onnx_model(nodes, ONNX.items())
+    layers = from_onnx_many(model)
+    assert list(layers) == ["a", "b", "third", "other", "Y"]
+    assert all(from_onnx(model, name) for name in layers)
+    with pytest.raises(ValueError, match=r"^node must be one of Y, a, b, other, third, got 'bn'$"):
+        from_onnx(model, "bn")
+
+
+def test_onnx_nodes_have_an_axis_of_channels():
+    pytest.importorskip("onnx")
+    with pytest.raises(ValueError, match=r"^rank must be at least 2 for a node; folded takes 1, got 1$"):
+        to_onnx(layer(), rank=1)
+    assert to_onnx(layer(), rank=1, form="folded")
 
 
 def test_onnx_arrays():

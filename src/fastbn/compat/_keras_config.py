@@ -45,13 +45,15 @@ DEFAULTS: Final[dict[str, Any]] = {
     "renorm_clipping": None,
     "renorm_momentum": 0.99,
 }
-# What only configurations of older ones have, and the one value that means nothing.
-_OLDER: Final[dict[str, tuple[Any, ...]]] = {
+# What only other configurations have, and the values that mean nothing.
+_OTHERS: Final[dict[str, tuple[Any, ...]]] = {
     "fused": (None, True, False),
     "virtual_batch_size": (None,),
     "adjustment": (None,),
-    "batch_input_shape": (None,),
+    "activity_regularizer": (None,),
 }
+# What the first layer of a model says about the model's inputs.
+_INPUTS: Final = ("batch_input_shape", "batch_shape")
 
 
 class _Kind(NamedTuple):
@@ -146,8 +148,8 @@ def _from_config(argument: str, name: Any, config: Any, value: Any) -> Any:
     for key, given in config.items():
         if key not in rest and key not in dict(known.numbers):
             raise ValueError(must(f"{name} of {argument}", "have no entry " + repr(key), repr(given)))
-    if config.get("axis", 0) not in (0, [0]):
-        raise ValueError(must(f"axis of {argument}", "be 0", config["axis"]))
+    if config.get("axis", 0) not in (0, -1, [0], [-1]):  # of a parameter, which has one
+        raise ValueError(must(f"axis of {argument}", "be 0 or -1", config["axis"]))
     numbers = (config.get(key, default) for key, default in known.numbers)
     return _CHECKS[kind_of(argument)]((known.name, *map(float, numbers)), argument)
 
@@ -167,6 +169,24 @@ def write(argument: str, value: Any) -> Any:
     return {"module": f"keras.{kind}", "class_name": cls, "config": config, "registered_name": None}
 
 
+def expressed(argument: str, value: Any, several: bool) -> Any:
+    """Return an argument as `read` does, or its default if fastbn has nothing like it.
+
+    Of parameters with several channel axes Keras keeps more axes, so that the norms of constraints go along others.
+    """
+    try:
+        found = read(argument, value)
+    except (TypeError, ValueError):
+        return DEFAULTS[argument]
+    norm = kind_of(argument) == "constraints" and found != "non_neg" and not callable(found)
+    return None if several and norm else found
+
+
+def own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a live layer's configuration that are Keras's: a class made of it may have more."""
+    return {key: value for key, value in config.items() if key in DEFAULTS or key in _OTHERS}
+
+
 def axis(value: Any) -> int:
     """Return the channel axis from an integer, or from TensorFlow 2's list of one."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
@@ -176,12 +196,12 @@ def axis(value: Any) -> int:
     return operator.index(value)
 
 
-def arguments(config: Any) -> dict[str, Any]:
-    """Return a configuration's arguments, after a check of their names."""
+def arguments(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a configuration's arguments, after a check of all names but some."""
     if not isinstance(config, Mapping):
         raise TypeError(must("config", "be a mapping", type(config).__name__))
     for key, value in config.items():
-        if key not in DEFAULTS and (key not in _OLDER or value not in _OLDER[key]):
-            words = f"have no entry {key!r}" + (f" but {_OLDER[key][0]}" if key in _OLDER else "")
+        if key not in (*DEFAULTS, *_INPUTS, *without) and (key not in _OTHERS or value not in _OTHERS[key]):
+            words = f"have no entry {key!r}" + (f" but {_OTHERS[key][0]}" if key in _OTHERS else "")
             raise ValueError(must("config", words, repr(value)))
     return {key: value for key, value in config.items() if key in DEFAULTS}

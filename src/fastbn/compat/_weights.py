@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -76,6 +77,21 @@ def listed(names: Iterable[object]) -> str:
     return (", ".join(known[:_SHOWN]) or "none") + more
 
 
+def unique(names: Sequence[str]) -> list[str]:
+    """Return names, of which those that came before get the next free number: bn, bn_1, as Keras counts."""
+    known = set(names)
+    seen: set[str] = set()
+    result = []
+    for name in names:
+        free = name
+        if name in seen:
+            free = next(n for n in (f"{name}_{i}" for i in itertools.count(1)) if n not in known)
+            known.add(free)
+        seen.add(name)
+        result.append(free)
+    return result
+
+
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
     """Return a mapping with string keys."""
     if not isinstance(value, Mapping):
@@ -137,7 +153,7 @@ def layer(arrays: Mapping[str, Any], names: Mapping[str, str], batches: int = 0,
     Raises
     ------
     TypeError, ValueError
-        If an array, or an argument, is not what it must be.
+        If an array, or an argument, is not what it must be; if there are more or fewer axes than channel axes.
     """
     found = {ours: array(value, names[ours]) for ours, value in arrays.items()}
     first = next(ours for ours in _OURS if ours in found)
@@ -150,8 +166,10 @@ def layer(arrays: Mapping[str, Any], names: Mapping[str, str], batches: int = 0,
             )
         if ours == "moving_variance" and (value < 0).any():
             raise ValueError(must(names[ours], "not be negative", value.min()))
-    if not shape:
-        raise ValueError(must(names[first], "have an axis of channels", "shape ()"))
+    axis = arguments.get("axis", -1)
+    count = len(axis) if isinstance(axis, Sequence) and not isinstance(axis, str) else 1
+    if len(shape) != count:  # the layer would fail with its first batch
+        raise ValueError(must(names[first], f"have as many axes as there are channel axes, {count}", f"shape {shape}"))
     if arguments.get("dtype") is None:
         wide = any(value.dtype == np.float64 for value in found.values())
         arguments["dtype"] = np.float64 if wide else np.float32

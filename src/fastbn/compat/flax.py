@@ -57,8 +57,9 @@ def from_flax(
     Parameters
     ----------
     source : mapping or nnx.BatchNorm
-        Variables of linen, ``{"params": ..., "batch_stats": ...}``, nested; the state of nnx, nested, or as a pure
-        dict; or a live ``nnx.BatchNorm``. For dicts of arrays flax need not be installed.
+        Variables of linen, ``{"params": ..., "batch_stats": ...}``, nested, of which other collections are left out;
+        the state of nnx, nested, or as a pure dict; or a live ``nnx.BatchNorm``. For dicts of arrays flax need not be
+        installed.
     path : str, default: ""
         Where the layer is: "Block_0/BatchNorm_0".
     module : linen.BatchNorm or nnx.BatchNorm, optional
@@ -66,7 +67,7 @@ def from_flax(
     momentum, epsilon : float, optional
         By default those of the module, or flax's 0.99 and 1e-5.
     axis : int or tuple of ints, optional
-        By default that of the module, or -1.
+        By default that of the module, or -1. Several are sorted, as flax does.
     dtype : {"float32", "float64"}, optional
         Of parameters and statistics; by default float64 if the source has that, else float32.
 
@@ -80,7 +81,8 @@ def from_flax(
     TypeError
         If ``source`` is none of these, or a value is not an array of real numbers.
     ValueError
-        If there is no layer at ``path``, a name is missing or unknown, a shape differs, or a variance is negative.
+        If there is no layer at ``path``, a name is missing or unknown, a shape differs, or a variance is negative; if
+        the order of several axes depends on the number of axes of the data, as that of (1, -2) does.
 
     Examples
     --------
@@ -108,7 +110,7 @@ def from_flax(
     for name, value in given.items():
         given[name] = _weights.chosen(value, _DEFAULTS[name] if module is None else getattr(module, name))
     if isinstance(given["axis"], Sequence):
-        given["axis"] = _sorted(given["axis"])
+        given["axis"] = _sorted(given["axis"], "axis")
     return _weights.layer(
         {ours: found[theirs] for ours, theirs in _NAMES.items() if theirs in found},
         {ours: _weights.path(path, theirs, "/") for ours, theirs in _NAMES.items()},
@@ -117,19 +119,24 @@ def from_flax(
     )
 
 
-def _sorted(axes: Sequence[int]) -> tuple[int, ...]:
-    """Return several channel axes in the order of memory, which is that of flax's parameters."""
+def _sorted(axes: Sequence[int], name: str) -> tuple[int, ...]:
+    """Return several channel axes in the order of memory, which is that of flax's parameters.
+
+    Those from the front lie before those from the back if they are the first axes, or the others the last: no other
+    axis is beyond. Else the number of axes of the data would have to be known.
+    """
     front, back = sorted(a for a in axes if a >= 0), sorted(a for a in axes if a < 0)
-    if front and back and front != list(range(len(front))):
-        raise ValueError(must("axis", "count all axes from the same end, or begin with axis 0", tuple(axes)))
+    if front != list(range(len(front))) and back != list(range(-len(back), 0)):
+        words = "count all axes from the same end, or begin with axis 0, or end with axis -1"
+        raise ValueError(must(name, words, tuple(axes)))
     return (*front, *back)
 
 
 def _merged(source: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return all entries by path, with the two collections of linen brought together."""
-    if set(source) <= {"params", "batch_stats"} and source:
+    """Return all entries by path, with the two collections of linen brought together, and without its others."""
+    if "batch_stats" in source or set(source) == {"params"}:
         merged: dict[str, Any] = {}
-        for collection in source.values():
+        for collection in (source[name] for name in ("params", "batch_stats") if name in source):
             if not isinstance(collection, Mapping):
                 raise TypeError(must("source", "have mappings as params and batch_stats", type(collection).__name__))
             merged |= _paths(collection, "")
@@ -153,7 +160,8 @@ def from_flax_many(source: Mapping[Any, Any], path: str = "", **arguments: Any) 
     Parameters
     ----------
     source : mapping
-        Variables of linen, or the state of an nnx model (``nnx.state(model)``). A layer is what has mean and var.
+        Variables of linen, of which only params and batch_stats count, or the state of an nnx model
+        (``nnx.state(model)``). A layer is what has mean and var.
     path : str, default: ""
         Look only below this one.
     **arguments
@@ -196,14 +204,16 @@ def to_flax(bn: BatchNorm, layer: Any = None, *, path: str = "", api: Literal["l
     Returns
     -------
     dict or layer
-        The layer, if there is one. Else NumPy arrays, nested along ``path``.
+        The layer, if there is one. Else NumPy arrays, nested along ``path``. Their axes are in the order of the data's,
+        as flax has them, whatever the order of several channel axes in ``bn``.
 
     Raises
     ------
     TypeError
         If ``bn`` is not a BatchNorm, or ``layer`` not a layer of nnx.
     ValueError
-        If flax has no place for the layer, or ``layer`` differs in what it has.
+        If flax has no place for the layer, ``layer`` differs in what it has, or the order of several axes depends on
+        the number of axes of the data, as that of (1, -2) does.
 
     Examples
     --------
@@ -213,8 +223,8 @@ def to_flax(bn: BatchNorm, layer: Any = None, *, path: str = "", api: Literal["l
     array([1.], dtype=float32)
     """
     api_ = checks.one_of(api, "api", ("linen", "nnx"))
-    state = _weights.state_of(bn)
     _check_for_flax(bn)
+    state = _state(bn)
     if layer is not None:
         if path:
             raise ValueError(must("path", "not be given with a layer", repr(path)))
@@ -225,6 +235,14 @@ def to_flax(bn: BatchNorm, layer: Any = None, *, path: str = "", api: Literal["l
     for collection, content in result.items():
         content |= {t: state[o] for o, t in _NAMES.items() if o in state and _COLLECTIONS[o] == collection}
     return {collection: _nested(path, content) for collection, content in result.items() if content}
+
+
+def _state(bn: BatchNorm) -> dict[str, Array]:
+    """Return the arrays of a layer, with their axes in the order of flax."""
+    axes = (bn.axis,) if isinstance(bn.axis, int) else bn.axis
+    order = [axes.index(axis) for axis in _sorted(axes, "axis of bn")]
+    state = _weights.state_of(bn)
+    return {ours: state[ours].transpose(order) for ours in _NAMES if ours in state}
 
 
 def _nested(path: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +256,7 @@ def _fill(bn: BatchNorm, layer: Any, state: Mapping[str, Array]) -> Any:
         raise TypeError(must("layer", "be an nnx.BatchNorm", type(layer).__name__))
     targets = {ours: getattr(layer, theirs) for ours, theirs in _NAMES.items()}
     has = [ours for ours, target in targets.items() if target is not None and np.ndim(target)]
-    if set(has) != set(state) & set(_NAMES):
+    if set(has) != set(state):
         wanted = _weights.listed(_NAMES[ours] for ours in _NAMES if ours in state)
         raise ValueError(must("layer", "have " + wanted, _weights.listed(_NAMES[ours] for ours in has)))
     for ours in has:
@@ -263,8 +281,8 @@ def flax_arguments(bn: BatchNorm) -> dict[str, Any]:
     Returns
     -------
     dict
-        momentum, epsilon, axis, use_scale and use_bias: for ``linen.BatchNorm(**arguments)``, and after the number of
-        features for ``nnx.BatchNorm``.
+        momentum, epsilon, axis (several are sorted), use_scale and use_bias: for ``linen.BatchNorm(**arguments)``, and
+        after the number of features for ``nnx.BatchNorm``.
 
     Raises
     ------
@@ -278,20 +296,20 @@ def flax_arguments(bn: BatchNorm) -> dict[str, Any]:
     >>> flax_arguments(fastbn.BatchNorm(3))["use_bias"]
     True
     """
-    _weights.state_of(bn)
     _check_for_flax(bn)
     if bn.layout is not None:
         raise ValueError(must("bn", "name its channel axis by axis for flax", f"layout {bn.layout!r}"))
     return {
         "momentum": bn.momentum,
         "epsilon": bn.epsilon,
-        "axis": bn.axis,
+        "axis": bn.axis if isinstance(bn.axis, int) else _sorted(bn.axis, "axis of bn"),
         "use_scale": bn.scale,
         "use_bias": bn.center,
     }
 
 
 def _check_for_flax(bn: BatchNorm) -> None:
+    _weights.state_of(bn)
     if not bn.track:
         raise ValueError(must("bn", "keep moving statistics for flax", "one with track=False"))
     if bn.activation is not None:

@@ -33,6 +33,11 @@ _POLICIES: Final = {
 _numbers = itertools.count()
 
 
+def _of_core(name: str, doc: str) -> property:
+    """Return an argument as the core layer has it."""
+    return property(lambda layer: getattr(layer._core, name), doc=doc)
+
+
 def _next_name() -> str:
     number = next(_numbers)
     return f"batch_normalization_{number}" if number else "batch_normalization"
@@ -204,6 +209,28 @@ class BatchNormalization:
         return self._core.renorm
 
     @property
+    def renorm_clipping(self) -> dict[str, float] | None:
+        """Bounds of batch renormalization; None where none were given, and without it."""
+        return None if self._renorm_clipping is None else dict(self._renorm_clipping)
+
+    @property
+    def synchronized(self) -> bool:
+        """False: there is one device."""
+        return False
+
+    renorm_momentum = _of_core("renorm_momentum", "Of the averages of batch renormalization.")
+    beta_initializer = _of_core("beta_initializer", "First values of beta, in fastbn's form.")
+    gamma_initializer = _of_core("gamma_initializer", "First values of gamma, in fastbn's form.")
+    moving_mean_initializer = _of_core("moving_mean_initializer", "First values of the moving mean, in fastbn's form.")
+    moving_variance_initializer = _of_core(
+        "moving_variance_initializer", "First values of the moving variance, in fastbn's form."
+    )
+    beta_regularizer = _of_core("beta_regularizer", "The penalty of beta, in fastbn's form; None without one.")
+    gamma_regularizer = _of_core("gamma_regularizer", "The penalty of gamma, in fastbn's form; None without one.")
+    beta_constraint = _of_core("beta_constraint", "The projection of beta, in fastbn's form; None without one.")
+    gamma_constraint = _of_core("gamma_constraint", "The projection of gamma, in fastbn's form; None without one.")
+
+    @property
     def trainable(self) -> bool:
         """Whether the layer learns; False freezes it, and it infers."""
         return self._core.trainable
@@ -288,6 +315,21 @@ class BatchNormalization:
     def moving_variance(self) -> Array | None:
         """The moving variance itself; None before building."""
         return self._named().get("moving_variance")
+
+    @property
+    def moving_stddev(self) -> Array | None:
+        """The moving standard deviation itself, of batch renormalization; None without it, and before building."""
+        return self._named().get("moving_stddev")
+
+    @property
+    def renorm_mean(self) -> Array | None:
+        """The average of the means itself, of batch renormalization; None without it, and before building."""
+        return self._named().get("renorm_mean")
+
+    @property
+    def renorm_stddev(self) -> Array | None:
+        """The average of the deviations itself, of batch renormalization; None without it, and before building."""
+        return self._named().get("renorm_stddev")
 
     @property
     def weights(self) -> list[Array]:
@@ -469,9 +511,9 @@ class BatchNormalization:
             "center": core.center,
             "scale": core.scale,
             **{argument: _keras_config.write(argument, getattr(core, argument)) for argument in _keras_config.NAMED},
-            "synchronized": False,
+            "synchronized": self.synchronized,
             "renorm": core.renorm,
-            "renorm_clipping": None if self._renorm_clipping is None else dict(self._renorm_clipping),
+            "renorm_clipping": self.renorm_clipping,
             "renorm_momentum": core.renorm_momentum,
         }
 
@@ -492,7 +534,8 @@ class BatchNormalization:
         Raises
         ------
         ValueError
-            If there is an entry that the layer does not know.
+            If there is an entry that the layer does not know. What the first layer of a tf.keras model says about the
+            model's inputs (``batch_input_shape``) is left out.
         """
         return cls(**_keras_config.arguments(config))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .. import layout as layouts
 from ..errors import must
 from ..layer import BatchNorm
 from . import _keras_config, _weights
@@ -38,7 +39,15 @@ def from_keras(source: Any, config: Mapping[str, Any] | None = None, *, prefix: 
     TypeError
         If ``source`` is none of these, or a value is not an array of real numbers.
     ValueError
-        If the number of arrays, a name or a shape does not fit, or a variance is negative.
+        If the number of arrays, a name or a shape does not fit, a variance is negative, or ``config`` has an entry that
+        Keras's layer does not have.
+
+    Notes
+    -----
+    What fastbn has no counterpart for stays behind if only training would change: initializers such as
+    "glorot_uniform", regularizers and constraints of a user's own, activity regularizers, and what a live layer of a
+    subclass has in its configuration beside Keras's entries. Set ``bn.gamma_regularizer`` to a function of the array to
+    have it back.
 
     Examples
     --------
@@ -51,11 +60,12 @@ def from_keras(source: Any, config: Mapping[str, Any] | None = None, *, prefix: 
     if hasattr(source, "get_weights") and hasattr(source, "get_config"):
         if type(source).__name__ == "Model" or hasattr(source, "layers"):
             raise TypeError(must("source", "be one layer; from_keras_many takes a model", type(source).__name__))
-        config = source.get_config() if config is None else config
+        config = _keras_config.own(source.get_config()) if config is None else config
         source = source.get_weights()
         if not source:
             raise ValueError(must("source", "be a layer that is built", "one without weights"))
-    given = _keras_config.DEFAULTS | _keras_config.arguments({} if config is None else config)
+    config = {} if config is None else config
+    given = _keras_config.DEFAULTS | _keras_config.arguments(config, without=("activity_regularizer",))
     wanted = [
         name
         for name, has in zip(_keras_config.ORDER, (given["scale"], given["center"], True, True, *[given["renorm"]] * 3))
@@ -64,7 +74,7 @@ def from_keras(source: Any, config: Mapping[str, Any] | None = None, *, prefix: 
     if isinstance(source, Mapping):
         everything = {_without_colon(k): v for k, v in _weights.mapping(source, "source").items()}
         state = _weights.below(everything, prefix, "/")
-        if config is None or not {"scale", "center", "renorm"} & set(config):
+        if not {"scale", "center", "renorm"} & set(config):
             wanted = [
                 name for name in _keras_config.ORDER if name in state or name in ("moving_mean", "moving_variance")
             ]
@@ -89,7 +99,7 @@ def from_keras(source: Any, config: Mapping[str, Any] | None = None, *, prefix: 
         momentum=given["momentum"],
         epsilon=given["epsilon"],
         ddof=ddof,
-        **{argument: _keras_config.read(argument, given[argument]) for argument in _keras_config.NAMED},
+        **{n: _keras_config.expressed(n, given[n], isinstance(axis, tuple)) for n in _keras_config.NAMED},
         renorm=given["renorm"],
         renorm_clipping=given["renorm_clipping"] if given["renorm"] else None,
         renorm_momentum=given["renorm_momentum"],
@@ -109,14 +119,16 @@ def from_keras_many(model: Any, *, ddof: int = 0) -> dict[str, BatchNorm]:
     Parameters
     ----------
     model : model
-        Of Keras 3 or tf.keras, built. Models inside it are looked into; their names come first, with a slash.
+        Of Keras 3 or tf.keras, built. Models, wrappers such as TimeDistributed, and layers of a user's own inside it
+        are looked into; their names come first, with a slash.
     ddof : {0, 1}, default: 0
         As in `from_keras`.
 
     Returns
     -------
     dict
-        Layers by name; empty if there are none.
+        Layers by name; empty if there are none. A layer that is in several places has the name of the first one. Of
+        different layers with one name the first keeps it, and the others get a number: bn, bn_1.
 
     Raises
     ------
@@ -125,17 +137,28 @@ def from_keras_many(model: Any, *, ddof: int = 0) -> dict[str, BatchNorm]:
     """
     if not hasattr(model, "layers"):
         raise TypeError(must("model", "have layers", type(model).__name__))
-    return dict(_walk(model, "", lambda layer: from_keras(layer, ddof=ddof)))
+    found = list(_walk(model, "", {id(model)}))
+    names = _weights.unique([name for name, _ in found])
+    return {name: from_keras(layer, ddof=ddof) for name, (_, layer) in zip(names, found)}
 
 
-def _walk(model: Any, start: str, convert: Callable[[Any], BatchNorm]) -> list[tuple[str, BatchNorm]]:
-    found = []
-    for layer in model.layers:
-        if hasattr(layer, "layers"):
-            found += _walk(layer, f"{start}{layer.name}/", convert)
-        elif any(kind.__name__ in ("BatchNormalization", "BatchNormalizationBase") for kind in type(layer).__mro__):
-            found.append((start + layer.name, convert(layer)))
-    return found
+def _walk(parent: Any, start: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Go through all batch norms, each once, by their names below those of what they are in."""
+    for layer in _inside(parent):
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        if any(kind.__name__ in ("BatchNormalization", "BatchNormalizationBase") for kind in type(layer).__mro__):
+            yield start + layer.name, layer
+        else:
+            yield from _walk(layer, f"{start}{layer.name}/", seen)
+
+
+def _inside(layer: Any) -> Sequence[Any]:
+    """Return what a layer holds: Keras tells layers of any class so, and other objects by `layers`, if at all."""
+    if hasattr(layer, "_flatten_layers"):
+        return list(layer._flatten_layers(include_self=False, recursive=False))
+    return list(getattr(layer, "layers", ()))
 
 
 def to_keras(bn: BatchNorm, layer: Any = None) -> Any:
@@ -147,7 +170,8 @@ def to_keras(bn: BatchNorm, layer: Any = None) -> Any:
         A built layer that keeps moving statistics, with one channel axis and without activation.
     layer : layer, optional
         A live layer, built, for instance ``keras.layers.BatchNormalization.from_config(keras_config(bn))`` after its
-        ``build``. It gets the values; momentum and epsilon must be those of ``bn``.
+        ``build``. It gets the values; momentum, epsilon and axis must be those of ``bn``. Axes that count from
+        different ends are compared if the layer knows the rank of its inputs.
 
     Returns
     -------
@@ -184,8 +208,29 @@ def to_keras(bn: BatchNorm, layer: Any = None) -> Any:
     if shapes != [v.shape for v in found.values()]:
         words = "be built with weights of shape " + ", ".join(str(v.shape) for v in found.values())
         raise ValueError(must("layer", words, ", ".join(map(str, shapes)) or "none"))
+    _check_axis(bn, layer, _keras_config.axis(config.get("axis", bn.axis)))
     layer.set_weights(list(found.values()))
     return layer
+
+
+def _check_axis(bn: BatchNorm, layer: Any, theirs: int) -> None:
+    """Refuse a layer with another channel axis, if that can be known."""
+    ours, rank = (_keras_config.axis(bn.axis), None) if bn.layout is None else layouts.LAYOUTS[bn.layout]
+    rank = _rank(layer) or rank
+    if (ours < 0) != (theirs < 0):
+        if rank is None:
+            return
+        ours, theirs = (axis + rank if axis < 0 else axis for axis in (ours, theirs))
+    if ours != theirs:
+        raise ValueError(must("axis of layer", f"be {ours}", theirs))
+
+
+def _rank(layer: Any) -> int | None:
+    """Return how many axes the inputs of a layer have, None if it does not know."""
+    if isinstance(layer, BatchNormalization):
+        return layer._ndim
+    rank: int | None = getattr(getattr(layer, "input_spec", None), "ndim", None)
+    return rank
 
 
 def keras_config(bn: BatchNorm) -> dict[str, Any]:

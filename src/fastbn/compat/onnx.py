@@ -15,7 +15,8 @@ axis              1 always; an input of rank 1 has one channel
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -64,6 +65,7 @@ def from_onnx(
         installed; or a model, its bytes, or its file.
     node : str or int, optional
         Name of the node, or of its output, or its number among the BatchNormalization nodes. By default the only one.
+        Nodes that share a name have that of their output alone.
     epsilon, momentum : float, optional
         By default those of the node, or ONNX's 1e-5 and 0.9.
     axis : int, default: 1
@@ -83,7 +85,8 @@ def from_onnx(
     TypeError
         If ``source`` is none of these, or a value is not an array of real numbers.
     ValueError
-        If there is no such node, its parameters are not constants, a shape differs, or a variance is negative.
+        If there is no such node, its parameters are not constants (initializers, Constant nodes, or an Identity of
+        these), a shape differs, or a variance is negative.
     OSError
         If the file cannot be read.
 
@@ -120,7 +123,7 @@ def from_onnx(
 
 
 def from_onnx_many(source: Any, **arguments: Any) -> dict[str, BatchNorm]:
-    """Return all BatchNormalization nodes of a model as layers, by name, or by output where they have none.
+    """Return all BatchNormalization nodes of a model as layers, by name, or by output without one of their own.
 
     Parameters
     ----------
@@ -132,7 +135,8 @@ def from_onnx_many(source: Any, **arguments: Any) -> dict[str, BatchNorm]:
     Returns
     -------
     dict
-        Layers by name; empty if there are none.
+        Layers by the names that `from_onnx` takes; empty if there are none. A node without a name, and each of several
+        with one name, has the name of its output.
 
     Raises
     ------
@@ -140,8 +144,7 @@ def from_onnx_many(source: Any, **arguments: Any) -> dict[str, BatchNorm]:
         As in `from_onnx`.
     """
     model = _model(source)
-    nodes = _nodes(model)
-    return {n.name or n.output[0]: from_onnx(model, i, **arguments) for i, n in enumerate(nodes)}
+    return {label: from_onnx(model, i, **arguments) for i, label in enumerate(_labels(_nodes(model)))}
 
 
 def _model(source: Any) -> Any:
@@ -164,9 +167,16 @@ def _nodes(model: Any) -> list[Any]:
     return [n for n in model.graph.node if n.op_type == "BatchNormalization" and n.domain in ("", "ai.onnx")]
 
 
+def _labels(nodes: Sequence[Any]) -> list[str]:
+    """Return one name for each node: its own, or its output's, which is unique, where it has none or another has it."""
+    known = Counter(name for n in nodes for name in {n.name, n.output[0]})
+    return [n.name if n.name and known[n.name] == 1 else n.output[0] for n in nodes]
+
+
 def _chosen(model: Any, node: Any) -> Any:
     nodes = _nodes(model)
-    labels = _weights.listed(n.name or n.output[0] for n in nodes)
+    names = _labels(nodes)
+    labels = _weights.listed(names)
     if node is None:
         if len(nodes) != 1:
             raise ValueError(must("node", "name one BatchNormalization; from_onnx_many takes several", labels))
@@ -177,8 +187,9 @@ def _chosen(model: Any, node: Any) -> Any:
         return nodes[node]
     if not isinstance(node, str):
         raise TypeError(must("node", "be a name or a number", repr(node)))
-    matching = [n for n in nodes if n.name == node] or [n for n in nodes if n.output[0] == node]
-    if not matching:
+    matching = [n for n, name in zip(nodes, names) if name == node]
+    matching = matching or [n for n in nodes if n.name == node] or [n for n in nodes if n.output[0] == node]
+    if len(matching) != 1:
         raise ValueError(must("node", f"be one of {labels}", repr(node)))
     return matching[0]
 
@@ -193,18 +204,22 @@ def _attributes(node: Any) -> dict[str, Any]:
 
 def _inputs(graph: Any, node: Any, label: str) -> dict[str, Any]:
     """Return the constants that a node reads; their inputs have a fixed order."""
-    helper = _package().numpy_helper
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for other in graph.node:
+    onnx = _package()
+    constants: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
+    for other in graph.node:  # which come after those that they read
         if other.op_type == "Constant":
             for attribute in other.attribute:
-                if attribute.name == "value":
-                    constants[other.output[0]] = attribute.t
+                if attribute.name in ("value", "value_float", "value_floats"):
+                    constants[other.output[0]] = onnx.helper.get_attribute_value(attribute)
+        elif other.op_type == "Identity" and other.input[0] in constants:  # exporters write it for equal tensors
+            constants[other.output[0]] = constants[other.input[0]]
     found = {}
     for theirs, name in zip(_NAMES.values(), node.input[1:]):
         if name not in constants:
             raise ValueError(must(f"{theirs} of {label}", "be a constant of the model", f"the output {name!r}"))
-        found[theirs] = helper.to_array(constants[name])
+        value = constants[name]
+        tensor = isinstance(value, onnx.TensorProto)
+        found[theirs] = onnx.numpy_helper.to_array(value) if tensor else np.asarray(value, np.float32)
     return found
 
 
@@ -229,7 +244,8 @@ def to_onnx(
         gamma / sqrt(moving_variance + epsilon) and an Add; "arrays" are the inputs of the operator by name (scale, B,
         input_mean, input_var), for which onnx need not be installed.
     rank : int, optional
-        Number of axes of the input. It may be missing for "arrays", and where the layer's layout tells it ("NCHW").
+        Number of axes of the input. It may be missing for "arrays", and where the layer's layout tells it ("NCHW"). A
+        "node" needs 2: ONNX's operator takes an input of rank 1 for one channel.
     name : str, default: "batch_normalization"
         Of the node, and the beginning of the names of its constants.
     input_name, output_name : str
@@ -280,6 +296,8 @@ def to_onnx(
         made.add("Mul", [input_name, made.constant("scale", scale.reshape(trailing))], product)
         made.add("Add", [product, made.constant("shift", shift.reshape(trailing))], last or output_name)
     else:
+        if rank < 2:
+            raise ValueError(must("rank", "be at least 2 for a node; folded takes 1", rank))
         inputs = [made.constant(theirs, state[ours]) for ours, theirs in _NAMES.items()]
         attributes: dict[str, Any] = {"epsilon": bn.epsilon}
         if bn.momentum is not None:

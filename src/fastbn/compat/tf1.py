@@ -9,9 +9,10 @@ renorm_mean, renorm_mean_weight,     the state of ``renorm=True, renorm_scheme="
 renorm_stddev, renorm_stddev_weight
 moving_stddev, renorm_mean,          that of ``renorm_scheme="keras"`` (TensorFlow 2)
 renorm_stddev
-moving_mean/biased,                  ``zero_debias="mean"``, local_step becomes ``batches``
-moving_mean/local_step
-gamma/Adam, beta/Momentum, ...       left out: they are the optimizer's
+moving_mean/biased,                  ``zero_debias="mean"``, local_step becomes ``batches``; TensorFlow put the whole
+moving_mean/local_step               scope before them once more: net/BatchNorm/net/BatchNorm/moving_mean/biased
+all others                           left out: an optimizer's (gamma/Adam), averages (ExponentialMovingAverage), and
+                                     those of other layers in the scope (weights)
 ===================================  ======================================================================
 """
 
@@ -29,7 +30,6 @@ from . import _weights
 
 Array = NDArray[Any]
 
-_PLAIN: Final = ("gamma", "beta", "moving_mean", "moving_variance")
 _TF1: Final = ("renorm_mean", "renorm_mean_weight", "renorm_stddev", "renorm_stddev_weight")
 _TF2: Final = ("moving_stddev", "renorm_mean", "renorm_stddev")
 _DEBIAS: Final = ("moving_mean/biased", "moving_mean/local_step")
@@ -85,7 +85,8 @@ def from_tf1(
         Arrays by name, such as ``{"batch_normalization/gamma:0": array}``, with or without ":0"; variables with
         ``name`` and a value; or what ``tf.train.load_checkpoint`` returns, of which only this layer is read.
     scope : str, default: ""
-        Where the layer is, "batch_normalization" for instance. By default the only layer among the variables.
+        Where the layer is, "batch_normalization" for instance. By default the layer that is in no scope, or the only
+        one among the variables. Other variables of the scope, and of those in it, are left out.
     momentum : float, default: 0.99
         The share that is kept; `tf.contrib.layers` calls it ``decay``, 0.999 by default there.
     epsilon : float, default: 1e-3
@@ -111,8 +112,8 @@ def from_tf1(
     TypeError
         If ``variables`` is none of these, or a value is not an array of real numbers.
     ValueError
-        If there is no layer at ``scope``, or several without one; if a name is missing or unknown, a shape differs or
-        a variance is negative.
+        If there is no layer at ``scope``, or several without one; if a name is missing, a shape differs or a variance
+        is negative.
 
     Examples
     --------
@@ -126,9 +127,8 @@ def from_tf1(
     everything = _by_name(variables)
     scope = _checked_scope(everything, scope)
     state = _weights.below(everything, scope, "/")
+    state |= _debias(state, scope)
     debiased = any(name in state for name in _DEBIAS)
-    slots = {n for n in state if n.startswith(tuple(f"{p}/" for p in _PLAIN)) and n not in _DEBIAS}
-    state = {name: value for name, value in state.items() if name not in slots}
     extra: tuple[str, ...] = ()
     arguments: dict[str, Any] = {}
     if "renorm_mean" in state or "renorm_stddev" in state:
@@ -141,7 +141,9 @@ def from_tf1(
             "renorm_momentum": renorm_momentum,
         }
     required = ("moving_mean", "moving_variance", *extra, *(_DEBIAS if debiased else ()))
-    found = _weights.taken(state, scope, "/", required, ("gamma", "beta"), everything)
+    optional = ("gamma", "beta")
+    state = {name: value for name, value in state.items() if name in required or name in optional}
+    found = _weights.taken(state, scope, "/", required, optional, everything)
     batches = 0
     if debiased:
         del found["moving_mean/biased"]  # the mean times its weight, which follows from the other two
@@ -158,6 +160,19 @@ def from_tf1(
     return _weights.layer(
         arrays, names, batches, momentum=momentum, epsilon=epsilon, axis=axis, ddof=ddof, dtype=dtype, **arguments
     )
+
+
+def _debias(state: Mapping[str, Any], scope: str) -> dict[str, Any]:
+    """Return the variables of the zero-debiased mean from where the average made them: below the layer's whole scope.
+
+    That scope was opened within the layer's. It is an end of today's if a graph was imported into another scope.
+    """
+    parts = scope.split("/")
+    found: dict[str, Any] = {}
+    for start in reversed(range(len(parts))):
+        inside = _weights.below(state, "/".join(parts[start:]), "/")
+        found |= {name: inside[name] for name in _DEBIAS if name in inside}
+    return found
 
 
 def _checked_scope(everything: Mapping[str, Any], scope: str) -> str:
