@@ -458,3 +458,155 @@ def test_checkpoint_autocast_and_inference_mode():
     with torch.inference_mode():
         assert bn(x).is_inference()
         assert ft.BatchNorm2d(3)(torch.randn(2, 3, 4, 4)).is_inference()
+
+
+# -- what comes to a gradient ------------------------------------------------------------------------------------------
+
+
+def stepwise(x, weight, bias, residual, activation):
+    """A training call in PyTorch's own steps."""
+    z = F.batch_norm(x, None, None, weight, bias, True)
+    z = z if residual is None else z + residual
+    if activation == "silu":  # whose gradient takes no tangent in PyTorch
+        return z * torch.sigmoid(z)
+    return z if activation is None else ACTIVATIONS[activation](z)
+
+
+def together(x, weight, bias, residual, activation):
+    return ft.batch_norm(x, None, None, weight, bias, True, activation=activation, residual=residual)
+
+
+def operands(added):
+    x, residual = (torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    return [x, weight, bias, *([residual] if added else [])]
+
+
+def call(how, operands, activation):
+    return how(*operands[:3], operands[3] if len(operands) > 3 else None, activation)
+
+
+@pytest.mark.parametrize("activation", (None, *ACTIVATIONS), ids=str)
+@pytest.mark.parametrize("added", (False, True), ids=("alone", "residual"))
+def test_a_tangent_of_the_incoming_gradient(activation, added):
+    given = operands(added)
+    dy, tangent = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    found = []
+    for how in (stepwise, together):
+        y = call(how, given, activation)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(dy, tangent)
+            grads = torch.autograd.grad(y, given, dual)
+            found.append([part for grad in grads for part in torch.autograd.forward_ad.unpack_dual(grad)])
+    for wanted, got in zip(*found, strict=True):
+        close(got, wanted)
+
+
+@pytest.mark.parametrize("activation", (None, *ACTIVATIONS), ids=str)
+@pytest.mark.parametrize("added", (False, True), ids=("alone", "residual"))
+@pytest.mark.parametrize("create_graph", (False, True))
+def test_batched_gradients(activation, added, create_graph):
+    given = operands(added)
+    dys = torch.randn(6, 5, 3, 4, dtype=torch.float64)
+    found = []
+    for how in (stepwise, together):
+        y = call(how, given, activation)
+        grads = torch.autograd.grad(y, given, dys, is_grads_batched=True, create_graph=create_graph)
+        if create_graph:
+            total = sum((grad**2).sum() for grad in grads)
+            grads = (*grads, *torch.autograd.grad(total, given[:2]))
+        found.append(grads)
+    for wanted, got in zip(*found, strict=True):
+        close(got, wanted)
+
+
+def test_batched_gradients_with_given_statistics():
+    given = operands(False)
+    mean, variance = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+    dys = torch.randn(6, 5, 3, 4, dtype=torch.float64)
+    found = []
+    for batch_norm in (F.batch_norm, ft.batch_norm):
+        y = batch_norm(given[0], mean, variance, *given[1:])
+        found.append(torch.autograd.grad(y, given, dys, is_grads_batched=True))
+    for wanted, got in zip(*found, strict=True):
+        close(got, wanted)
+
+
+def negated(tensor):
+    """The same values, as a view that negates those in memory."""
+    view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert view.is_neg()
+    return view
+
+
+def test_views_that_negate():
+    plain, fast = nn.BatchNorm1d(3), ft.BatchNorm1d(3)
+    x, dy = torch.randn(2, 4, 3, 8)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    plain(a).backward(negated(dy))
+    fast(b).backward(negated(dy))
+    close(b.grad, a.grad)
+    weight = torch.randn(3)
+    for zero in (torch.zeros(4, 3, 8), torch._efficientzerotensor((4, 3, 8))):
+        y = ft.batch_norm(zero, None, None, negated(weight), weight, True)
+        close(y, F.batch_norm(torch.zeros(4, 3, 8), None, None, weight, weight, True))
+    mean, variance = negated(torch.randn(3)), torch.ones(3)
+    close(ft.batch_norm(x, mean, variance), F.batch_norm(x, mean, variance))
+    fast.zero_grad()
+    b.grad = None
+    fast(b).backward(torch._efficientzerotensor((4, 3, 8)))
+    assert not b.grad.any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_running_statistics_that_require_a_gradient(dtype):
+    x = torch.randn(4, 3, 5, 5, dtype=dtype)
+    plain, fast = nn.BatchNorm2d(3, dtype=dtype), ft.BatchNorm2d(3, dtype=dtype)
+    for module in (plain, fast):
+        module.eval()
+        module.running_mean.requires_grad_()
+        with torch.no_grad():
+            module(x)
+    with pytest.raises(RuntimeError, match="not differentiable") as wanted:
+        plain(x)
+    with pytest.raises(RuntimeError, match="not differentiable") as got:
+        fast(x)
+    assert str(got.value) == str(wanted.value)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "strides",
+    (((1, 3, 8, 9), (3, 1, 27, 3)), ((1, 3, 2, 8, 9), (3, 1, 216, 27, 3)), ((2, 1, 4, 4), (16, 7, 4, 1))),
+    ids=str,
+)
+def test_strides_of_axes_of_one_index(strides, dtype):
+    """One image that was read as (H, W, C) is channels_last to PyTorch."""
+    x = torch.randn(1000).to(dtype).as_strided(*strides)
+    plain, fast = (kind(x.shape[1], dtype=dtype) for kind in PAIRS[x.dim()])
+    for training in (True, False):
+        wanted, got = plain.train(training)(x), fast.train(training)(x)
+        assert got.stride() == wanted.stride()
+        close(got, wanted)
+
+
+def test_attributes_of_other_kinds():
+    class Counted(ft.BatchNorm1d):
+        """Keeps what PyTorch keeps in other places."""
+
+        @property
+        def training(self):
+            return True
+
+        @training.setter
+        def training(self, value):
+            pass
+
+    x = torch.randn(4, 3)
+    plain, fast = nn.BatchNorm1d(3), Counted(3)
+    close(fast(x), plain(x))
+    for module in (plain, fast):
+        del module.num_batches_tracked
+        module.num_batches_tracked = torch.tensor(4)
+        module(x)
+    assert plain.num_batches_tracked == fast.num_batches_tracked == 5

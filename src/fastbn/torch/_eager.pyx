@@ -98,6 +98,7 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     cdef DLTensor seen, other
     cdef Job* job
     cdef Py_ssize_t bytes
+    cdef bint graded
     if api == NULL or not (PyFloat_CheckExact(momentum) and PyFloat_CheckExact(eps)) or not view(x, &seen):
         return None
     if not quiet():
@@ -133,6 +134,9 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     if training and running_mean is not None:
         if job.mean.stride <= 0 or job.variance.stride <= 0 or not learns_apart(job, bytes):
             return None
+    graded = is_grad_enabled()
+    if graded and running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        return None
     job.form.bend = STRAIGHT
     if activation is not None:
         call.activation = activation
@@ -146,7 +150,7 @@ def normalize(x, weight, bias, residual, running_mean, running_var, counter, bin
     job.settles = job.trains = training
     job.ddof = 1
     call.has_bias = bias is not None
-    if is_grad_enabled() and (
+    if graded and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
@@ -162,7 +166,8 @@ def call(module, x, residual):
     cdef dict own = module.__dict__
     cdef dict parameters = own["_parameters"], buffers = own["_buffers"]
     cdef bint training
-    if api == NULL or "weight" not in parameters or "bias" not in parameters or "running_mean" not in buffers:
+    if (api == NULL or "weight" not in parameters or "bias" not in parameters or "running_mean" not in buffers
+            or "num_batches_tracked" not in buffers or "training" not in own or "track_running_stats" not in own):
         return None  # somebody has put something else in their place
     mean, variance, counter = buffers["running_mean"], buffers.get("running_var"), None
     training = own["training"]
@@ -171,9 +176,9 @@ def call(module, x, residual):
     elif not own["track_running_stats"]:
         mean = variance = None
     else:
-        counter = buffers.get("num_batches_tracked")
+        counter = buffers["num_batches_tracked"]
     return normalize(x, parameters["weight"], parameters["bias"], residual, mean, variance, counter, training,
-                     own["momentum"], own["eps"], own.get("activation"), module.ranks)
+                     own.get("momentum"), own.get("eps"), own.get("activation"), module.ranks)
 
 
 cdef object carried_out(Call call, const DLTensor* x):
@@ -217,7 +222,7 @@ def backward(ctx, dy):
     cdef DLTensor seen, given, made, other
     cdef bint wide
     x, weight, bias, residual, y = ctx.saved_tensors
-    if not view(x, &seen) or is_grad_enabled() or modes() or not view(dy, &given) or not is_like(&seen, &given):
+    if is_grad_enabled() or not quiet() or not view(x, &seen) or not view(dy, &given) or not is_like(&seen, &given):
         return gradient_any(ctx, dy, x, weight, bias, residual, y)
     memset(&job, 0, sizeof(job))
     if not (set_shape(&job, &seen) and job.channels == call.job.channels and <size_t> given.data % (given.bits // 8) == 0

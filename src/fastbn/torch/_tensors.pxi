@@ -112,8 +112,31 @@ cdef void unmake(Managed* managed) noexcept nogil:
 cdef size_t next_place = 0
 
 
+cdef bint lie_alike(int ndim, const int64_t* shape, const int64_t* a, const int64_t* b) noexcept:
+    """Whether strides of one shape lead to the same places."""
+    cdef int i
+    for i in range(ndim):
+        if a[i] != b[i] and shape[i] != 1:
+            return False
+    return True
+
+
+cdef void set_strides(int ndim, const int64_t* shape, int first, int64_t* strides) noexcept:
+    """Those of a dense tensor whose values are neighbours along an axis, the last or the channels', then along the others."""
+    cdef int i
+    cdef int64_t dense = shape[first]
+    strides[first] = 1
+    for i in range(ndim - 1, -1, -1):
+        if i != first:
+            strides[i] = dense
+            dense *= shape[i]
+
+
 cdef object make(const DLTensor* like, DLTensor* out):
-    """A new tensor, uninitialized, of another's shape, type and strides; that must be dense."""
+    """A new tensor, uninitialized, of another's shape, type and order in memory; that must be dense.
+
+    Its strides are PyTorch's for that order: where an extent is 1 the other may have any.
+    """
     global next_place
     cdef Made* made = <Made*> malloc(sizeof(Made))
     cdef void* tensor = NULL
@@ -123,8 +146,11 @@ cdef object make(const DLTensor* like, DLTensor* out):
         raise MemoryError
     memset(made, 0, sizeof(Made))
     for i in range(like.ndim):
-        made.shape[i], made.strides[i] = like.shape[i], like.strides[i]
+        made.shape[i] = like.shape[i]
         size *= like.shape[i]
+    set_strides(like.ndim, made.shape, like.ndim - 1, made.strides)
+    if not lie_alike(like.ndim, like.shape, like.strides, made.strides):
+        set_strides(like.ndim, made.shape, 1, made.strides)
     if HAS_BLOCKS and size >= LARGE:
         next_place = (next_place + 1) % PLACES
         shift = next_place * PLACE
@@ -167,33 +193,25 @@ cdef bint is_like(const DLTensor* a, const DLTensor* b) noexcept:
     if a.ndim != b.ndim or a.code != b.code or a.bits != b.bits:
         return False
     for i in range(a.ndim):
-        if a.shape[i] != b.shape[i] or (a.strides[i] != b.strides[i] and a.shape[i] != 1):
+        if a.shape[i] != b.shape[i]:
             return False
-    return True
+    return lie_alike(a.ndim, a.shape, a.strides, b.strides)
 
 
 cdef bint set_shape(Job* job, const DLTensor* x) noexcept:
     """The canonical form of dense data, contiguous or channels_last, or False."""
     cdef int i
-    cdef int64_t dense = 1
-    cdef bint last = False
+    cdef int64_t[MOST_AXES] strides
+    cdef bint last
     if x.code != REAL or (x.bits != 32 and x.bits != 64) or x.ndim < 2 or <size_t> x.data % (x.bits // 8):
         return False
-    for i in range(x.ndim - 1, -1, -1):
-        if x.shape[i] != 1 and x.strides[i] != dense:
-            last = True
-            break
-        dense *= x.shape[i]
+    set_strides(x.ndim, x.shape, x.ndim - 1, strides)
+    last = not lie_alike(x.ndim, x.shape, x.strides, strides)
     if last:
         # As PyTorch has it: channels are neighbours, then from the last axis to the first.
-        if (x.ndim != 4 and x.ndim != 5) or x.strides[1] != 1:
+        set_strides(x.ndim, x.shape, 1, strides)
+        if (x.ndim != 4 and x.ndim != 5) or not lie_alike(x.ndim, x.shape, x.strides, strides):
             return False
-        dense = x.shape[1]
-        for i in range(x.ndim - 1, -1, -1):
-            if i != 1:
-                if x.strides[i] != dense:
-                    return False
-                dense *= x.shape[i]
     job.channels = x.shape[1]
     job.outer, job.inner = x.shape[0], 1
     for i in range(2, x.ndim):

@@ -69,17 +69,18 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
     That is channels_last where x plainly is, and contiguous otherwise; x need not be dense.
     """
-    if x.is_contiguous():
-        return torch.empty_like(x)
-    if x.dim() == 4 and _is_channels_last(x, (1, 3, 2, 0)):
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    if x.dim() == 5 and _is_channels_last(x, (1, 4, 3, 2, 0)):
-        return torch.empty_like(x, memory_format=torch.channels_last_3d)
+    if not x.is_contiguous():
+        if x.dim() == 4 and _is_channels_last(x, (1, 3, 2, 0), torch.channels_last):
+            return torch.empty_like(x, memory_format=torch.channels_last)
+        if x.dim() == 5 and _is_channels_last(x, (1, 4, 3, 2, 0), torch.channels_last_3d):
+            return torch.empty_like(x, memory_format=torch.channels_last_3d)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _is_channels_last(x: torch.Tensor, order: tuple[int, ...]) -> bool:
-    """Whether PyTorch takes the strides for channels_last: they grow from the channels outwards."""
+def _is_channels_last(x: torch.Tensor, order: tuple[int, ...], form: torch.memory_format) -> bool:
+    """Whether PyTorch takes the strides for channels_last: dense so, or growing from the channels outwards."""
+    if x.is_contiguous(memory_format=form):
+        return True
     shape, strides = x.shape, x.stride()
     if strides[1] == 0:
         return False

@@ -9,8 +9,8 @@ There are four:
   torch.export, torch.jit.trace, make_fx, fake tensors. An autograd.Function could be baked in as a constant there, or
   differentiated silently wrong; an operator is opaque, and says what it changes and what shape and strides come out.
 - *PyTorch's own*, for what fastbn does not take: other devices and dtypes, transforms of torch.func, forward-mode
-  derivatives, tensor subclasses, a momentum outside of [0, 1], and everything that is an error, which is PyTorch's
-  then.
+  derivatives, tensor subclasses, a momentum outside of [0, 1], running statistics that require a gradient, and
+  everything that is an error, which is PyTorch's then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from . import _eager, bridge, operators
 _transforms = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 _trace = torch._C._get_tracing_state
-_TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched=True, jacobian(vectorize=True)
+_TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def batch_norm(
@@ -135,11 +136,7 @@ def dispatch(
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    if not (
-        _plain(x)
-        and (residual is None or _plain(residual))
-        and _TYPES.issuperset(map(type, (weight, bias, running_mean, running_var)))
-    ):
+    if not (_plain(x) and all(t is None or _plain(t) for t in (residual, weight, bias, running_mean, running_var))):
         return _pytorch(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
@@ -182,6 +179,8 @@ def takes(
             return False
     elif running_mean is None or eps < 0.0:
         return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        return False
     if not 0.0 <= momentum <= 1.0:
         return False
     dtype = None
@@ -200,7 +199,7 @@ def takes(
 
 
 def _plain(x: Tensor) -> bool:
-    return type(x) in _TYPES and not x.is_neg() and not x.is_nested
+    return type(x) in _TYPES and not x.is_neg() and not x.is_nested and not x._is_zerotensor()
 
 
 def fits(residual: Tensor, x: Tensor) -> bool:
@@ -317,13 +316,18 @@ def gradient(
     """Return the gradients of x, weight, bias, residual and None; by operators where they may be differentiated."""
     call: Kept = ctx.call
     result: tuple[Tensor, Tensor, Tensor, Tensor]
-    if torch.is_grad_enabled() or _modes():
+    transformed = _transforms() is not None or _forward_ad._current_level >= 0 or _is_batched(dy)
+    if transformed or torch.is_grad_enabled() or _modes():
         name, slope = operators.encoded(call.activation)
         mean, variance = (torch.from_numpy(values) for values in call.statistics)
-        result = operators.gradients(
-            dy, x, mean, variance, y, weight, bias, residual, call.eps, name, slope, call.frozen, call.has_residual
-        )
+        arguments = dy, x, mean, variance, y, weight, bias, residual, call.eps, name, slope, call.frozen
+        if transformed:
+            result = operators.gradients_by_pytorch(*arguments)
+        else:
+            result = operators.gradients(*arguments, call.has_residual)
     else:
+        if not _plain(dy):  # dy is only read
+            dy = dy.clone()
         statistics = bridge.Statistics(call.statistics[0], call.statistics[1], call.frozen)
         dx, dweight, dbias, dresidual = bridge.backward(
             dy, x, weight, bias, residual, y, statistics, call.eps, call.activation, call.has_residual

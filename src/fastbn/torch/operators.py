@@ -283,6 +283,61 @@ def gradients(
     return (*batch_norm_backward(dy, x, mean, variance, weight, eps, frozen), dy)
 
 
+def gradients_by_pytorch(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    y: Optional,
+    weight: Optional,
+    bias: Optional,
+    residual: Optional,
+    eps: float,
+    activation: str,
+    slope: float,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `gradients` returns in PyTorch's own operations, for transforms that see through nothing else.
+
+    They may batch dy, or give it a tangent. In float64, and of statistics found anew, so that it can be differentiated.
+    """
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    w, b = (None if t is None else t.to(torch.float64).reshape(shape) for t in (weight, bias))
+    wide, dz = x.to(torch.float64), dy.to(torch.float64)
+    if frozen:
+        deviation, r = wide - mean.reshape(shape), (variance.reshape(shape) + eps).rsqrt()
+    else:
+        deviation = wide - wide.mean(axes, keepdim=True)
+        r = ((deviation * deviation).mean(axes, keepdim=True) + eps).rsqrt()
+    xh = deviation * r
+    if activation:
+        if y is not None:  # it tells on which side of a bend z lay
+            z = y.to(torch.float64)
+        else:
+            z = xh if w is None else xh * w
+            z = z if b is None else z + b
+            z = z if residual is None else z + residual
+        dz = _before(dz, z, activation, slope)
+    dx = dz if frozen else dz - dz.mean(axes, keepdim=True) - xh * (dz * xh).mean(axes, keepdim=True)
+    dx = dx * r if w is None else dx * (r * w)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dweight, dbias = ((t.sum(axes)).to(dtype) for t in (dz * xh, dz))
+    return dx.to(x.dtype), dweight, dbias, dz.to(x.dtype)
+
+
+def _before(dy: Tensor, z: Tensor, activation: str, slope: float) -> Tensor:
+    """Return dy times the derivative of an activation at z."""
+    if activation == "leaky_relu":
+        return torch.where(z > 0, dy, dy * slope)
+    fixed = _FIXED[activation]
+    if fixed.from_output:  # between bounds, of which the upper one may be NaN, none
+        return torch.where((z > 0) & ~(z >= fixed.bend[1][1]), dy, 0.0)
+    k1, k3, _ = fixed.bend[1]
+    s = torch.sigmoid(z * (k1 + k3 * z * z))
+    return dy * (s + z * s * (1.0 - s) * (k1 + 3.0 * k3 * z * z))
+
+
 def _train_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, ctx.eps, activation, slope = inputs
     y, mean, variance = output
