@@ -433,3 +433,34 @@ def test_dgamma_is_0_where_nothing_counts(save, order):
     assert not dgamma[::2].any()
     assert not dx[:, ::2].any()
     assert dgamma[1::2].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((300, 5), -1), ((5000, 3), -1), ((3, 4, 50), 1), ((2, 2, 9000), 1)])
+def test_a_constant_channel_has_no_variance(shape, axis, dtype, rng):
+    """Whatever the weights: their sums are rounded, and what that leaves must not count as a deviation."""
+    for each in ((shape[0],), shape):
+        for w in (np.full(each, 0.3), rng.uniform(0, 2, each), rng.uniform(0, 2, each) ** 30):
+            values = rng.normal(size=shape[axis]) * 10.0 ** rng.integers(-6, 7, shape[axis])
+            x = np.empty(shape, dtype)
+            np.moveaxis(x, axis, -1)[...] = values
+            found = moments(x, axis=axis, sample_weight=w)
+            np.testing.assert_array_equal(found.mean.astype(dtype), values.astype(dtype))
+            assert not found.m2.any()
+            _, cache = batch_norm_forward(x, training=True, axis=axis, sample_weight=w, epsilon=0.0)
+            assert not batch_norm_backward(rng.normal(size=shape).astype(dtype), cache)[0].any()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((16, 5), -1), ((3, 5, 100), 1)])
+def test_neighbouring_numbers_have_a_variance(shape, axis, rng):
+    """Of one part: means of several are rounded before they merge."""
+    x = np.where(rng.random(shape) < 0.5, 1.0, np.nextafter(1.0, 2.0))
+    w = rng.uniform(0.5, 2, shape[0])
+    found = moments(x, axis=axis, sample_weight=w)
+    spread = x - 1.0
+    axes = tuple(a for a in range(len(shape)) if a != axis % len(shape))
+    full = np.broadcast_to(w.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    mean = (full * spread).sum(axes) / full.sum(axes)
+    kept = np.expand_dims(mean, axes)
+    wanted = (full * (spread - kept) ** 2).sum(axes)
+    np.testing.assert_allclose(found.m2, wanted, rtol=1e-10)

@@ -460,7 +460,9 @@ cdef inline bint from_weighted_sums(double shift, double total, double* first, d
     d = first[0] / total
     m2 = squares - first[0] * d
     first[0] = shift + d
-    second[0] = 0.0 if m2 < 0 else m2  # a NaN stays
+    # Of equal values sums as long as a part leave no more than 2^-44 of their squares, by rounding; other values lie
+    # further from their mean than a shift does that was rounded to their type.
+    second[0] = 0.0 if m2 < squares * 5.7e-14 else m2  # a NaN stays
     if not isfinite(squares):  # of float64 data that are large: their deviations may not be
         return bool(isfinite(first[0]))
     return m2 * CANCELLED < squares
