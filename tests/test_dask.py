@@ -63,12 +63,38 @@ def test_batch_norm_in_random_chunks(data, rows):
 def test_axes(axis, rng):
     x = rng.normal(size=(6, 5, 4))
     m = fastbn.dask.moments(da.from_array(x, chunks=(2, 3, 3)), axis=axis).compute()
-    ascending = tuple(sorted(a % 3 for a in axis)) if isinstance(axis, tuple) else axis
-    wanted = fastbn.moments(x, axis=ascending)
+    wanted = fastbn.moments(x, axis=axis)
     assert m.count == wanted.count
     np.testing.assert_allclose(m.mean, wanted.mean, rtol=1e-13)
     y = fastbn.dask.batch_norm(da.from_array(x, chunks=(2, 3, 3)), axis=axis).compute()
     np.testing.assert_allclose(y, fastbn.batch_norm(x, axis=axis, training=True), rtol=1e-12, atol=1e-14)
+
+
+@given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_several_axes_keep_the_order_given(data, shape):
+    """Statistics and parameters have the shape of the axes as they were named, in any chunks, empty ones included."""
+    x = np.random.default_rng(sum(shape)).normal(3, 2, shape)
+    order = data.draw(st.permutations(range(x.ndim)))
+    axis = tuple(a - x.ndim * data.draw(st.booleans()) for a in order[: data.draw(st.integers(1, x.ndim))])
+    d = da.from_array(x, chunks=tuple(data.draw(chunked(n)) for n in shape))
+    gamma = np.random.default_rng(1).normal(size=[shape[a] for a in axis])
+    with dask.config.set(scheduler="synchronous"):
+        got, wanted = fastbn.dask.moments(d, axis=axis).compute(), fastbn.moments(x, axis=axis)
+        assert got.count == wanted.count
+        np.testing.assert_allclose(got.mean, wanted.mean, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(got.m2, wanted.m2, rtol=1e-12, atol=1e-12)
+        y = fastbn.dask.batch_norm(d, gamma=gamma, axis=axis).compute()
+        z = fastbn.dask.normalize(d, gamma, da.from_array(abs(gamma), chunks=2), beta=gamma, axis=axis).compute()
+    wanted = fastbn.batch_norm(x, gamma=gamma, axis=axis, training=True)
+    np.testing.assert_allclose(y, wanted, rtol=1e-9, atol=1e-9)
+    wanted = fastbn.normalize(x, gamma, abs(gamma), beta=gamma, axis=axis)
+    np.testing.assert_allclose(z, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_an_empty_chunk_along_one_of_several_channel_axes(rng):
+    x = rng.normal(size=(4, 3, 2))
+    d = da.from_array(x, chunks=((2, 2), (0, 2, 1), (2,)))
+    np.testing.assert_allclose(fastbn.dask.moments(d, axis=(1, 2)).compute().mean, x.mean(axis=0).ravel(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("split_every", [None, 2])

@@ -65,6 +65,13 @@ def test_batches_of_batches(rng):
     assert streamed.n_samples_seen_ == 90
 
 
+def test_a_feature_without_values_is_not_forgotten():
+    streamed = BatchNormScaler(momentum=0.0)
+    for batch in ([[1.0, 5.0], [3.0, 7.0]], [[2.0, np.nan], [4.0, np.nan]]):
+        streamed.partial_fit(da.from_array(np.array(batch), chunks=(1, 2)))
+    np.testing.assert_array_equal(streamed.mean_, [3.0, 6.0])
+
+
 def test_unknown_chunk_sizes_and_empty_blocks(rng):
     x = rng.normal(2, 1, (100, 3))
     x[20:40, 0] = 0  # a block of which nothing is left
@@ -76,6 +83,15 @@ def test_unknown_chunk_sizes_and_empty_blocks(rng):
     np.testing.assert_allclose(scaler.transform(d[keep]).compute(), Plain().fit_transform(kept), rtol=1e-12)
     weights = da.from_array(rng.uniform(1, 2, 100), chunks=20)
     assert BatchNormScaler().fit(d[keep], sample_weight=weights[keep]).n_samples_seen_ > len(kept)
+
+
+@pytest.mark.parametrize("name", ["with_mean", "with_std"])
+def test_what_is_turned_off_after_fit_is_off(name, rng):
+    x = rng.normal(2, 3, (20, 3))
+    d = da.from_array(x, chunks=(7, 3))
+    scaler, plain = BatchNormScaler().fit(x).set_params(**{name: False}), Plain(**{name: False}).fit(x)
+    np.testing.assert_array_equal(scaler.transform(d).compute(), plain.transform(x))
+    np.testing.assert_array_equal(scaler.inverse_transform(d).compute(), plain.inverse_transform(x))
 
 
 def test_read_only_blocks(rng):
@@ -126,6 +142,62 @@ def test_data_frames(rng):
     np.testing.assert_allclose(back.to_numpy(), x, rtol=1e-5)
     with pytest.raises(ValueError, match=r"X must have the feature names \['a', 'b'\], got \['b', 'a'\]"):
         scaler.transform(d[["b", "a"]])
+
+
+def test_only_names_that_are_strings_count(rng):
+    pandas = pytest.importorskip("pandas")
+    frames = pytest.importorskip("dask.dataframe")
+    frame = pandas.DataFrame(rng.normal(size=(30, 2)))
+    scaler = BatchNormScaler().fit(frames.from_pandas(frame, npartitions=3))
+    assert not hasattr(scaler, "feature_names_in_")
+    np.testing.assert_allclose(scaler.transform(frame), Plain().fit_transform(frame), rtol=1e-12)
+    mixed = frames.from_pandas(frame.rename(columns={0: "a"}), npartitions=3)
+    for call in (BatchNormScaler().fit, scaler.transform):
+        with pytest.raises(TypeError, match="Feature names are only supported if all input features have string names"):
+            call(mixed)
+
+
+@pytest.mark.parametrize("dtype", [
+    "float16", "float32", "int32", "bool", "Float32", "Float64", "Int64", "boolean", "float32[pyarrow]",
+    "int64[pyarrow]", {"a": "float32", "b": "float16"}, {"a": "Float32", "b": "float32"},
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:overflow")  # of pandas, which prints its frames
+def test_frames_of_any_real_type(dtype, rng):
+    """The type of the result, and what is missing, are those of the plain scaler."""
+    pandas = pytest.importorskip("pandas")
+    frames = pytest.importorskip("dask.dataframe")
+    if "pyarrow" in str(dtype):
+        pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame(rng.integers(0, 2, (30, 2)), columns=["a", "b"]).astype(dtype)
+    if "F" in str(dtype) or "I" in str(dtype) or "pyarrow" in str(dtype):
+        frame.iloc[3, 0] = pandas.NA
+    d = frames.from_pandas(frame, npartitions=3)
+    scaler, plain = BatchNormScaler().fit(d), Plain().fit(frame)
+    assert_alike(scaler, plain)
+    lazy, wanted = scaler.transform(d), plain.transform(frame)
+    result = lazy.compute()
+    assert (lazy.dtypes == wanted.dtype).all()
+    assert (result.dtypes == wanted.dtype).all()
+    np.testing.assert_allclose(result.to_numpy(), wanted, rtol=1e-3 if wanted.dtype == np.float16 else 1e-5)
+    back = scaler.inverse_transform(lazy).compute()
+    np.testing.assert_allclose(back.to_numpy(), plain.inverse_transform(wanted), rtol=1e-2, atol=1e-2)
+
+
+def test_a_column_alone_is_refused():
+    pandas = pytest.importorskip("pandas")
+    frames = pytest.importorskip("dask.dataframe")
+    column = frames.from_pandas(pandas.Series([1.0, 2.0], name="a"), npartitions=1)
+    with pytest.raises(TypeError, match="X must be a dask array or data frame, got Series"):
+        BatchNormScaler().fit(column)
+
+
+@pytest.mark.parametrize("dtype", ["object", "str", "complex64"])
+def test_frames_of_other_types_are_refused(dtype):
+    pandas = pytest.importorskip("pandas")
+    frames = pytest.importorskip("dask.dataframe")
+    frame = frames.from_pandas(pandas.DataFrame({"a": [1.0, 2.0], "b": [1, 2]}), npartitions=1).astype({"b": dtype})
+    with pytest.raises(TypeError, match="X must have a real dtype, got "):
+        BatchNormScaler().fit(frame)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -183,6 +255,9 @@ def test_sparse_blocks(form, rng):
 
 @pytest.mark.parametrize("call, error, message", [
     (lambda d: BatchNormScaler().fit(d[:0]), ValueError, "X must have at least one sample, got shape (0, 3)"),
+    (lambda d: BatchNormScaler().fit(d[d[:, 0] > 1]), ValueError,
+     "X must have at least one sample, got shape (0, 3)"),
+    (lambda d: BatchNormScaler().fit(d[:, :0]), ValueError, "X must have at least one feature, got shape (10, 0)"),
     (lambda d: BatchNormScaler().fit(d[:, 0]), ValueError, "X must have two dimensions, got shape (10,)"),
     (lambda d: BatchNormScaler().fit(d.astype(complex)), TypeError, "X must have a real dtype, got complex128"),
     (lambda d: BatchNormScaler().fit(d).transform(d[:, :1]), ValueError, "X must have 3 features, got 1"),
@@ -198,12 +273,22 @@ def test_sparse_blocks(form, rng):
     (lambda d: BatchNormScaler().fit(d[d[:, 0] > 0], sample_weight=da.ones(10, chunks=10)), ValueError,
      "sample_weight must have 3 chunks, got 1"),
     (lambda d: BatchNormScaler().fit(dask.delayed(1)), TypeError,
-     "X must be a dask array or data frame, got Delayed"),
+     "X must be a dask array or data frame, got DelayedLeaf"),
 ])  # fmt: skip
 def test_messages(call, error, message):
     with pytest.raises(error) as raised:
         call(da.ones((10, 3), chunks=(4, 3)))
     assert str(raised.value) == message
+
+
+def test_parameters_are_validated_unless_scikit_learn_is_told_not_to():
+    from sklearn import config_context
+
+    scaler = BatchNormScaler(copy="yes")
+    with config_context(skip_parameter_validation=True):
+        scaler.fit(da.ones((10, 3)))
+    with pytest.raises(ValueError, match="The 'copy' parameter of BatchNormScaler must be"):
+        scaler.partial_fit(da.ones((10, 3)))
 
 
 def test_infinity_raises_where_it_is(rng):

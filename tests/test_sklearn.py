@@ -109,6 +109,18 @@ def test_in_a_pipeline_and_a_column_transformer(rng):
     np.testing.assert_allclose(result[:, :2], StandardScaler().fit_transform(x[:, [0, 2]]), atol=1e-6)
 
 
+def test_parameters_are_validated_unless_scikit_learn_is_told_not_to(rng):
+    x = rng.normal(size=(20, 2))
+    scaler = BatchNormScaler(copy="yes")
+    calls = [scaler.fit, scaler.partial_fit, lambda x: scaler.merge(BatchNormScaler().fit(x))]
+    with config_context(skip_parameter_validation=True):
+        for call in calls:
+            call(x)
+    for call in calls:  # also where something was fitted before
+        with pytest.raises(ValueError, match="The 'copy' parameter of BatchNormScaler must be"):
+            call(x)
+
+
 class MetaOf(BaseEstimator):
     """An estimator that hands on what it gets to another."""
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 pytest.importorskip("sklearn", minversion="1.6")
 
 from scipy import sparse
+from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import StandardScaler
 
 import fastbn
-from fastbn.running import FAR
 from fastbn.sklearn import BatchNormScaler
 
 DTYPES = [np.float32, np.float64]
@@ -103,7 +103,39 @@ def test_rows_at_1e15(step, rng):
         assert abs(scaler.var_[j] / variance - 1) < 1e-12
         y = scaler.transform(x)[:, j]
         np.testing.assert_allclose(y, [float(v - mean) / variance**0.5 for v in values], rtol=1e-12, atol=1e-12)
-    assert FAR > 1
+
+
+@pytest.mark.parametrize("condition", [1e2, 9e3, 1.1e4, 1e6, 1e8, 1e12])
+@pytest.mark.parametrize("rows", [3, 100, 3000])
+@pytest.mark.parametrize("order", ["random", "sorted"])
+def test_variances_are_exact_at_any_distance_from_zero(order, rows, condition, rng):
+    """The mean's rounding, a share of u of it, may show in a variance where the mean is up to 10000 deviations."""
+    x = rng.normal(size=(rows, 8))
+    x = np.sort(x, axis=0) if order == "sorted" else x
+    x = np.column_stack([condition * x.std(axis=0) + x, 1 + x[:, :1] / 1e4])
+    scaler, halves = BatchNormScaler(epsilon=1e-300).fit(x), BatchNormScaler(epsilon=1e-300)
+    for half in np.array_split(x, 2):
+        halves.partial_fit(half)
+    for j in range(x.shape[1]):
+        values = [Fraction(v) for v in x[:, j]]
+        mean = sum(values) / rows
+        variance = float(sum((v - mean) ** 2 for v in values) / rows)
+        for got in (scaler, halves):
+            assert abs(got.var_[j] / variance - 1) < 2e-12
+
+
+def test_only_columns_far_from_zero_are_read_again(rng, monkeypatch):
+    """A mean of 10000 deviations is far."""
+    import fastbn.running
+
+    seen = []
+    centered = fastbn.running._centered
+    monkeypatch.setattr(fastbn.running, "_centered", lambda x, far, *rest: seen.append(far) or centered(x, far, *rest))
+    x = rng.normal(size=(500, 3)).astype(np.float32)
+    BatchNormScaler().fit(x + np.float32(9000))
+    assert not seen
+    BatchNormScaler().fit(x + np.array([0, 11000, 9000], np.float32))
+    assert [far.tolist() for far in seen] == [[False, True, False]]
 
 
 def test_weights_are_repetitions(rng):
@@ -282,6 +314,23 @@ def test_momentum_with_single_rows():
     assert abs(scaler.scale_[0] - 2) < 0.2
 
 
+@pytest.mark.parametrize("momentum, batches", [(0.0, 1), (0.5, 1100), (0.1, 400), (0.9, 3)])
+@pytest.mark.parametrize("missing", ["values", "weights"])
+def test_momentum_leaves_features_without_values_alone(missing, momentum, batches):
+    scaler = BatchNormScaler(momentum=momentum).partial_fit([[1.0, 5.0], [3.0, 7.0]])
+    variance = scaler.var_[1]
+    for _ in range(batches):
+        if missing == "values":
+            scaler.partial_fit([[2.0, np.nan], [4.0, np.nan]])
+        else:  # of the second feature only what has no weight is there
+            scaler.partial_fit([[2.0, np.nan], [4.0, np.nan], [9.0, 1e6]], sample_weight=[1.0, 1.0, 0.0])
+    assert scaler.mean_[1] == 6
+    assert scaler.var_[1] == variance
+    assert scaler._running.count[1] == 2  # what comes next is weighed as if it came at once
+    if momentum == 0:
+        np.testing.assert_array_equal(scaler.mean_, [3.0, 6.0])
+
+
 def test_epsilon_is_batch_norms(rng):
     x = table(rng)
     y = BatchNormScaler(epsilon=1e-3).fit_transform(x)
@@ -365,6 +414,21 @@ def test_sparse_in_blocks(holes, weights, form, rng, monkeypatch):
         np.testing.assert_allclose(got.count, np.broadcast_to(wanted.count, 5), rtol=1e-15)
         np.testing.assert_allclose(got.mean + got.low, wanted.mean, rtol=1e-14)
         np.testing.assert_allclose(got.m2, wanted.m2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_sparse_columns_without_zeros_far_from_zero(holes, form, rng):
+    """What is left of two sums of weights that are the same but for their rounding is no weight of zeros."""
+    x, w = rng.normal(1e6, 1, (300, 4)), rng.uniform(size=300)
+    w[::7] = 0
+    if holes:
+        x[rng.random(x.shape) < 0.1] = np.nan
+    x[::7] = 0  # without weight
+    scaler = BatchNormScaler(with_mean=False).fit(sparse.csr_array(x).asformat(form), sample_weight=w)
+    plain = BatchNormScaler().fit(x, sample_weight=w)
+    np.testing.assert_allclose(scaler.mean_, plain.mean_, rtol=1e-15)
+    np.testing.assert_allclose(scaler.var_, plain.var_, rtol=1e-12)
 
 
 @pytest.mark.parametrize("container", [sparse.csr_array, sparse.csc_array])
@@ -471,8 +535,10 @@ def test_merging(rng):
     moments = fastbn.moments(x)
     from_moments = BatchNormScaler().merge(moments)
     np.testing.assert_array_equal(from_moments.mean_, moments.mean)
-    np.testing.assert_array_equal(from_moments.transform(x), BatchNormScaler().fit_transform(x))
-    assert b.to_moments() == fastbn.moments(x[70:])
+    # Moments have one float64 for the mean, which is 1e4 deviations in a column of x.
+    np.testing.assert_allclose(from_moments.transform(x), BatchNormScaler().fit_transform(x), rtol=1e-9, atol=1e-11)
+    near = x[:, :3]
+    assert BatchNormScaler().fit(near).to_moments() == fastbn.moments(near)
     with pytest.raises(TypeError):
         a + 1
     with pytest.raises(TypeError, match="other must be a BatchNormScaler or Moments, got int"):
@@ -494,7 +560,7 @@ def test_moments_with_counts_of_each_feature(rng):
         np.testing.assert_allclose(moments.m2, wanted.m2, rtol=1e-12, atol=1e-20)
         again = BatchNormScaler().merge(moments)
         np.testing.assert_array_equal(again.n_samples_seen_, scaler.n_samples_seen_)
-        np.testing.assert_array_equal(again.transform(x), scaler.transform(x))
+        np.testing.assert_allclose(again.transform(x), scaler.transform(x), rtol=1e-9, atol=1e-11)
     whole = BatchNormScaler().fit(np.eye(3), sample_weight=[1.0, 2.0, 1.0]).to_moments().count
     assert (type(whole), whole) == (float, 4.0)
     assert type(BatchNormScaler().fit(np.eye(3)).to_moments().count) is int
@@ -533,6 +599,57 @@ def test_as_a_layer(rng):
         np.testing.assert_allclose(layer(x), scaler.transform(x), rtol=1e-5, atol=1e-5)
     assert layer(x).dtype == np.float32
     assert scaler.to_batch_norm("float32").moving_mean.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["with_mean", "with_std"])
+def test_what_is_turned_off_after_fit_is_off(name, rng):
+    x = table(rng)
+    ours, theirs = BatchNormScaler().fit(x).set_params(**{name: False}), StandardScaler().fit(x)
+    theirs.set_params(**{name: False})
+    y = ours.transform(x)
+    np.testing.assert_allclose(y, theirs.transform(x), rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(ours.inverse_transform(y), x, rtol=1e-12)
+    np.testing.assert_allclose(ours.to_batch_norm()(x), y, rtol=1e-12, atol=1e-12)
+    if name == "with_std":
+        np.testing.assert_array_equal(ours.set_params(with_mean=False).transform(sparse.csr_array(x)).toarray(), x)
+
+
+def test_what_is_turned_on_after_fit_was_not_found(rng):
+    """An error, as it is one of StandardScaler's, and not what looks like a result."""
+    x = table(rng)
+    for name, attribute in (("with_std", "scale_"), ("with_mean", "mean_")):
+        scaler = BatchNormScaler(with_mean=False, with_std=False).fit(x).set_params(**{name: True})
+        for method, arguments in (("transform", [x]), ("inverse_transform", [x]), ("to_batch_norm", [])):
+            with pytest.raises(ValueError, match=rf"{attribute} must have shape \(5,\) where {name} is True, got None"):
+                getattr(scaler, method)(*arguments)
+        scaler.partial_fit(x).transform(x)
+
+
+def test_attributes_set_by_hand(rng):
+    x = rng.normal(3, 2, (40, 5))
+    fitted = BatchNormScaler().fit(x)
+    scaler = BatchNormScaler()
+    scaler.mean_, scaler.scale_, scaler.n_features_in_ = list(fitted.mean_), np.repeat(fitted.scale_, 2)[::2], 5
+    np.testing.assert_array_equal(scaler.transform(x), fitted.transform(x))
+    np.testing.assert_array_equal(scaler.inverse_transform(x), fitted.inverse_transform(x))
+    np.testing.assert_array_equal(scaler.to_batch_norm()(x), fitted.to_batch_norm()(x))
+    del scaler.n_features_in_
+    np.testing.assert_array_equal(scaler.transform(x), fitted.transform(x))
+    np.testing.assert_array_equal(scaler.inverse_transform(x), fitted.inverse_transform(x))
+    with pytest.raises(NotFittedError):
+        scaler.to_moments()
+    scaler.mean_ = [1.0]
+    for call in (scaler.transform, scaler.inverse_transform):
+        with pytest.raises(ValueError, match=r"mean_ must have shape \(5,\) where with_mean is True, got \(1,\)"):
+            call(x)
+
+
+def test_a_mean_set_by_hand_is_all_of_the_mean(rng):
+    """The rounding of the mean that was found is no part of it."""
+    scaler = BatchNormScaler(with_std=False).fit(rng.normal(1e15, 1, (1001, 1)))
+    assert scaler._running.low[0] != 0
+    scaler.mean_ = np.array([2.0])
+    assert scaler.transform([[2.0]])[0, 0] == 0
 
 
 def test_to_onnx(tmp_path, rng):

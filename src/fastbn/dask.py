@@ -77,7 +77,7 @@ def moments(
     """
     x, axes = _checked(x, axis, layout)
     checks.one_of(nan_policy, "nan_policy", weighting.NAN_POLICIES)
-    return dask.delayed(_to_moments, pure=True)(_parts(x, axes, split_every, nan_policy).ravel())
+    return dask.delayed(_to_moments, pure=True)(_parts(x, axes, split_every, nan_policy))
 
 
 def normalize(
@@ -195,11 +195,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _checked(x: Any, axis: Any, layout: str | None) -> tuple[Any, tuple[int, ...]]:
-    """Return x with at least one axis beside its channels, and the channel axes, in ascending order."""
+    """Return x with at least one axis beside its channels, and the channel axes, in the order given."""
     if not isinstance(x, da.Array):
         raise TypeError(must("x", "be a dask array", type(x).__name__))
     checks.data(np.empty(0, x.dtype), "x")
-    axes = tuple(sorted(layouts.channel_axes(axis, layout, x.ndim)))
+    axes = layouts.channel_axes(axis, layout, x.ndim)
     for a in axes:
         if math.isnan(x.shape[a]):
             raise ValueError(
@@ -211,13 +211,14 @@ def _checked(x: Any, axis: Any, layout: str | None) -> tuple[Any, tuple[int, ...
 
 
 def _parts(x: Any, axes: tuple[int, ...], split_every: int | None, nan_policy: str = "propagate") -> Any:
-    """Return a Dask array of PART, one per channel."""
+    """Return a Dask array of PART, one per channel, whose axes are the channel axes as they are given."""
     if x.ndim == len(axes):  # nothing to reduce: one value per channel
         x, axes = x[None], tuple(a + 1 for a in axes)
     others = tuple(a for a in range(x.ndim) if a not in axes)
-    return da.reduction(
+    ascending = tuple(sorted(axes))
+    parts = da.reduction(
         x,
-        chunk=partial(_part_of_block, axes=axes, nan_policy=nan_policy),
+        chunk=partial(_part_of_block, axes=ascending, nan_policy=nan_policy),
         combine=_merge_blocks,
         aggregate=_merge_blocks,
         axis=others,
@@ -225,6 +226,7 @@ def _parts(x: Any, axes: tuple[int, ...], split_every: int | None, nan_policy: s
         meta=np.empty((0,) * len(axes), PART),
         split_every=split_every,
     )
+    return parts.transpose([ascending.index(a) for a in axes])
 
 
 def to_part(running: Running) -> Array:
@@ -241,7 +243,7 @@ def from_part(part: Array) -> Running:
 
 
 def _part_of_block(block: Array, axis: Any, keepdims: bool, *, axes: tuple[int, ...], nan_policy: Any) -> Array:
-    """Return the statistics of a block, with the axes that are reduced of length 1."""
+    """Return the statistics of a block, with the axes that are reduced of length 1; the others are ascending."""
     part = to_part(Running.from_moments(moments_of_block(block, axis=axes, nan_policy=nan_policy)))
     return part.reshape([n if i in axes else 1 for i, n in enumerate(block.shape)])
 

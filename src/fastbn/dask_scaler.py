@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn import config_context
 from sklearn.base import clone
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils import check_array
+from sklearn.utils.validation import _get_feature_names, check_is_fitted, validate_data
 
 from . import sklearn as local
 from .errors import must
@@ -32,7 +33,8 @@ class BatchNormScaler(local.BatchNormScaler):
     Notes
     -----
     Chunk sizes may be unknown and blocks may be empty. Chunks that cut the feature axis are put together first.
-    Infinite values raise when their block is computed. With ``with_mean=False`` blocks may be sparse.
+    Infinite values raise when their block is computed. With ``with_mean=False`` blocks may be sparse. Frames may have
+    columns of any real type, nullable and of Arrow too; their results have the type that the base class gives them.
 
     What `transform` makes of a Dask collection is one of the same kind; `set_output` is for other data.
 
@@ -63,11 +65,14 @@ class BatchNormScaler(local.BatchNormScaler):
         if not dask.is_dask_collection(X):
             super().partial_fit(X, y, sample_weight)
             return self
-        self._validate_params()
+        self._check_parameters()
         table, names = _table(X)
+        features = table.shape[1]
+        if features == 0:
+            raise ValueError(must("X", "have at least one feature", f"shape {table.shape}"))
         if table.shape[0] == 0:
             raise ValueError(must("X", "have at least one sample", f"shape {table.shape}"))
-        self._range(table.shape[1])
+        self._range(features)
         if hasattr(self, "_running"):
             self._check_features(X, table, names)
         blocks = table.to_delayed().reshape(-1)
@@ -80,9 +85,11 @@ class BatchNormScaler(local.BatchNormScaler):
         while len(parts) > 1:
             parts = [dask.delayed(_merge)(parts[i : i + MERGED]) for i in range(0, len(parts), MERGED)]
         (total,) = dask.compute(*parts)
+        if total is None:  # of a length that was not known
+            raise ValueError(must("X", "have at least one sample", f"shape {(0, features)}"))
         if sample_weight is not None and not total.count.any():
             raise ValueError("Sample weights must contain at least one non-zero number.")
-        self.n_features_in_ = table.shape[1]
+        self.n_features_in_ = features
         if names is not None:
             self.feature_names_in_ = names
         self._add(total, weighted=sample_weight is not None)
@@ -138,11 +145,14 @@ for _name in ("fit_transform", "transform"):
 
 
 def _table(X: Any) -> tuple[Any, Array | None]:
-    """Return a Dask array with whole rows, and the names of its columns."""
+    """Return a Dask array with whole rows, and the names of its columns if they are strings."""
     names = None
-    if hasattr(X, "to_dask_array") and hasattr(X, "columns"):
-        names = np.asarray(X.columns, dtype=object)
-        X = X.to_dask_array()
+    if hasattr(getattr(X, "_meta", None), "columns"):
+        names = _get_feature_names(X._meta)
+        for dtype in X.dtypes:
+            if dtype.kind not in "fiub":
+                raise TypeError(must("X", "have a real dtype", dtype))
+        X = X.map_partitions(_values, meta=_values(X._meta))
     if not isinstance(X, da.Array):
         raise TypeError(must("X", "be a dask array or data frame", type(X).__name__))
     if X.ndim != 2:
@@ -181,8 +191,15 @@ def _floating(block: Any) -> Any:
     return array if array.dtype in (np.float16, np.float32, np.float64) else array.astype(np.float64)
 
 
-def _part(block: Any, weight: Any, scaler: local.BatchNormScaler) -> Running:
-    """Return the statistics of one block, as the base class finds them."""
+def _values(frame: Any) -> Array:
+    """Return the values of a frame in the type that the base class gives them, and NaN for what is missing."""
+    options = {"ensure_all_finite": False, "ensure_min_samples": 0, "ensure_min_features": 0}
+    values: Array = check_array(frame, dtype=local._dtypes(frame), **options)
+    return values
+
+
+def _part(block: Any, weight: Any, scaler: local.BatchNormScaler) -> Running | None:
+    """Return the statistics of one block, as the base class finds them; None of a block without rows."""
     table = _floating(block)
     scaler._refuse_centering(table)
     if weight is not None:
@@ -191,12 +208,15 @@ def _part(block: Any, weight: Any, scaler: local.BatchNormScaler) -> Running:
             raise ValueError(must("sample_weight", f"have {table.shape[0]} values in this chunk", len(weight)))
         if not (np.isfinite(weight).all() and (weight >= 0).all()):
             raise ValueError(must("sample_weight", "be finite and not negative", "other values"))
-    return scaler._statistics(table, weight)
+    return scaler._statistics(table, weight) if table.shape[0] else None
 
 
-def _merge(parts: list[Running]) -> Running:
-    total = parts[0].copy()
-    for part in parts[1:]:
+def _merge(parts: list[Running | None]) -> Running | None:
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    total = present[0].copy()
+    for part in present[1:]:
         total.merge(part)
     return total
 
@@ -210,6 +230,4 @@ def _result(block: Any, scaler: Any, method: str) -> Any:
 
 
 def _result_frame(frame: Any, scaler: Any, method: str) -> Any:
-    dtypes = {str(t) for t in frame.dtypes}
-    values = frame.to_numpy(np.float32 if dtypes == {"float32"} else np.float64)
-    return type(frame)(_result(values, scaler, method), index=frame.index, columns=frame.columns)
+    return type(frame)(_result(_values(frame), scaler, method), index=frame.index, columns=frame.columns)

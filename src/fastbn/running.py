@@ -18,8 +18,10 @@ from .moments import Moments, moments
 
 Array = NDArray[Any]
 
-# From here on the rounding of a mean to one float64 shows in what is relative to a deviation: the mean is 1e10 of them.
-FAR: Final = 1e20
+# (mean / deviation)^2 from which a column counts as far from zero. In one pass the means of parts are rounded, by up to
+# u = 1.1e-16 of them, and so is what squares of deviations are relative to. That moves a variance by a share of about
+# u mean / deviation: 1e-12 where the mean is 10000 deviations. Such columns are read once more.
+FAR: Final = 1e8
 BLOCK: Final = 65536  # values that are converted at a time
 
 
@@ -108,10 +110,11 @@ class Running:
         """Return a copy."""
         return type(self)(self.count.copy(), self.mean.copy(), self.low.copy(), self.m2.copy())
 
-    def decay(self, share: float) -> None:
-        """Let everything seen so far count for less."""
-        self.count = self.count * share
-        self.m2 = self.m2 * share
+    def decay(self, share: float, columns: Array) -> None:
+        """Let everything seen so far of some columns count for less."""
+        shares = np.where(columns, share, 1.0)
+        self.count = self.count * shares
+        self.m2 = self.m2 * shares
 
     def merge(self, other: Running) -> Self:
         """Add what another object has seen, by Chan's formula, with a mean of two parts.
@@ -162,7 +165,7 @@ def _centered(x: Array, columns: Array, center: Array, weight: Array | None) -> 
     rows = max(1, BLOCK // len(center))
     for start in range(0, len(x), rows):
         block = slice(start, start + rows)
-        z = x[block][:, columns].astype(np.float64) - center
+        z = (x[block] if columns.all() else x[block][:, columns]) - center  # float64, as the center is
         total.update(z, sample_weight=None if weight is None else weight[block], nan_policy="omit")
     return total
 
@@ -179,14 +182,20 @@ def of_sparse(x: Any, weight: Array | None = None) -> Running:
     """
     rows, columns = x.shape
     everything = float(rows) if weight is None else float(weight.sum())
-    present, lost, sums, rest, m2 = np.zeros((5, columns))
+    present, lost, sums, rest, m2, stored = np.zeros((6, columns))
     holes = bool(np.isnan(x.data).any())
     for block in _stored(x, weight, holes):
         block.add(present, block.weight)
         block.add(sums, block.value if block.weight is None else block.weight * block.value)
         if block.missing is not None:
             block.add(lost, block.missing)
+        if block.weight is not None and weight is not None:
+            counts = block.weight if block.missing is None else block.weight + block.missing
+            block.add(stored, (counts > 0).astype(np.float64))
     count = everything - lost
+    zeros = count - present
+    if weight is not None:  # where no zero counts, only the rounding of both sums would be left
+        zeros[stored == np.count_nonzero(weight)] = 0
     with np.errstate(all="ignore"):
         mean = np.where(count > 0, sums / count, 0)
         for block in _stored(x, weight, holes):
@@ -195,8 +204,8 @@ def of_sparse(x: Any, weight: Array | None = None) -> Running:
             block.add(rest, share)
             block.add(m2, share * d)
         # What the mean's rounding left over is its second part, and is taken out of the squares.
-        rest -= (count - present) * mean
-        m2 += (count - present) * mean * mean
+        rest -= zeros * mean
+        m2 += zeros * mean * mean
         low = np.where(count > 0, rest / count, 0)
         m2 = np.where(count > 0, np.maximum(m2 - rest * low, 0), 0)
     return Running(count, *two_sum(mean, low), m2)

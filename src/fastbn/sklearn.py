@@ -72,7 +72,8 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         Added to the variance. With 0, columns that are constant up to rounding (StandardScaler's rule) have scale 1.
     momentum : float in [0, 1], optional
         For streams that drift: at each `partial_fit`, what was seen before counts this many times as much, the batch
-        by its number of samples. None, as 1, forgets nothing.
+        by its number of samples. Features of which a batch has no values stay as they are. None, as 1, forgets
+        nothing.
     gamma, beta : float or array_like of shape (n_features,), optional
         Scale and shift of the result, so its deviation and its mean; 1 and 0 where None.
 
@@ -97,7 +98,12 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
     statistics, without a pass of its own, and `transform` reads X twice for it.
 
     float32 and float16 stay what they are; everything else becomes float64. Statistics are float64, and a mean is kept
-    as a sum of two: rows that come one by one at 1e15 are as exact as at 0.
+    as a sum of two: rows that come one by one at 1e15 are as exact as at 0. Columns whose mean is more than 10000
+    deviations are read once more for that.
+
+    `transform` goes by the parameters as they are when it is called: with_mean and with_std may be turned off after
+    `fit`; turned on, they need what a fit with them finds. It knows no more than `mean_`, `scale_` and
+    `n_features_in_`, which may be set by hand; what takes or adds up statistics needs a fit.
 
     Examples
     --------
@@ -185,7 +191,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         BatchNormScaler
             This object.
         """
-        self._validate_params()
+        self._check_parameters()
         table: Any = X
         if not self._fits(X):
             table = validate_data(
@@ -238,7 +244,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         if hasattr(self, "_running"):
             running = self._running.copy()
             if self.momentum is not None:
-                running.decay(float(self.momentum))
+                running.decay(float(self.momentum), part.count > 0)
             seen = self._seen + part.count
             running.merge(part)
             weighted = weighted or self._weighted
@@ -277,7 +283,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         ValueError
             If the features differ.
         """
-        self._validate_params()
+        self._check_parameters()
         if isinstance(other, Moments):
             part = Running.from_moments(other)
             seen, names = part.count.copy(), None
@@ -319,7 +325,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
             With counts per feature where values were missing, and sums of weights where samples had weights or
             momentum has let them count for less.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "_running")
         running: Running = self._running
         return running.to_moments(weighted=self._weighted)
 
@@ -337,15 +343,16 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
             With epsilon 0 and ``scale_ ** 2`` for the variance.
         """
         check_is_fitted(self)
-        features = len(self._running.count)
+        features = self.n_features_in_
         gamma, beta = self._range(features)
+        mean, deviation = self._learned("mean_", "with_mean", features), self._learned("scale_", "with_std", features)
         layer = BatchNorm(features, epsilon=0.0, dtype=dtype)
         layer.load_state_dict(
             {
                 "gamma": gamma,
                 "beta": beta,
-                "moving_mean": self.mean_ if self.with_mean else np.zeros(features),
-                "moving_variance": np.ones(features) if self.scale_ is None else self.scale_**2,
+                "moving_mean": np.zeros(features) if mean is None else mean,
+                "moving_variance": np.ones(features) if deviation is None else deviation**2,
                 "batches": 1,
             }
         )
@@ -367,19 +374,27 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         -------
         ndarray or sparse matrix of shape (n_samples, n_features)
             float32 and float16 stay what they are; else float64.
+
+        Raises
+        ------
+        ValueError
+            If with_mean or with_std is True, and `mean_` or `scale_` is None or has another number of features.
         """
         copy = self.copy if copy is None else copy
         table: Any = X
         if not self._fits(X, writes=not copy):
             check_is_fitted(self)
             table = validate_data(self, X, reset=False, **self._checks(X, copy))
-        gamma, beta = self._range(table.shape[1])
-        scale = gamma if self.scale_ is None else gamma / self.scale_
+        features = table.shape[1]
+        gamma, beta = self._range(features)
+        deviation = self._learned("scale_", "with_std", features)
+        scale = gamma if deviation is None else gamma / deviation
         if sparse.issparse(table):
             return self._scale_sparse(table, scale)
-        if not self.with_mean:
+        mean = self._learned("mean_", "with_mean", features)
+        if mean is None:
             return self._apply(table, copy, None, scale, beta)
-        return self._apply(table, copy, self.mean_, scale, beta - self._running.low * scale)
+        return self._apply(table, copy, mean, scale, beta - self._rest(mean) * scale)
 
     def inverse_transform(self, X: ArrayLike, copy: bool | None = None) -> Any:
         """Undo `transform`.
@@ -399,28 +414,46 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         Raises
         ------
         ValueError
-            If a gamma is 0.
+            If a gamma is 0, or as in `transform`.
         """
         copy = self.copy if copy is None else copy
         table: Any = X
         if not self._fits(X, writes=not copy):
             check_is_fitted(self)
             table = check_array(X, estimator=self, **self._checks(X, copy))
-        features = len(self._running.count)
+        features = getattr(self, "n_features_in_", table.shape[1])
         if table.shape[1] != features:
             raise ValueError(must("X", f"have {features} features", table.shape[1]))
         gamma, beta = self._range(features)
         if not gamma.all():
             raise ValueError(must("gamma", "have no zeros in inverse_transform", f"one in feature {gamma.argmin()}"))
-        scale = 1 / gamma if self.scale_ is None else self.scale_ / gamma
+        deviation = self._learned("scale_", "with_std", features)
+        scale = 1 / gamma if deviation is None else deviation / gamma
         if sparse.issparse(table):
             return self._scale_sparse(table, scale)
-        mean: Array = np.zeros(features)
-        if self.with_mean:
-            mean = np.asarray(self.mean_)
+        mean = self._learned("mean_", "with_mean", features)
+        if mean is None:
+            mean = np.zeros(features)
         if not beta.any():
             return self._apply(table, copy, None, scale, mean)
         return self._apply(table, copy, beta, scale, mean)
+
+    def _learned(self, name: str, switch: str, features: int) -> Array | None:
+        """Return `mean_` or `scale_`, which may have been set by hand; None where the parameter turns it off."""
+        if not getattr(self, switch):
+            return None
+        value = getattr(self, name, None)
+        shape = None if value is None else np.shape(value)
+        if shape != (features,):
+            raise ValueError(must(name, f"have shape ({features},) where {switch} is True", shape))
+        return np.ascontiguousarray(value, np.float64)
+
+    def _rest(self, mean: Array) -> Array:
+        """Return what the rounding of `mean_` left over: nothing where it was set by hand."""
+        if not hasattr(self, "_running"):
+            return np.zeros(len(mean))
+        rest: Array = self._running.low * (mean == self._running.mean)
+        return rest
 
     def _checks(self, X: Any, copy: bool) -> dict[str, Any]:
         """Return what scikit-learn is to check: it copies only what will be overwritten and must not be."""
@@ -461,6 +494,14 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         return y
 
     # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        """Validate the parameters, unless scikit-learn is told not to.
+
+        Its `_fit_context` would not look at those that changed after a first fit.
+        """
+        if not get_config()["skip_parameter_validation"]:
+            self._validate_params()
 
     def _fits(self, X: Any, *, writes: bool = False) -> bool:
         """Whether X is an array like those that were seen, of which `validate_data` would find nothing to say.
