@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..activation import named
 from . import _eager, bridge
-from .functional import dispatch
+from .functional import activated, dispatch
 
 __all__ = [
     "BatchNorm1d",
@@ -45,12 +45,13 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
         """Normalize a batch."""
         return self._normalize(input, None)
 
-    def _normalize(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def _normalize(self, input: torch.Tensor, residual: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             y = _eager.call(self, input, residual)
             if y is not None:
                 return y
-        if type(input) is not torch.Tensor and isinstance(input, fx.Proxy):
+        # What is traced itself has no place in the graph: that is recorded, or refused, as with PyTorch's own.
+        if type(input) is not torch.Tensor and isinstance(input, fx.Proxy) and _root(input) is not self:
             return _leaf(self, input, residual)
         self._check_input_dim(input)
         running_mean, running_var, training = self.running_mean, self.running_var, self.training
@@ -66,7 +67,9 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
                         batches = counter
         elif running_mean is None and running_var is None:
             training = True
-        return dispatch(
+        # `fuse` cannot know whether what it adds is a tensor, or a number from the graph.
+        fits = residual is None or isinstance(residual, torch.Tensor)
+        result = dispatch(
             input,
             running_mean,
             running_var,
@@ -75,10 +78,16 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
             training,
             0.0 if momentum is None else momentum,
             self.eps,
-            self.activation,
-            residual,
+            self.activation if fits else None,
+            residual if fits else None,
             batches,
         )
+        return result if fits else activated(result + residual, self.activation)
+
+
+def _root(input: fx.Proxy) -> Any:
+    tracer: Any = input.tracer
+    return tracer.root
 
 
 def _leaf(module: nn.Module, input: fx.Proxy, residual: Any) -> Any:
