@@ -12,6 +12,7 @@ import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastbn
 from fastbn import BatchNorm, batch_norm, batch_norm_forward, update_moving
 from fastbn.averages import share
 
@@ -232,8 +233,7 @@ def test_a_layer_without_any_array(tmp_path):
     bn(np.ones((2, C)), True)
     assert bn.variables == []
     bn.save(tmp_path / "bn")
-    assert repr(BatchNorm.load(tmp_path / "bn")) == "BatchNorm(center=False, scale=False, track=False)"
-    assert repr(bn) == "BatchNorm(3, center=False, scale=False, track=False)"
+    assert repr(BatchNorm.load(tmp_path / "bn")) == repr(bn) == "BatchNorm(3, center=False, scale=False, track=False)"
 
 
 # -- statistics that are not finite ------------------------------------------------------------------------
@@ -243,6 +243,33 @@ def spoiled(value):
     x = cases.normal((8, C), np.float64, mean=2)
     x[3, 1] = value
     return x
+
+
+@pytest.mark.parametrize("momentum", [0.99, None])
+def test_what_the_moving_statistics_cannot_hold_is_not_finite(momentum):
+    """A variance of float32 data may be beyond float32."""
+    x = cases.normal((20, 2))
+    x[:, 0] *= np.float32(1e25)
+    skips = BatchNorm(2, on_nonfinite="skip", momentum=momentum)
+    skips(x, True)
+    assert skips.moving_variance[0] == 1
+    assert skips.moving_mean[0] == 0
+    assert skips.moving_variance[1] != 1
+    assert skips.batches == 1
+    raises = BatchNorm(2, on_nonfinite="raise", momentum=momentum)
+    before = raises.state_dict()
+    with pytest.raises(
+        ValueError, match='x must have finite statistics with on_nonfinite="raise", got others in channel 0'
+    ):
+        raises(x, True)
+    with pytest.raises(ValueError, match="batches must have finite statistics"):
+        fastbn.recompute_statistics(raises, [x])
+    assert str(raises.state_dict()) == str(before)
+    fastbn.recompute_statistics(skips, [x])
+    assert skips.moving_variance[0] == 1
+    wide = BatchNorm(2, on_nonfinite="raise", dtype="float64")
+    wide(x, True)
+    assert np.isfinite(wide.moving_variance).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 
+import cases
 import numpy as np
 import pytest
 
 import fastbn
+from fastbn import BatchNorm
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
 
@@ -134,3 +136,87 @@ def test_ctrl_c_of_the_terminal():
         process.communicate()
     assert "KeyboardInterrupt" in err
     assert process.returncode != 0
+
+
+# -- anywhere in Python ------------------------------------------------------------------------------------------------
+
+
+def interrupt(call, step: int) -> bool:
+    """Make a call that is interrupted at that step of fastbn's Python; whether it ended before.
+
+    Signal handlers run where functions begin and when they have returned.
+    """
+    left = step
+
+    def look(frame, event, _):
+        nonlocal left
+        if event in ("call", "return", "c_return") and f"{os.sep}fastbn{os.sep}" in frame.f_code.co_filename:
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(look)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return False
+    finally:
+        sys.setprofile(None)
+    return True
+
+
+LAYERS = [
+    {},
+    {"momentum": None},
+    {"axis": 1},
+    {"axis": (2, 0)},
+    {"zero_debias": True},
+    {"on_nonfinite": "skip"},
+    {"virtual_batch_size": 3},
+    {"renorm": True},
+    {"renorm": True, "renorm_scheme": "tf1"},
+]
+
+
+@pytest.mark.parametrize("what", ["training", "load_state_dict", "recompute_statistics"])
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_all_of_an_update_or_nothing(options, what):
+    """Whichever step of Python a signal comes at: statistics, averages and counter belong together."""
+    x, other = cases.normal((6, 4, 3)), cases.normal((6, 4, 3), mean=3)
+    if options.get("axis") == (2, 0):
+        x = np.asfortranarray(x)
+    source = BatchNorm(**options)
+    source(other, True)
+
+    def made():
+        layer = BatchNorm(**options)
+        layer(other, True)
+        state = layer.state_dict()
+        layer.load_state_dict(
+            {name: value if name == "batches" else np.abs(value) / 2 for name, value in state.items()}
+        )
+        return layer
+
+    def call(layer):
+        if what == "training":
+            layer(x, True)
+        elif what == "load_state_dict":
+            layer.load_state_dict(source.state_dict())
+        else:
+            fastbn.recompute_statistics(layer, [x, other])
+
+    before, after = made(), made()
+    call(after)
+    states = [str(layer.state_dict()) for layer in (before, after)]
+    assert states[0] != states[1]
+    step = 0
+    while True:
+        layer = made()
+        ended = interrupt(lambda: call(layer), step)  # noqa: B023
+        assert str(layer.state_dict()) in states, f"torn at step {step}"
+        if ended:
+            break
+        step += 1
+    assert str(layer.state_dict()) == states[1]
+    assert step

@@ -25,7 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks
 from . import weights as weighting
 from .errors import must
-from .passes import Statistics, store_moving
+from .kernels import _channels
+from .passes import Statistics, updated_moving
 
 Array = NDArray[Any]
 
@@ -79,18 +80,17 @@ def given_share(momentum: Any, batches: Any, *, zero_debias: Any = False, needed
     return share(None if momentum is None else checks.momentum(momentum), before, zero_debias=debiased)
 
 
-def blend(average: Array, value: Array, share: float, taken: Array | None = None) -> None:
-    """Update an average of any shape in place, in float64; where `taken` is False it stays as it is.
+def blended(average: Array, value: Array, share: float, taken: Array | None = None) -> Array:
+    """Return an average of any shape, updated in float64; where `taken` is False it is as it was.
 
     A share of 0 replaces the old value whatever that was, infinity and NaN included.
     """
     new = np.asarray(value, np.float64).reshape(average.shape)
-    if share:
-        new = share * average.astype(np.float64) + (1.0 - share) * new
-    if taken is None:
-        average[...] = new
-    else:
-        np.copyto(average, new, where=taken.reshape(average.shape), casting="same_kind")
+    with np.errstate(all="ignore"):
+        if share:
+            new = share * average.astype(np.float64) + (1.0 - share) * new
+        new = np.asarray(new, average.dtype)
+    return new if taken is None else np.where(taken.reshape(average.shape), new, average)
 
 
 def update_moving(
@@ -158,4 +158,4 @@ def update_moving(
     else:
         values = weighting.checked_count(count, math.prod(shape))
     if np.any(values):
-        store_moving(target_mean, target_variance, statistics, values, share, degrees)
+        _channels.put(updated_moving(target_mean, target_variance, statistics, values, share, degrees))

@@ -134,7 +134,7 @@ def forward(
     groups: Sequence[slice] | None = None,
     correction: Correction | None = None,
     adjustment: tuple[Array, Array] | None = None,
-    finite: bool = False,
+    finite: np.dtype[Any] | None = None,
     mask: Any = None,
     sample_weight: Any = None,
     nan_policy: Any = "propagate",
@@ -153,8 +153,8 @@ def forward(
         Gets the statistics of the batch and returns p and q, flat.
     adjustment : tuple of two arrays, optional
         Another p and q, flat, after those.
-    finite : bool
-        Whether statistics that are not finite are an error, found before anything is written.
+    finite : dtype, optional
+        In which statistics that are not finite are an error, found before anything is written.
 
     Returns
     -------
@@ -191,14 +191,12 @@ def forward(
     weights = [whole if whole is None or part is None else whole.of(part) for part in rows]
     counts = [layouts.values_per_channel(part.shape, axes) for part in xs]
     found: list[Known | None] = [None] * len(xs)
-    if correction is not None or finite:
+    if correction is not None or finite is not None:
         known = [_statistics(*args, axes) for args in zip(xs, counts, weights)]
         found = [*known]
         batch = _together(known, counts, weights, ddof)
-        sound = np.isfinite(batch.variance) | ~batch.counted  # that of a mean that is not finite is not either
-        if finite and not sound.all():
-            where = f"others in channel {int(np.argmin(sound))}"
-            raise ValueError(must("x", 'have finite statistics with on_nonfinite="raise"', where))
+        if finite is not None:
+            refuse_nonfinite(Statistics(batch.statistics.mean, batch.variance), batch.counted, finite)
     scale = shift = None
     if correction is not None:
         scale, shift = correction(batch.statistics)
@@ -250,6 +248,14 @@ def forward(
     if found[0] is None:
         batch = _together([(cache.statistics, cache.total) for _, cache in parts], counts, weights, ddof)
     return y, Composite(x, parts, scale, shift, y, added, whole), batch
+
+
+def refuse_nonfinite(statistics: Statistics, counted: Any, dtype: np.dtype[Any]) -> None:
+    """Raise where statistics of channels that count are not finite in a dtype."""
+    sound = statistics.finite(dtype) | ~counted
+    if not sound.all():
+        where = f"others in channel {int(np.argmin(sound))}"
+        raise ValueError(must("x", 'have finite statistics with on_nonfinite="raise"', where))
 
 
 def _statistics(x: Array, count: int, weights: weighting.Weights | None, axes: tuple[int, ...]) -> Known:

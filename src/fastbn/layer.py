@@ -19,7 +19,7 @@ from .composite import Batch, Composite
 from .constraints import Constraint
 from .errors import UntrainedWarning, must
 from .initializers import Initializer
-from .kernels import _calls
+from .kernels import _calls, _channels
 from .parameters import Arrays, features, parameter_dtype
 from .persistence import Persistent
 from .regularizers import Regularizer
@@ -343,8 +343,8 @@ class BatchNorm(Persistent):
             if mode == "train" and data.size and np.any(count):
                 kept = self._tracked()
                 share = averages.share(self.momentum, self.batches)
-                passes.store_moving(*kept, cache.statistics, count, share, self.ddof)
-                self.batches += 1
+                pairs = passes.updated_moving(*kept, cache.statistics, count, share, self.ddof)
+                _channels.put(pairs, [(self, self.batches + 1)])
         self._last.cache = cache
         return y if out is None else out
 
@@ -367,11 +367,11 @@ class BatchNorm(Persistent):
             result = _calls.forward(
                 x, gamma, beta, mean, variance, train, self.momentum, self.epsilon, axis, self.ddof, True, out,
                 True, True, passes.team, passes.SERIAL, mask, sample_weight, self.nan_policy, bent, residual,
+                self if train else None,
             )  # fmt: skip
             if result is None:
                 return None
-            total = result[2]
-            self.batches += train and (total is None or bool(total.any()))
+        total = result[2]
         y: Array
         y, cache, _ = result
         if total is not None:
@@ -403,6 +403,7 @@ class BatchNorm(Persistent):
             with self._lock:
                 before = {name: array.copy() for name, array in arrays.extra.items()}
             correction = partial(self._renorm.correction, before, epsilon=self.epsilon)
+        learns = arrays.moving_mean if mode == "train" else None
         groups = chosen.groups(x, self.axis, self.layout) if trains else None
         adjustment = chosen.adjusted(x, self.axis, self.layout) if trains else None
         with np.errstate(all="ignore"):  # of averages of infinite and NaN
@@ -420,7 +421,7 @@ class BatchNorm(Persistent):
                 groups=groups,
                 correction=correction,
                 adjustment=adjustment,
-                finite=mode == "train" and chosen.on_nonfinite == "raise",
+                finite=learns.dtype if learns is not None and chosen.on_nonfinite == "raise" else None,
                 mask=mask,
                 sample_weight=sample_weight,
                 nan_policy=self.nan_policy,
@@ -440,23 +441,23 @@ class BatchNorm(Persistent):
         """Take a batch into the moving statistics; the lock is held."""
         assert arrays.moving_mean is not None
         assert arrays.moving_variance is not None
+        mean, variance = arrays.moving_mean, arrays.moving_variance
         chosen = np.broadcast_to(batch.counted, batch.variance.shape)
         if self._options.on_nonfinite == "skip":
-            chosen = chosen & np.isfinite(batch.statistics.mean) & np.isfinite(batch.statistics.variance)
+            chosen = chosen & passes.Statistics(batch.statistics.mean, batch.variance).finite(mean.dtype)
             if not chosen.any():
                 return
         taken = None if chosen.all() else chosen
-        mean, variance = arrays.moving_mean, arrays.moving_variance
         if self._renorm is not None:
             share = averages.share(self.momentum, self.batches)
-            self._renorm.update(arrays.extra, mean, variance, batch.statistics, self.epsilon, share, taken)
+            pairs = self._renorm.updated(arrays.extra, mean, variance, batch.statistics, self.epsilon, share, taken)
         else:
             debias = self._options.zero_debias
             share = averages.share(self.momentum, self.batches, zero_debias=bool(debias))
-            averages.blend(mean, batch.statistics.mean, share, taken)
+            pairs = [(mean, averages.blended(mean, batch.statistics.mean, share, taken))]
             share = averages.share(self.momentum, self.batches, zero_debias=debias is True)
-            averages.blend(variance, batch.variance, share, taken)
-        self.batches += 1
+            pairs.append((variance, averages.blended(variance, batch.variance, share, taken)))
+        _channels.put(pairs, [(self, self.batches + 1)])
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of this thread's last call, and set `grads`.

@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from . import averages, checks, layer, passes, synchronized
 from . import layout as layouts
 from . import weights as weighting
-from .composite import Batch
+from .composite import Batch, refuse_nonfinite
 from .errors import must
+from .kernels import _channels
 from .moments import Moments
 
 Array = NDArray[Any]
@@ -170,6 +171,15 @@ class BatchNorm(layer.BatchNorm):
             corrected.append((np.where(counted, p, 1.0), np.where(counted, q, 0.0)))
             return corrected[0]
 
+        def check(pooled: Moments) -> None:
+            """Raise where statistics are not finite, on all ranks alike."""
+            if arrays is None or arrays.moving_mean is None:
+                dtype = checks.parameter_dtype(checks.data(x, "x").dtype)
+            else:
+                dtype = arrays.moving_mean.dtype
+            found = passes.Statistics(pooled.mean, pooled.variance(self.ddof))
+            refuse_nonfinite(found, np.greater(pooled.count, 0), dtype)
+
         y, cache, pooled = synchronized.forward(
             x,
             self._gather,
@@ -182,7 +192,7 @@ class BatchNorm(layer.BatchNorm):
             residual=residual,
             out=out,
             channels=None if arrays is None else math.prod(arrays.shape),
-            check=_refuse_nonfinite if learns and self.on_nonfinite == "raise" else None,
+            check=check if learns and self.on_nonfinite == "raise" else None,
             mask=mask,
             sample_weight=sample_weight,
             nan_policy=self.nan_policy,
@@ -202,8 +212,8 @@ class BatchNorm(layer.BatchNorm):
                 recorder.take(y, self._arrays.shape, batch)
             elif counts and learns and self._direct:
                 share = averages.share(self.momentum, self.batches)
-                passes.store_moving(*self._tracked(), cache.statistics, pooled.count, share, self.ddof)
-                self.batches += 1
+                pairs = passes.updated_moving(*self._tracked(), cache.statistics, pooled.count, share, self.ddof)
+                _channels.put(pairs, [(self, self.batches + 1)])
             elif counts and learns:
                 with np.errstate(all="ignore"):  # of averages of infinite and NaN
                     self._learn(self._arrays, batch)
@@ -253,14 +263,6 @@ def _features_of(x: Array, axis: Any, layout: str | None) -> tuple[tuple[int, ..
     """Return what a layer is built with by its first batch: the shape and the type of its parameters."""
     shape = layouts.channel_shape(x.shape, layouts.channel_axes(axis, layout, x.ndim))
     return shape, np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-
-
-def _refuse_nonfinite(pooled: Moments) -> None:
-    """Raise where statistics are not finite, on all ranks alike."""
-    finite = np.isfinite(pooled.mean) & np.isfinite(pooled.m2)
-    if not finite.all():
-        where = f"others in channel {int(np.argmin(finite))}"
-        raise ValueError(must("x", 'have finite statistics with on_nonfinite="raise"', where))
 
 
 def _world() -> Communicator:

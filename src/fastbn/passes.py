@@ -32,6 +32,12 @@ class Statistics(NamedTuple):
     mean: Array
     variance: Array
 
+    def finite(self, dtype: np.dtype[Any]) -> Array:
+        """Return which channels are finite in the type of the moving statistics."""
+        with np.errstate(over="ignore"):
+            found: Array = np.isfinite(self.mean.astype(dtype)) & np.isfinite(self.variance.astype(dtype))
+        return found
+
 
 class Cache:
     """What `batch_norm_backward` needs of the forward call.
@@ -370,7 +376,7 @@ def forward(
             assert total is not None
             count = weights.counts(total)
         if updates and (count.any() if isinstance(count, np.ndarray) else count):
-            store_moving(moving_mean, moving_variance, statistics, count, momentum, ddof)
+            _channels.put(updated_moving(moving_mean, moving_variance, statistics, count, momentum, ddof))
     if keep == "nothing":
         return y, None
     if keep == "output":
@@ -420,16 +426,16 @@ def batch_statistics(
     return Statistics(mean, _channels.variance(m2, max(count, 1)))
 
 
-def store_moving(
+def updated_moving(
     moving_mean: Array,
     moving_variance: Array,
     statistics: Statistics,
     count: weighting.Count,
     momentum: float,
     ddof: int,
-) -> None:
-    """Update checked moving arrays, of any shape, in place; channels of count 0 keep theirs."""
-    mean, variance = moving_mean.reshape(-1), moving_variance.reshape(-1)
+) -> list[tuple[Array, Array]]:
+    """Return what checked moving arrays, of any shape, become, for `_channels.put`; channels of count 0 keep theirs."""
+    mean, variance = moving_mean.flatten(), moving_variance.flatten()
     # ddof 1 turns the variance of m values, divided by m, into one divided by m - 1; of one value it stays 0.
     if isinstance(count, int):
         divisor = max(count - ddof, 1) / count
@@ -438,6 +444,4 @@ def store_moving(
         counts = count if isinstance(count, np.ndarray) else weighting.per_channel(count, len(mean))
         counts = np.ascontiguousarray(counts, np.float64)
         _channels.update_moving_counted(mean, variance, *statistics, counts, ddof, momentum)
-    for target, flat in ((moving_mean, mean), (moving_variance, variance)):
-        if not np.may_share_memory(flat, target):  # several axes whose strides cannot be walked as one
-            target[...] = flat.reshape(target.shape)
+    return [(target, flat.reshape(target.shape)) for target, flat in ((moving_mean, mean), (moving_variance, variance))]

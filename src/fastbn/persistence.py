@@ -10,6 +10,7 @@ import numpy as np
 
 from . import checks, state
 from .errors import StateError, must
+from .kernels import _channels
 from .parameters import PLAIN_ARRAYS, Parameters, feature_shape, features, parameter_dtype
 
 _BY_NAME = (
@@ -137,14 +138,14 @@ class Persistent(Parameters):
         new = {}
         for name in sorted(needed):  # the same message in every process
             shape = arrays[name].shape
-            new[name] = checks.required(state_dict[name], name, shape).reshape(shape)
-            if name in _NOT_NEGATIVE and (new[name] < 0).any():
-                raise ValueError(must(name, "not be negative", new[name].min()))
+            value = checks.required(state_dict[name], name, shape).reshape(shape)
+            if name in _NOT_NEGATIVE and (value < 0).any():
+                raise ValueError(must(name, "not be negative", value.min()))
+            with np.errstate(over="ignore"):
+                new[name] = value.astype(arrays[name].dtype)
         with self._lock:
-            for name, value in new.items():
-                arrays[name][...] = value
+            _channels.put([(arrays[name], value) for name, value in new.items()], [(self, batches)])
             self._arrays = target
-            self.batches = batches
             self._may_warn = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -235,6 +236,8 @@ class Persistent(Parameters):
 
     def _build_untold(self, content: Mapping[str, Any]) -> None:
         if "num_features" in content:
+            if any(self._has):
+                raise ValueError(must("num_features", "be told by arrays where there are any", "a number besides"))
             self.build(tuple(content["num_features"]))
 
     def __repr__(self) -> str:

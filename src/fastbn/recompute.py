@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from . import checks
 from .errors import must
+from .kernels import _channels
 from .layer import BatchNorm
 from .record import Record
 
@@ -90,8 +91,11 @@ def recompute_statistics(
         if not record.batches:
             raise ValueError(must("batches", "bring values to every layer", f"none for {layer!r}"))
         record.check(layer)
-    for layer, record in zip(chosen, records):
-        record.store(layer)
+    pairs = [pair for layer, record in zip(chosen, records) for pair in record.updated(layer)]
+    with ExitStack() as locked:
+        for layer in chosen:
+            locked.enter_context(layer._lock)
+        _channels.put(pairs, [(layer, record.batches) for layer, record in zip(chosen, records)])
 
 
 def _iterable(value: Any, name: str) -> Iterable[Any]:

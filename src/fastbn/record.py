@@ -13,6 +13,7 @@ from .composite import Batch
 from .errors import must
 from .moments import Moments, moments
 from .parameters import features
+from .passes import Statistics
 
 if TYPE_CHECKING:
     from .layer import BatchNorm
@@ -52,24 +53,24 @@ class Record:
 
     def check(self, layer: BatchNorm) -> None:
         """Refuse statistics that are not finite where the layer does."""
-        finite = np.isfinite(self.moments.mean) & np.isfinite(self.moments.m2)
+        dtype = self.dtype if layer._arrays is None else layer.moving_mean.dtype
+        finite = Statistics(self.moments.mean, self.moments.variance(layer.ddof)).finite(dtype)
+        finite |= np.equal(self.moments.count, 0)
         if layer.on_nonfinite == "raise" and not finite.all():
             where = f"others in channel {int(np.argmin(finite))}"
             raise ValueError(must("batches", 'have finite statistics with on_nonfinite="raise"', where))
 
-    def store(self, layer: BatchNorm) -> None:
-        """Set the statistics of the layer."""
+    def updated(self, layer: BatchNorm) -> list[tuple[Array, Array]]:
+        """Return what the arrays of a layer become, which is built if it was not, for `_channels.put`."""
         if not layer.built:
             layer.build(features(self.shape), self.dtype)
         mean, variance = self.moments.mean, self.moments.variance(layer.ddof)
         taken = np.broadcast_to(np.greater(self.moments.count, 0), mean.shape)  # a channel without values keeps its own
-        if layer.on_nonfinite == "skip":
-            taken = taken & np.isfinite(mean) & np.isfinite(variance)
-        arrays = layer._existing()
         moving_mean, moving_variance = layer._tracked()
-        with layer._lock:
-            averages.blend(moving_mean, mean, 0.0, taken)
-            averages.blend(moving_variance, variance, 0.0, taken)
-            if layer._renorm is not None:
-                layer._renorm.follow(arrays.extra, moving_variance, layer.epsilon)
-            layer.batches = self.batches
+        if layer.on_nonfinite == "skip":
+            taken = taken & Statistics(mean, variance).finite(moving_mean.dtype)
+        new = averages.blended(moving_variance, variance, 0.0, taken)
+        pairs = [(moving_mean, averages.blended(moving_mean, mean, 0.0, taken)), (moving_variance, new)]
+        if layer._renorm is not None:
+            pairs += layer._renorm.following(layer._existing().extra, new, layer.epsilon)
+        return pairs

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import checks
-from .averages import blend
+from .averages import blended
 from .errors import must
 from .passes import Statistics
 
@@ -103,7 +103,7 @@ class Renorm:
             d = np.clip(d, -bounds["dmax"], bounds["dmax"])
         return r, d
 
-    def update(
+    def updated(
         self,
         state: Mapping[str, Array],
         moving_mean: Array,
@@ -112,8 +112,8 @@ class Renorm:
         epsilon: float,
         share: float,
         taken: Array | None,
-    ) -> None:
-        """Take a batch into the averages and the moving statistics."""
+    ) -> list[tuple[Array, Array]]:
+        """Return what the averages and the moving statistics become with a batch, for `_channels.put`."""
         sigma = np.sqrt(batch.variance + epsilon)
         learned, values = taken, [batch.mean, sigma]
         if self.debiased and taken is not None:
@@ -124,25 +124,32 @@ class Renorm:
                 old = state[name].astype(np.float64) / known_by if known_by else known[i]
                 values[i] = np.where(taken, values[i], old.reshape(-1))
             learned = None
-        blend(state["renorm_mean"], values[0], self.momentum, learned)
-        blend(state["renorm_stddev"], values[1], self.momentum, learned)
-        if not self.debiased:
-            blend(moving_mean, batch.mean, share, taken)
-            blend(state["moving_stddev"], sigma, share, taken)
-            squared = np.square(state["moving_stddev"], dtype=np.float64)
-            blend(moving_variance, np.maximum(squared - epsilon, 0.0), 0.0, taken)
-            return
-        one = np.ones(())
-        debiased = []
-        for name in ("renorm_mean", "renorm_stddev"):
-            weight = state[name + "_weight"]
-            blend(weight, one, self.momentum)
-            debiased.append(state[name].astype(np.float64) / float(weight) if weight else state[name])
-        mean, deviation = debiased
-        blend(moving_mean, mean, share, taken)
-        blend(moving_variance, np.maximum(np.square(deviation) - epsilon, 0.0), share, taken)
+        new = {
+            name: blended(state[name], value, self.momentum, learned)
+            for name, value in zip(("renorm_mean", "renorm_stddev"), values)
+        }
+        if self.debiased:
+            debiased = []
+            for name, average in list(new.items()):
+                weight = new[name + "_weight"] = blended(state[name + "_weight"], np.ones(()), self.momentum)
+                debiased.append(average.astype(np.float64) / float(weight) if weight else average)
+            mean, deviation = debiased
+            variance = np.maximum(np.square(deviation) - epsilon, 0.0)
+        else:
+            mean = batch.mean
+            new["moving_stddev"] = blended(state["moving_stddev"], sigma, share, taken)
+            variance = np.maximum(np.square(new["moving_stddev"], dtype=np.float64) - epsilon, 0.0)
+        moving = (moving_mean, blended(moving_mean, mean, share, taken))
+        share = share if self.debiased else 0.0  # the average of deviations has been taken already
+        return [
+            moving,
+            (moving_variance, blended(moving_variance, variance, share, taken)),
+            *((state[name], value) for name, value in new.items()),
+        ]
 
-    def follow(self, state: Mapping[str, Array], moving_variance: Array, epsilon: float) -> None:
-        """Make the averages fit moving statistics that were set from elsewhere."""
-        if not self.debiased:
-            state["moving_stddev"][...] = np.sqrt(moving_variance.astype(np.float64) + epsilon)
+    def following(self, state: Mapping[str, Array], variance: Array, epsilon: float) -> list[tuple[Array, Array]]:
+        """Return what averages become that fit a moving variance from elsewhere, for `_channels.put`."""
+        if self.debiased:
+            return []
+        target = state["moving_stddev"]
+        return [(target, np.sqrt(variance.astype(np.float64) + epsilon).astype(target.dtype))]

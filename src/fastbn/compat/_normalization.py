@@ -14,6 +14,7 @@ from .. import averages, checks, composite, functional, modes
 from .. import layout as layouts
 from ..composite import Batch, Composite
 from ..errors import must
+from ..kernels import _channels
 from ..options import Options
 from ..passes import Cache
 from ._graph import Variable
@@ -137,30 +138,35 @@ def _updates(settings: Settings, variables: Mapping[str, Variable], batch: Batch
     if settings.options.zero_debias:
         move_mean: Callable[[], None] = partial(_move_debiased, settings, variables, batch.statistics.mean)
     else:
-        move_mean = partial(averages.blend, mean.value, batch.statistics.mean, settings.momentum)
-    return [(mean, move_mean), (variance, partial(averages.blend, variance.value, batch.variance, settings.momentum))]
+        move_mean = partial(_move, mean.value, batch.statistics.mean, settings.momentum)
+    return [(mean, move_mean), (variance, partial(_move, variance.value, batch.variance, settings.momentum))]
+
+
+def _move(average: Array, value: Array, share: float) -> None:
+    _channels.put([(average, averages.blended(average, value, share))])
 
 
 def _renormalize(settings: Settings, variables: Mapping[str, Variable], batch: Batch, *, of_mean: bool) -> None:
-    """Carry out one half of the update of batch renormalization: the core does both, here on copies."""
+    """Carry out one half of the update of batch renormalization: the core finds both."""
     renormalizer = settings.options.renormalizer()
     assert renormalizer is not None
-    names = ("moving_mean", "moving_variance", *renormalizer.names)
-    new = {name: variables[name].value.copy() for name in names}
-    renormalizer.update(
-        new, new["moving_mean"], new["moving_variance"], batch.statistics, settings.epsilon, settings.momentum, None
-    )
-    for name in names:
-        if (name in _OF_MEAN) == of_mean:
-            variables[name].value[...] = new[name]
+    values = {name: variables[name].value for name in ("moving_mean", "moving_variance", *renormalizer.names)}
+    half = [id(value) for name, value in values.items() if (name in _OF_MEAN) == of_mean]
+    moving = values["moving_mean"], values["moving_variance"]
+    pairs = renormalizer.updated(values, *moving, batch.statistics, settings.epsilon, settings.momentum, None)
+    _channels.put([(target, value) for target, value in pairs if id(target) in half])
 
 
 def _move_debiased(settings: Settings, variables: Mapping[str, Variable], value: Array) -> None:
     step = variables["local_step"].value
     share = averages.share(settings.momentum, int(step), zero_debias=True)
-    averages.blend(variables["biased"].value, value, settings.momentum)
-    averages.blend(variables["moving_mean"].value, value, share)
-    step[...] = int(step) + 1
+    biased, mean = variables["biased"].value, variables["moving_mean"].value
+    pairs = [
+        (biased, averages.blended(biased, value, settings.momentum)),
+        (mean, averages.blended(mean, value, share)),
+        (step, np.asarray(int(step) + 1, step.dtype)),
+    ]
+    _channels.put(pairs)
 
 
 def backward(dy: Any, cache: Cache | Composite) -> tuple[Array, ...]:

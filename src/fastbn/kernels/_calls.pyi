@@ -26,6 +26,7 @@ def forward(
     nan_policy: Any = "propagate",
     bent: Any = None,
     residual: Any = None,
+    layer: Any = None,
 ) -> Any: ...
 def backward(
     dy: Any,

@@ -64,9 +64,18 @@ cdef int carry_out(Job* job, bint wide, threads, Py_ssize_t serial) except -1:
     return finish(status)
 
 
+cdef bint has_weight(const Job* job) noexcept:
+    """Whether anything counts in any channel."""
+    cdef Py_ssize_t c
+    for c in range(job.channels):
+        if job.total[c] != 0:
+            return True
+    return False
+
+
 def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, axis, ddof, update, out,
             bint keep, bint in_place, threads, Py_ssize_t serial, mask=None, sample_weight=None, nan_policy="propagate",
-            bent=None, residual=None):
+            bent=None, residual=None, layer=None):
     """Carry out `fastbn.batch_norm`, or return None where the full checks have to decide.
 
     Parameters
@@ -85,6 +94,8 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         As the user gave them.
     bent : fastbn.activation.Activation, optional
         The activation.
+    layer : fastbn.BatchNorm, optional
+        What counts its batches, together with the update of its statistics: here no signal handler can come in between.
 
     Returns
     -------
@@ -186,7 +197,11 @@ def forward(x, gamma, beta, moving_mean, moving_variance, training, momentum, ep
         job.first, job.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(variance)
         if job.weighs:
             job.total = <double*> cnp.PyArray_DATA(total)
-    return None if carry_out(&job, wide, threads, serial) else result
+    if carry_out(&job, wide, threads, serial):
+        return None
+    if layer is not None and (not job.weighs or has_weight(&job)):
+        layer.batches += 1
+    return result
 
 
 def backward(dy, x, axis, gamma, mean, variance, double epsilon, bint frozen, out, threads, Py_ssize_t serial, counting=None,

@@ -1,7 +1,9 @@
+from collections.abc import Iterable
 from typing import Any
 
 from numpy.typing import NDArray
 
+def put(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]], counts: Iterable[tuple[Any, int]] = ()) -> None: ...
 def update_moving(
     moving_mean: NDArray[Any],
     moving_variance: NDArray[Any],

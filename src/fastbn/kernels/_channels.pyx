@@ -13,6 +13,24 @@ from .weights cimport merge_weighted
 cnp.import_array()
 
 
+def put(pairs, counts=()):
+    """Copy arrays into arrays of their shape and type, and set `batches` of layers: all of it, or nothing.
+
+    One call, in which nothing can fail and no signal handler runs: those run between the steps of Python.
+
+    Parameters
+    ----------
+    pairs : list of (target, value)
+        Arrays.
+    counts : sequence of (layer, number)
+        What `batches` becomes.
+    """
+    for target, value in pairs:
+        cnp.PyArray_CopyInto(<cnp.ndarray> target, <cnp.ndarray> value)
+    for layer, number in counts:
+        layer.batches = number
+
+
 def update_moving(moving_mean, moving_variance, mean, variance, double divisor, double momentum):
     """moving = momentum * moving + (1 - momentum) * batch, in float64, in place.
 
