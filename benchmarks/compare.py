@@ -59,6 +59,9 @@ ENTRIES = {
     "train-float16": Entry("train", dtype="float16"),
     "train-bfloat16": Entry("train", dtype="bfloat16"),
     "train-uint8": Entry("train", dtype="uint8", writes=4),
+    "backward-float16": Entry("backward", dtype="float16", reads=2),
+    "backward-bfloat16": Entry("backward", dtype="bfloat16", reads=2),
+    "backward-silu-float16": Entry("backward", dtype="float16", reads=2, options=lambda case: {"activation": "silu"}),
 }
 
 # (batch, channels, *spatial), and where the channels are.

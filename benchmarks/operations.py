@@ -143,7 +143,8 @@ def _torch(operation: str, c: Case, activation: str | None = None, residual: Any
             dx, dgamma, dbeta = aten.native_batch_norm_backward(
                 before, x, gamma, None, None, save_mean, save_invstd, True, EPSILON, [True, True, True]
             )
-            return dx.movedim(1, c.axis).numpy(), dgamma.numpy(), dbeta.numpy()
+            bits = dx.view(torch.uint16) if dx.dtype == torch.bfloat16 else dx
+            return bits.movedim(1, c.axis).numpy().view(c.dy.dtype), dgamma.numpy(), dbeta.numpy()
 
         return backward
     return {"train": train, "inference": inference, "moments": moments}[operation]

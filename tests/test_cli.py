@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -104,6 +105,68 @@ def test_apply_a_saved_layer(tmp_path, rng, layout):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), layer(x))
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "gelu_tanh", "leaky_relu", ("leaky_relu", 0.5)])
+def test_apply_a_layer_with_an_activation(tmp_path, data, activation):
+    path, x = data
+    layer = fastbn.BatchNorm(5, momentum=0, activation=activation)
+    layer(x, training=True)
+    layer.save(tmp_path / "bn.npz")
+    assert main(args("apply", tmp_path / "bn.npz", path, "-o", tmp_path / "y.npy")) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), layer(x))
+
+
+@pytest.mark.parametrize("policy", ["propagate", "omit", "raise"])
+def test_nan_does_what_it_does_in_the_layer(tmp_path, data, capsys, policy):
+    path, x = data
+    layer = fastbn.BatchNorm(5, nan_policy=policy)
+    layer(x, training=True)
+    layer.save(tmp_path / "bn.npz")
+    apply = args("apply", tmp_path / "bn.npz", path, "-o", tmp_path / "y.npy")
+    assert main(apply) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), layer(x))
+    (tmp_path / "y.npy").unlink()
+    x[3, 2] = np.nan
+    np.save(path, x)
+    if policy != "raise":
+        assert main(apply) == 0
+        np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), layer(x))
+        return
+    with pytest.raises(ValueError, match="NaN"):
+        layer(x)
+    assert main(apply) == 1
+    message = f'fastbn: error: {path} must have no NaN with nan_policy="raise", got some in channel 2\n'
+    assert capsys.readouterr().err == message
+    assert sorted(os.listdir(tmp_path)) == ["bn.npz", "x.npy"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"layout": "NCHW"}, {"layout": "channels_first"}, {"axis": 1}, {"axis": 3}], ids=str
+)
+def test_an_axis_that_is_given_stands_for_that_of_the_layer(tmp_path, rng, options):
+    layer = fastbn.BatchNorm(3, **options)
+    layer.moving_mean[...] = [1, 2, 3]
+    layer.save(tmp_path / "bn.npz")
+    x = rng.standard_normal((3, 7))
+    np.save(tmp_path / "x.npy", x)
+    apply = args("apply", tmp_path / "bn.npz", tmp_path / "x.npy", "-o", tmp_path / "y.npy")
+    assert main(apply) == 1  # by the layer's own axis, which x does not have or which is of another length
+    assert main([*apply, "--axis", "-2"]) == 0
+    expected = fastbn.normalize(x, layer.moving_mean, layer.moving_variance, axis=0)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), expected)
+
+
+def test_a_layer_of_several_axes_has_no_single_one(tmp_path, rng, capsys):
+    layer = fastbn.BatchNorm(axis=(1, 2))
+    x = rng.standard_normal((4, 3, 5))
+    layer(x, training=True)
+    layer.save(tmp_path / "bn.npz")
+    np.save(tmp_path / "x.npy", x)
+    apply = args("apply", tmp_path / "bn.npz", tmp_path / "x.npy", "-o", tmp_path / "y.npy")
+    for command in (apply, [*apply, "--axis", "1"]):
+        assert main(command) == 1
+        assert "one channel axis" in capsys.readouterr().err
+
+
 def test_merge_is_the_whole(tmp_path, data):
     path, x = data
     for name, part in zip("abc", np.split(x, [10, 700])):
@@ -169,6 +232,27 @@ def test_no_bar_without_tqdm(tmp_path, data, monkeypatch):
         assert progress is None
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(tmp_path, data, closed):
+    path, x = data
+
+    def shell(*parts):
+        command = f"{shlex.join([*COMMAND, *args(*parts)])} {closed}"
+        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
+
+    apply = ["apply", tmp_path / "m.npz", path, "-o", tmp_path / "y.npy"]
+    merge = ["merge", tmp_path / "m.npz", tmp_path / "m.npz", "-o", tmp_path / "c.npz"]
+    for parts in (["info"], ["stats", path, "-o", tmp_path / "m.npz"], apply, merge):
+        done = shell(*parts)
+        assert (done.returncode, done.stderr) == (0, "")
+    moments, _ = stream.load_moments(tmp_path / "m.npz")
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), fastbn.normalize(x, moments.mean, moments.variance()))
+    assert stream.load_moments(tmp_path / "c.npz")[0].count == 2000
+    done = shell("stats", tmp_path / "no.npy", "-o", tmp_path / "n.npz")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == ("2>" not in closed)
+
+
 # -- failures ------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +307,7 @@ def archive(path):
         np.savez(file, x=np.ones(3))
 
 
+HALF = b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4"
 BAD_FILES = {
     "missing": (lambda path: None, "No such file"),
     "folder": (lambda path: path.mkdir(), "Is a directory"),
@@ -232,6 +317,10 @@ BAD_FILES = {
     "half a magic": (lambda path: path.write_bytes(b"\x93NU"), "damaged .npy header"),
     "half a header": (
         lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'"),
+        "damaged .npy header",
+    ),
+    "half a shape": (
+        lambda path: path.write_bytes(np.lib.format.magic(1, 0) + b"\x46\x00" + HALF.ljust(69) + b"\n"),
         "damaged .npy header",
     ),
     "no dictionary": (
@@ -290,6 +379,9 @@ def test_bad_statistics_file(text, tmp_path, data, capsys):
         ({"count": 3}, {}),
         ({"count": "3", "axis": -1}, {}),
         ({"count": -3, "axis": -1}, {}),
+        pytest.param({"count": 10**400, "axis": -1}, {}, id="count of 401 digits"),
+        ({"count": 2**53 + 1, "axis": -1}, {}),
+        ({"count": None, "axis": -1}, {"count": np.full(5, 2**62)}),
         ({"count": 3, "axis": "last"}, {}),
         ({"count": 3, "axis": True}, {}),
         ({"count": 3, "axis": -1}, {"m2": -np.ones(5)}),
@@ -321,6 +413,13 @@ def test_what_does_not_fit(tmp_path, data, capsys):
         (args("merge", tmp_path / "m.npz", tmp_path / "other.npz", "-o", tmp_path / "n.npz"), "5 channels"),
         (args("stats", path, "-o", tmp_path / "no" / "m.npz"), "No such file"),
         (args("stats", path, "-o", tmp_path), "Is a directory"),
+        (args("stats", path, "-o", f"{tmp_path}/new/"), f"{tmp_path}/new/: Is a directory"),
+        (args("stats", path, "-o", f"{tmp_path}/new/."), f"{tmp_path}/new/.: Is a directory"),
+        (args("stats", path, "-o", f"{tmp_path}/m.npz/"), f"{tmp_path}/m.npz/: Is a directory"),
+        (args("stats", path, "-o", ""), "'': No such file"),
+        (args("stats", "", "-o", tmp_path / "n.npz"), "'': No such file"),
+        (args("apply", "", path, "-o", tmp_path / "y.npy"), "'': No such file"),
+        (args("apply", tmp_path / "m.npz", "", "-o", tmp_path / "y.npy"), "'': No such file"),
     ]:
         assert main(command) == 1
         assert message in capsys.readouterr().err
@@ -347,7 +446,46 @@ def test_interrupted_halfway(error, code, tmp_path, data, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path)) == ["m.npz", "x.npy", "y.npy"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_counts_that_are_too_many_together(tmp_path, capsys):
+    total = fastbn.Moments.from_dict({"count": np.array([2**53, 1]), "mean": np.zeros(2), "m2": np.ones(2)})
+    stream.save_moments(tmp_path / "m.npz", total, -1)
+    assert main(args("merge", tmp_path / "m.npz", tmp_path / "m.npz", "-o", tmp_path / "c.npz")) == 1
+    assert "2**53" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["m.npz"]
+
+
+def test_a_pipe_as_the_input(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    stream.save_moments(tmp_path / "m.npz", fastbn.Moments(4).update(np.ones((2, 4))), -1)
+    for command in (["stats"], ["apply", tmp_path / "m.npz"]):
+        assert main(args(*command, tmp_path / "pipe", "-o", tmp_path / "out")) == 1
+        assert capsys.readouterr().err == f"fastbn: error: {tmp_path / 'pipe'} is not a regular file\n"
+
+
+def test_a_full_disk_is_named(tmp_path, data):
+    path, _ = data
+    main(args("stats", path, "-o", tmp_path / "m.npz", "--quiet"))
+    apply = shlex.join([*COMMAND, *args("apply", tmp_path / "m.npz", path, "-o", tmp_path / "y.npy")])
+    limited = f"ulimit -f 8; {apply}"  # blocks of 512 or 1024 bytes: less than the output
+    done = subprocess.run(limited, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"fastbn: error: {tmp_path / 'y.npy'}: File too large\n"
+    assert sorted(os.listdir(tmp_path)) == ["m.npz", "x.npy"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_standard_output_is_named(tmp_path, data, unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for parts in (["info"], ["stats", data[0], "-o", tmp_path / "m.npz"]):
+        with open("/dev/full", "w") as full:
+            command = [*COMMAND, *args(*parts)]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+        assert done.returncode == 1
+        assert done.stderr == "fastbn: error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_leave_nothing_behind(number, tmp_path):
     size = 1 << 30  # sparse: takes no room, but some time to normalize
     with open(tmp_path / "x.npy", "wb") as file:
@@ -362,9 +500,39 @@ def test_signals_leave_nothing_behind(number, tmp_path):
             time.sleep(0.005)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert process.returncode == 128 + number
     assert "Traceback" not in errors
     assert sorted(os.listdir(tmp_path)) == ["m.npz", "x.npy"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_info", lambda _: signal.raise_signal(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert main(["info"]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_does_not_end_the_cleaning_up(monkeypatch):
+    cleaned = []
+
+    def interrupted(_):
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+
+    monkeypatch.setattr(cli, "_info", interrupted)
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as caught:
+        main(["info"])
+    assert caught.value.code == 129
+    assert cleaned
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_reader_that_leaves_early():

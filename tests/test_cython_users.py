@@ -146,6 +146,11 @@ def test_moving_statistics_and_merged_moments(rng):
     assert CALLS["update_moving"](4, *ours, x.mean(0), variance, 90, 1, 0.9) == DONE
     fastbn.update_moving(*theirs, x.mean(0), variance, momentum=0.9, count=90, ddof=1)
     np.testing.assert_array_equal(ours, theirs)
+    for count in (0.5, 1, 1.5, 2.25):  # a sum of weights
+        for ddof in (0, 1):
+            assert CALLS["update_moving"](4, *ours, x.mean(0), variance, count, ddof, 0.9) == DONE
+            fastbn.update_moving(*theirs, x.mean(0), variance, momentum=0.9, count=count, ddof=ddof)
+            np.testing.assert_array_equal(ours, theirs)
     assert CALLS["update_moving"](4, *ours, x.mean(0), variance, 0, 1, 0.9) == DONE
     np.testing.assert_array_equal(ours, theirs)
 
@@ -202,6 +207,20 @@ def test_what_is_invalid_touches_nothing():
     assert CALLS["update_moving"](3, mean, second, mean, second, 1, 0, 1.5) == INVALID
     assert CALLS["merge_moments"](3, 1, mean, None, 1, mean, second) == INVALID
     assert CALLS["merge_moments"](3, -1, mean, second, 1, mean, second) == INVALID
+    for infinite in (np.inf, np.nan):
+        assert CALLS["update_moving"](3, mean, second, mean, second, infinite, 0, 0.5) == INVALID
+        assert CALLS["merge_moments"](3, infinite, mean, second, 1, mean, second) == INVALID
+        assert CALLS["merge_moments"](3, 1, mean, second, infinite, mean, second) == INVALID
+    askew = mean.ctypes.data + 4
+    assert CALLS["moments_float"](4, 3, 5, x, None, askew, second, 1) == INVALID
+    assert CALLS["update_moving"](3, mean, second, askew, second, 1, 0, 0.5) == INVALID
+    assert CALLS["merge_moments"](3, 1, mean, askew, 1, mean, second) == INVALID
+    for parameters in ((askew, second, None), (mean, askew, None), (mean, second, short)):
+        place, other, gamma = parameters
+        assert CALLS["normalize_float"](4, 3, 5, x, None, x, None, gamma, None, place, other, 1e-3, 1) == INVALID
+        assert CALLS["train_float"](4, 3, 5, x, None, x, None, gamma, None, place, other, 1e-3, 1) == INVALID
+        assert call(4, 3, 5, x, None, x, None, x, None, gamma, place, other, 1e-3, 0, None, None, 1) == INVALID
+        assert call(4, 3, 5, x, None, x, None, x, None, None, mean, second, 1e-3, 0, gamma, askew + 1, 1) == INVALID
     assert (mean == 7).all()
     assert (second == 7).all()
     assert (x == before).all()

@@ -46,6 +46,52 @@ def test_a_failing_step_leaves_no_new_file(tmp_path, monkeypatch, step, error):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
+def test_a_failing_step_names_the_file(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(step, failing(OSError(28, "No space left on device", ".fastbn.tmp")))
+    with pytest.raises(OSError) as caught:
+        write(tmp_path / "out")
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", [10, 1 << 20])
+def test_a_full_disk_names_the_file(tmp_path, size):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            write(tmp_path / "out", bytes(size))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_another_file_is_left_alone(tmp_path):
+    error = OSError(5, "Input/output error")
+    with pytest.raises(OSError) as caught, atomic_file(tmp_path / "out"):
+        raise error
+    assert caught.value is error
+    assert error.filename is None
+
+
+@pytest.mark.parametrize("name", ["new/", "new/.", "new/..", "old/"])
+def test_the_name_of_a_folder(tmp_path, name):
+    (tmp_path / "old").write_bytes(b"precious")
+    target = os.path.join(tmp_path, name)
+    with pytest.raises(IsADirectoryError) as caught:
+        write(target)
+    assert caught.value.filename == target
+    assert os.listdir(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_bytes() == b"precious"
+
+
+def test_no_name():
+    with pytest.raises(FileNotFoundError):
+        write("")
+
+
 def test_a_folder_that_cannot_be_flushed_does_not_matter(tmp_path, monkeypatch):
     fsync = os.fsync
 

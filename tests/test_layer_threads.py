@@ -10,6 +10,7 @@ import pytest
 import reference as ref
 
 from fastbn import BatchNorm, batch_norm, batch_norm_backward, batch_norm_forward
+from fastbn.threads import _owners
 
 C = 5
 
@@ -97,3 +98,20 @@ def test_every_thread_has_the_gradient_of_its_own_call():
             ref.assert_same_bits(dx, batch_norm_backward(dy, cache)[0])
 
     run_threads(work, 3)
+
+
+def test_layers_of_a_class_with_an_equality_of_its_own():
+    """Locks of equal layers are not one lock."""
+
+    class Equal(BatchNorm):
+        def __eq__(self, other):
+            return True
+
+    class EqualHashed(Equal):
+        def __hash__(self):
+            return 1
+
+    assert Equal(3).built
+    layers = EqualHashed(3), EqualHashed(3)
+    owners = list(_owners.values())
+    assert all(any(owner is layer for owner in owners) for layer in layers)

@@ -170,6 +170,8 @@ def test_dict():
 BAD = [
     {"count": -1}, {"count": -1.5}, {"count": "3"}, {"mean": np.zeros(4)}, {"m2": np.zeros((5, 1))},
     {"m2": -np.ones(5)}, {"count": 0}, {"mean": np.zeros(5, complex)}, {"more": 1},
+    {"count": 2**53 + 1}, {"count": 10**400}, {"count": np.full(5, 2**53 + 1)}, {"count": [10**400] * 5},
+    {"count": np.array([1, 1, 1, 1, 2**63], np.uint64)},
 ]  # fmt: skip
 
 
@@ -181,6 +183,21 @@ def test_bad_dicts(wrong):
     for key in ("count", "mean", "m2"):
         with pytest.raises((KeyError, ValueError)):
             Moments.from_dict({k: v for k, v in d.items() if k not in (key, "more")})
+
+
+@pytest.mark.parametrize("count", [2**53, [2**53, 1, 1, 1, 1]], ids=["one", "per channel"])
+def test_counts_are_bounded(count):
+    s = Moments.from_dict({"count": count, "mean": np.zeros(5), "m2": np.ones(5)})
+    kept = s.to_dict()
+    for total in (s + Moments(5), Moments() + s):
+        assert total == s
+    for other in (moments(np.ones((1, 5))), s):
+        with pytest.raises(ValueError, match=r"at most 2\*\*53"):
+            s.merge(other)
+        assert s == Moments.from_dict(kept)
+    weighted = Moments.from_dict({"count": 1e300, "mean": np.zeros(5), "m2": np.ones(5)})
+    assert weighted.count == 1e300
+    assert (s + weighted).count == 1e300  # sums of weights are rounded
 
 
 def test_repr_and_equality():

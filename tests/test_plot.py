@@ -44,6 +44,7 @@ def legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+NAN = float("nan")
 CALLS = {
     "statistics": ([[[0, 1], [1, 2]]], {}),
     "accuracy": ([[1, 10], {"a": [1, 2]}], {}),
@@ -95,6 +96,12 @@ def test_statistics_of_chosen_channels_and_steps(ax):
     assert ax.get_yscale() == "linear"
 
 
+@pytest.mark.parametrize("count", [2, np.int64(2), np.uint8(2)], ids=repr)
+def test_statistics_of_a_number_of_channels(ax, count):
+    plot.statistics([[1, 2, 3], [1, 3, 5]], channels=count, ax=ax)
+    assert legend(ax) == ["channel 2", "channel 1"]
+
+
 def test_accuracy(ax):
     plot.accuracy([1, 100], {"fastbn": [0, 2], "other": [3, 4e5]}, bound=[1, 10], ax=ax)
     assert legend(ax) == ["fastbn", "other", "bound"]
@@ -112,6 +119,7 @@ def test_bandwidth(ax):
     plot.bandwidth(sizes, {"fastbn": [1, 2, 3], "NumPy": [1, nan, nan]}, limit=[2, 3, 4], ylabel="GB/s", ax=ax)
     assert legend(ax) == ["bandwidth limit", "fastbn", "NumPy"]
     np.testing.assert_array_equal(lines(ax)["NumPy"], [[2**10], [1]])
+    plot.bandwidth(sizes, {"NumPy": [nan] * 3}, limit=[2, 3, 4]).figure.canvas.draw()
     ax.figure.canvas.draw()
     labels = {tick.get_text() for tick in ax.get_xticklabels()}
     assert {"1 KB", "16 KB", "1 MB", "1 GB"} & labels
@@ -179,11 +187,19 @@ def test_speedups_without_a_bar(ax):
         ("statistics", [[[1, 2]], [1, 2, 3]], {}, r"true must have shape \(1, 2\) or \(2,\), got \(3,\)"),
         ("statistics", [[[1, 2]]], {"steps": [1, 2]}, r"steps must have shape \(1,\), got \(2,\)"),
         ("statistics", [[[1, 2]]], {"channels": [2]}, "channels must be from 0 to 1, got 2"),
+        ("statistics", [[[1, 2]]], {"channels": -1}, "channels must be at least 0, got -1"),
+        ("statistics", [np.ones((0, 3))], {}, r"moving must have at least one step, got shape \(0, 3\)"),
+        ("statistics", [np.ones((0, 3))], {"channels": [0], "momentum": 0.9}, "at least one step"),
         ("accuracy", [[], {}], {}, r"condition must be one-dimensional and not empty, got shape \(0,\)"),
         ("accuracy", [[1], {"a": [1, 2]}], {}, r"errors\['a'\] must have shape \(1,\), got \(2,\)"),
         ("accuracy", [[1], {"a": [1]}], {"bound": [1, 2]}, r"bound must have shape \(1,\), got \(2,\)"),
         ("bandwidth", [[1], {"a": [1, 2]}], {}, r"values\['a'\] must have shape \(1,\), got \(2,\)"),
         ("bandwidth", [[1], {"a": [1]}], {"limit": []}, r"limit must have shape \(1,\), got \(0,\)"),
+        ("bandwidth", [[1], {"a": [NAN]}], {}, "values must have a positive number at a positive size, got none"),
+        ("bandwidth", [[1], {}], {}, "values must have a positive number at a positive size, got none"),
+        ("bandwidth", [[0, 1], {"a": [1, 0]}], {}, "values must have a positive number at a positive size, got none"),
+        ("roofline", [{"a": ([1, 0], [1, 1])}], {"bandwidth": 1}, r"points\['a'\]\[0\] must be positive .*, got 0.0"),
+        ("roofline", [{"a": ([NAN], [1])}], {"bandwidth": 1}, r"points\['a'\]\[0\] must be positive .*, got nan"),
         ("roofline", [{}], {"bandwidth": 0}, "bandwidth must be positive, got 0"),
         ("roofline", [{}], {"bandwidth": 1, "peak": -1}, "peak must be positive, got -1"),
         ("roofline", [{"a": ([1], [1, 2])}], {"bandwidth": 1}, r"points\['a'\] must have shape \(1,\), got \(2,\)"),
@@ -194,9 +210,11 @@ def test_speedups_without_a_bar(ax):
     ],
 )
 def test_messages(name, arguments, options, message, ax):
-    with pytest.raises(ValueError, match=message):
-        getattr(plot, name)(*arguments, **options, ax=ax)
+    for where in ({"ax": ax}, {}):
+        with pytest.raises(ValueError, match=message):
+            getattr(plot, name)(*arguments, **options, **where)
     assert not ax.lines
+    assert not matplotlib.pyplot.get_fignums()
 
 
 @pytest.mark.parametrize("name", plot.__all__)

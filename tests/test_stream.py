@@ -94,6 +94,63 @@ def test_the_input_is_never_the_output(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), np.ones((4, 3)))
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", ("leaky_relu", 0.5)])
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_an_activation(tmp_path, rng, activation, order, block_bytes):
+    x = np.asarray(rng.standard_normal((7, 6, 11)), np.float32, order=order)
+    np.save(tmp_path / "x.npy", x)
+    options = {"axis": 1, "activation": activation}
+    normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", np.zeros(6), np.ones(6), **options, block_bytes=block_bytes)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), fastbn.normalize(x, np.zeros(6), np.ones(6), **options))
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8"])
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_nan_that_is_refused(tmp_path, order, dtype, block_bytes):
+    x = np.ones((7, 6, 11), dtype, order=order)
+    arguments = tmp_path / "x.npy", tmp_path / "y.npy", np.zeros(6), np.ones(6)
+    options = {"axis": 1, "nan_policy": "raise", "block_bytes": block_bytes}
+    np.save(tmp_path / "x.npy", x)
+    normalize_file(*arguments, **options)
+    (tmp_path / "y.npy").unlink()
+    x[5, 3, 7] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match=r'x\.npy must have no NaN with nan_policy="raise", got some in channel 3'):
+        normalize_file(*arguments, **options)
+    assert not (tmp_path / "y.npy").exists()
+    with pytest.raises(ValueError, match="nan_policy must be one of"):
+        normalize_file(*arguments, axis=1, nan_policy="drop")
+
+
+@pytest.mark.filterwarnings("ignore")  # NumPy warns of what it can still read
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_every_flipped_bit_of_a_header(tmp_path, version):
+    path = tmp_path / "x.npy"
+    with open(path, "wb") as file:
+        np.lib.format.write_array(file, np.ones((3, 4), np.float32), version=version)
+    whole, found = path.read_bytes(), []
+    for bit in range(8 * (len(whole) - 48)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            moments_of_file(path)
+        except (ValueError, TypeError) as error:
+            found.append(str(error))
+    assert found
+    assert all(str(path) in message for message in found)
+
+
+@pytest.mark.parametrize("header", ["{", "[]", "{'descr': (), 'fortran_order': False, 'shape': (3,)}", "((((" * 500])
+def test_headers_that_are_none(tmp_path, header):
+    text = header.encode().ljust(118) + b"\n"
+    (tmp_path / "x.npy").write_bytes(np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(ValueError, match=r"x\.npy has a damaged \.npy header"):
+        NpyFile.open(tmp_path / "x.npy")
+
+
 @pytest.mark.parametrize("name", ["mean", "variance", "gamma", "beta"])
 def test_parameters_of_another_size(tmp_path, name):
     np.save(tmp_path / "x.npy", np.ones((4, 3)))

@@ -30,6 +30,7 @@ __all__ = ["main"]
 
 # More channels than this are summarized: a terminal is no place for a thousand lines.
 SHOWN_CHANNELS = 8
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,19 +54,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminable(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.run(args)
-            sys.stdout.flush()
+            _flush()
     except _UsageError as error:
         return _complain(error, code=2)
     except KeyboardInterrupt:
         return _complain("interrupted", code=130)
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough. The flush at the interpreter's exit must go somewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        _drop_output()
     except OSError as error:
-        return _complain(f"{error.filename}: {error.strerror}" if error.filename else error)
+        return _complain(error if error.filename is None else f"{error.filename or repr('')}: {error.strerror}")
     except (ValueError, TypeError, ImportError, MemoryError) as error:
         return _complain(error)
     return 0
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Let errors that name no file say that it is stdout, which takes no more then."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _drop_output()
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _drop_output() -> None:
+    """Send what is left to print nowhere: the flush at the interpreter's exit would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@_printing()
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is in a process that was started with it closed
+        sys.stdout.flush()
 
 
 class _UsageError(Exception):
@@ -74,29 +97,40 @@ class _UsageError(Exception):
 
 def _complain(error: object, code: int = 1) -> int:
     line = " ".join(str(error).split()) or type(error).__name__
-    print(f"fastbn: error: {line}", file=sys.stderr)
+    _say(f"fastbn: error: {line}")
     return code
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"fastbn: warning: {message}", file=sys.stderr)
+    _say(f"fastbn: warning: {message}")
+
+
+def _say(line: str) -> None:
+    if sys.stderr is not None:  # print would take None for stdout
+        print(line, file=sys.stderr)
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that temporary files go, instead of ending the process on the spot."""
+    """Let signals unwind the stack, so that temporary files go, instead of ending the process on the spot."""
 
     def stop(signum: int, frame: object) -> NoReturn:
+        for number in previous:  # a terminal that closes sends several: another one must not end the cleaning up
+            signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + signum)
 
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
-    previous = signal.signal(signal.SIGTERM, stop)
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    previous = {n: h for n, h in handlers.items() if h != signal.SIG_IGN}  # what nohup ignores stays ignored
+    for number in previous:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 # -- arguments -----------------------------------------------------------------------------------------------
@@ -124,7 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     apply = commands.add_parser(
         "apply",
         help="normalize a .npy file of any size",
-        description="Normalize a .npy file by statistics or by a saved BatchNorm, in constant memory.",
+        description="Normalize a .npy file by statistics or by a saved BatchNorm, in constant memory. A layer does "
+        "what it does in inference: its activation is applied, and nan_policy='raise' refuses NaN.",
     )
     apply.add_argument("moments", metavar="M.npz", help="written by stats, by merge or by BatchNorm.save")
     apply.add_argument("file", metavar="FILE.npy")
@@ -185,6 +220,7 @@ def _refuse_overwriting(output: str, *inputs: str) -> None:
 # -- commands ------------------------------------------------------------------------------------------------
 
 
+@_printing()
 def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(show_config(mode="dicts"), indent=2))
@@ -204,9 +240,7 @@ def _stats(args: argparse.Namespace) -> None:
 def _apply(args: argparse.Namespace) -> None:
     _refuse_overwriting(args.output, args.file, args.moments)
     source = NpyFile.open(args.file)
-    options = _read_parameters(args.moments, len(source.shape))
-    if args.axis is not None:
-        options["axis"] = args.axis
+    options = _read_parameters(args.moments, len(source.shape), args.axis)
     if args.epsilon is not None:
         options["epsilon"] = args.epsilon
     if options["axis"] is None:
@@ -235,16 +269,19 @@ def _demo(args: argparse.Namespace) -> None:
     demo.run(args.output, quick=args.quick, seed=args.seed, progress=not args.quiet)
 
 
-def _read_parameters(path: str, rank: int) -> dict[str, Any]:
-    """Read what `stream.normalize_file` needs for an array of this rank, from either kind of file."""
+def _read_parameters(path: str, rank: int, axis: int | None) -> dict[str, Any]:
+    """Read what `stream.normalize_file` needs for an array of this rank, from either kind of file.
+
+    An axis that is given stands for that of the file, which then need not fit the array.
+    """
     if state.read_kind(path) == "moments":
-        moments, axis = stream.load_moments(path)
+        moments, stored = stream.load_moments(path)
         if not np.any(moments.count):
             raise ValueError(f"{path} holds statistics of no values at all")
-        return {"mean": moments.mean, "variance": moments.variance(), "axis": axis}
+        return {"mean": moments.mean, "variance": moments.variance(), "axis": stored if axis is None else axis}
     layer = BatchNorm.load(path)
-    axes = layout.channel_axes(layer.axis, layer.layout, rank)
-    if len(axes) != 1 or not layer.built:
+    axes = layout.channel_axes(layer.axis, layer.layout, rank) if axis is None else (axis,)
+    if not layer.built or np.ndim(layer.moving_mean) != 1:
         raise ValueError(f"{path} must hold statistics along one channel axis, got {layer!r}")
     return {
         "mean": layer.moving_mean,
@@ -253,12 +290,15 @@ def _read_parameters(path: str, rank: int) -> dict[str, Any]:
         "beta": layer.beta,
         "epsilon": layer.epsilon,
         "axis": axes[0],
+        "activation": layer.activation,
+        "nan_policy": layer.nan_policy,
     }
 
 
 # -- printing ------------------------------------------------------------------------------------------------
 
 
+@_printing()
 def _print_moments(moments: Moments, quiet: bool) -> None:
     if quiet:
         return
@@ -277,7 +317,7 @@ def _print_moments(moments: Moments, quiet: bool) -> None:
 @contextmanager
 def _progress(total: int, label: str, quiet: bool) -> Iterator[Callable[[int], object] | None]:
     """A bar on stderr where there is a terminal to draw it on and tqdm to draw it."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     try:

@@ -5,6 +5,7 @@ never asks for the GIL and may be called from threads that Python does not know.
 """
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython cimport floating
+from libc.float cimport DBL_MAX
 from libc.string cimport memset
 
 from .kernels._plan cimport pattern_of, work_of
@@ -93,6 +94,16 @@ cdef bint set_operand(const Job* job, Operand* operand, const floating* data, co
     return not (strides[0] % size or strides[1] % size or strides[2] % size)
 
 
+cdef inline bint is_aligned(const floating* data) noexcept nogil:
+    """Whether a vector, if there is one, lies as its numbers have to."""
+    return <size_t> data % sizeof(floating) == 0
+
+
+cdef inline bint is_place(const double* data) noexcept nogil:
+    """Whether there is a vector, which is aligned."""
+    return data != NULL and is_aligned(data)
+
+
 cdef Parameter vector(const floating* data) noexcept nogil:
     cdef Parameter parameter
     parameter.data = <char*> data
@@ -118,7 +129,7 @@ cdef int moments(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const 
     cdef Job job
     if not set_extents(&job, MOMENTS, outer, channels, inner, threads):
         return INVALID
-    if channels and (mean == NULL or m2 == NULL):
+    if channels and not (is_place(mean) and is_place(m2)):
         return INVALID
     if is_empty(&job):
         memset(mean, 0, channels * sizeof(double))
@@ -138,7 +149,7 @@ cdef int normalize(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, cons
         return INVALID
     if is_empty(&job):
         return DONE
-    if mean == NULL or variance == NULL:
+    if not (is_place(mean) and is_place(variance) and is_aligned(gamma) and is_aligned(beta)):
         return INVALID
     if not (set_operand(&job, &job.u, x, x_strides) and set_operand(&job, &job.y, <const floating*> y, y_strides)):
         return INVALID
@@ -154,7 +165,7 @@ cdef int train(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const fl
     cdef Job job
     if not set_extents(&job, TRAIN, outer, channels, inner, threads):
         return INVALID
-    if channels and (mean == NULL or variance == NULL):
+    if channels and not (is_place(mean) and is_place(variance) and is_aligned(gamma) and is_aligned(beta)):
         return INVALID
     if is_empty(&job):
         memset(mean, 0, channels * sizeof(double))
@@ -176,13 +187,15 @@ cdef int gradient(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const
     cdef Job job
     if not set_extents(&job, FROZEN if frozen else GRADIENT, outer, channels, inner, threads):
         return INVALID
+    if not (is_aligned(<const floating*> dgamma) and is_aligned(<const floating*> dbeta)):
+        return INVALID
     if is_empty(&job):
         if dgamma != NULL:
             memset(dgamma, 0, channels * sizeof(floating))
         if dbeta != NULL:
             memset(dbeta, 0, channels * sizeof(floating))
         return DONE
-    if mean == NULL or variance == NULL:
+    if not (is_place(mean) and is_place(variance) and is_aligned(gamma)):
         return INVALID
     if not (set_operand(&job, &job.u, dy, dy_strides) and set_operand(&job, &job.v, x, x_strides)
             and set_operand(&job, &job.y, <const floating*> dx, dx_strides)):
@@ -257,24 +270,24 @@ cdef int update_moving(Py_ssize_t channels, double* moving_mean, double* moving_
                        double momentum) noexcept nogil:
     cdef Parameter old_mean = vector(<const double*> moving_mean), old_variance = vector(<const double*> moving_variance)
     cdef Parameter new_mean = vector(mean), new_variance = vector(variance)
-    if channels < 0 or not count >= 0 or not (ddof == 0 or ddof == 1) or not 0 <= momentum <= 1:
+    if channels < 0 or not 0 <= count <= DBL_MAX or not (ddof == 0 or ddof == 1) or not 0 <= momentum <= 1:
         return INVALID
     if channels == 0 or count == 0:
         return DONE
-    if moving_mean == NULL or moving_variance == NULL or mean == NULL or variance == NULL:
+    if not (is_place(moving_mean) and is_place(moving_variance) and is_place(mean) and is_place(variance)):
         return INVALID
-    blend(&old_mean, &old_variance, &new_mean, &new_variance, channels, max(count - ddof, 1.0) / count, momentum)
+    blend(&old_mean, &old_variance, &new_mean, &new_variance, channels, (count - ddof) / count if count > ddof else 1, momentum)
     return DONE
 
 
 cdef int merge_moments(Py_ssize_t channels, double count, double* mean, double* m2,
                        double other_count, const double* other_mean, const double* other_m2) noexcept nogil:
     cdef Py_ssize_t c
-    if channels < 0 or not count >= 0 or not other_count >= 0:
+    if channels < 0 or not 0 <= count <= DBL_MAX or not 0 <= other_count <= DBL_MAX:
         return INVALID
     if channels == 0 or other_count == 0:
         return DONE
-    if mean == NULL or m2 == NULL or other_mean == NULL or other_m2 == NULL:
+    if not (is_place(mean) and is_place(m2) and is_place(other_mean) and is_place(other_m2)):
         return INVALID
     if count == 0:
         for c in range(channels):

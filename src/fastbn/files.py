@@ -2,10 +2,14 @@
 
 import contextlib
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 __all__ = ["atomic_file"]
 
@@ -31,18 +35,21 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises
     ------
     OSError
-        If the file cannot be written, or `path` is a folder, a device or a pipe, which renaming would
-        destroy.
+        If the file cannot be written, or `path` is a folder, also one that does not exist ("new/"), or a
+        device or a pipe, which renaming would destroy. What fails in writing names `path`.
     """
     target = os.path.realpath(path)  # renaming onto a link would replace the link
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".fastbn-{os.urandom(8).hex()}.tmp")
+    name = os.fspath(path)
     try:
-        with _create(temporary, target, os.fspath(path)) as file:
+        with _create(temporary, target, name) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+            with _naming(name):
+                file.flush()
+                os.fsync(file.fileno())
+        with _naming(name):
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -50,13 +57,35 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _flush_folder(folder)
 
 
-def _create(temporary: str, target: str, path: str) -> BinaryIO:
-    """Create the temporary file with the permissions of the target; errors name `path`."""
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Let errors name `path`, which the user knows, instead of the temporary file or none."""
     try:
-        mode = _mode_of_replaceable(target)
-        file = open(temporary, "x+b")  # noqa: SIM115  (the caller closes it)
+        yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
+
+
+class _Temporary(io.FileIO):
+    """A new file whose errors in writing name `path`, as which it will appear."""
+
+    def __init__(self, temporary: str, path: str) -> None:
+        super().__init__(temporary, "x+")
+        self.path = path
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        with _naming(self.path):
+            return super().write(data)
+
+
+def _create(temporary: str, target: str, path: str) -> BinaryIO:
+    """Create the temporary file with the permissions of the target; errors name `path`."""
+    with _naming(path):
+        if os.path.basename(path) in ("", os.curdir, os.pardir):  # of which realpath leaves no trace
+            code = errno.EISDIR if path else errno.ENOENT
+            raise OSError(code, os.strerror(code))
+        mode = _mode_of_replaceable(target)
+        file = io.BufferedRandom(_Temporary(temporary, path))
     if mode is not None:
         with contextlib.suppress(PermissionError):
             os.chmod(temporary, mode)

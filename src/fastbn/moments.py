@@ -126,7 +126,7 @@ class Moments:
         TypeError
             If other is none.
         ValueError
-            If the number of channels differs.
+            If the number of channels differs, or both together have more than 2**53 values.
         """
         if not isinstance(other, Moments):
             raise TypeError(must("other", "be Moments", type(other).__name__))
@@ -138,12 +138,13 @@ class Moments:
             self.count, self.mean, self.m2 = copy(other.count), other.mean.copy(), other.m2.copy()
             self._sized = True
         elif np.any(other.count):
+            count = weighting.added(self.count, other.count)
             mean, m2 = self.mean.copy(), self.m2.copy()
             if isinstance(self.count, int) and isinstance(other.count, int):
                 _channels.merge_moments(self.count, mean, m2, other.count, other.mean, other.m2)
             else:
                 _channels.merge_moments_counted(self._counts(), mean, m2, other._counts(), other.mean, other.m2)
-            self.count, self.mean, self.m2 = weighting.tidy(self.count + other.count), mean, m2
+            self.count, self.mean, self.m2 = count, mean, m2
         return self
 
     def __add__(self, other: Moments) -> Moments:

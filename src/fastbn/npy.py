@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -70,12 +71,15 @@ class NpyFile:
         Raises
         ------
         ValueError
-            For a file that is empty, truncated, not .npy, or without axes.
+            For a file that is empty, truncated, not .npy, or without axes, and for a pipe or a device.
         TypeError
             For values that are neither float32 nor float64.
         OSError
             For a file that cannot be opened.
         """
+        mode = os.stat(path).st_mode  # before open(), which would wait at a pipe
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open() refuses a folder
+            raise ValueError(f"{path} is not a regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             shape, fortran_order, dtype = _read_header(file, path)
@@ -156,7 +160,9 @@ def _read_header(file: IO[bytes], path: str | os.PathLike[str]) -> tuple[tuple[i
             return np.lib.format.read_array_header_1_0(file)
         if version == (2, 0):
             return np.lib.format.read_array_header_2_0(file)
-    except (ValueError, EOFError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header takes NumPy and its tokenizer to places that raise almost anything
         raise ValueError(f"{path} has a damaged .npy header") from error
     # Version 3 exists for field names beyond Latin-1, which plain numbers do not have.
     raise ValueError(f"{path} has .npy version {version}, expected 1.0 or 2.0")

@@ -393,7 +393,10 @@ def feature_shape(num_features: Any) -> tuple[int, ...]:
 
 
 def parameter_dtype(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
-    given: np.dtype[Any] = np.dtype(dtype)
+    try:
+        given: np.dtype[Any] = np.dtype(dtype)
+    except SyntaxError:  # of a string with brackets
+        raise TypeError(must(name, "be float32 or float64", repr(dtype))) from None
     if given not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(must(name, "be float32 or float64", given))
     return given

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import checks
 from .errors import must
 
 try:
@@ -63,7 +64,7 @@ def statistics(
     Raises
     ------
     ValueError
-        If shapes do not fit, or a channel is not one of those there are.
+        If shapes do not fit, there are no steps, or a channel is not one of those there are.
 
     Examples
     --------
@@ -80,15 +81,18 @@ def statistics(
     rows = np.asarray(moving, dtype=np.float64)
     if rows.ndim != 2:
         raise ValueError(must("moving", "have shape (steps, channels)", rows.shape))
+    if not len(rows):
+        raise ValueError(must("moving", "have at least one step", f"shape {rows.shape}"))
     truth = None if true is None else np.asarray(true, dtype=np.float64)
     if truth is not None and truth.shape not in (rows.shape, rows.shape[1:]):
         raise ValueError(must("true", f"have shape {rows.shape} or {rows.shape[1:]}", truth.shape))
     at = np.arange(1, len(rows) + 1) if steps is None else np.asarray(steps)
     if at.shape != rows.shape[:1]:
         raise ValueError(must("steps", f"have shape {rows.shape[:1]}", at.shape))
-    if isinstance(channels, int):
+    if isinstance(channels, int | np.integer):
+        most = checks.count(channels, "channels")
         moved = np.ptp(rows if truth is None or truth.ndim == 1 else truth, axis=0)
-        chosen = [int(c) for c in np.argsort(moved, kind="stable")[::-1][:channels]]
+        chosen = [int(c) for c in np.argsort(moved, kind="stable")[::-1][:most]]
     else:
         chosen = [int(c) for c in channels]
     for channel in chosen:
@@ -197,7 +201,7 @@ def bandwidth(
     Raises
     ------
     ValueError
-        If shapes do not fit.
+        If shapes do not fit, or there is nothing to draw.
 
     Examples
     --------
@@ -209,6 +213,9 @@ def bandwidth(
     at = _one_dimensional("nbytes", nbytes)
     series = _series("values", values, at.shape)
     roof = None if limit is None else _series("limit", {"limit": limit}, at.shape)["limit"]
+    drawn = [*series.values()] if roof is None else [*series.values(), roof]
+    if not any((_positive(at) & _positive(line)).any() for line in drawn):  # logarithmic axes need one
+        raise ValueError(must("values", "have a positive number at a positive size", "none"))
     ax = _axes(ax)
     if roof is not None:
         ax.plot(at, roof, label="bandwidth limit", **LIMIT)
@@ -253,7 +260,7 @@ def roofline(
     Raises
     ------
     ValueError
-        If shapes do not fit, or a roof is not positive.
+        If shapes do not fit, or a roof or an intensity is not positive.
 
     Examples
     --------
@@ -268,6 +275,8 @@ def roofline(
     pairs = {}
     for who, (x, y) in points.items():
         at = _one_dimensional(f"points[{who!r}][0]", x)
+        if not _positive(at).all():
+            raise ValueError(must(f"points[{who!r}][0]", "be positive and finite", at[~_positive(at)][0]))
         pairs[who] = at, _series("points", {who: y}, at.shape)[who]
     ax = _axes(ax)
     every = np.concatenate([at for at, _ in pairs.values()]) if pairs else np.ones(1)
@@ -435,6 +444,11 @@ def _one_dimensional(name: str, values: ArrayLike) -> NDArray[np.float64]:
     if array.ndim != 1 or not array.size:
         raise ValueError(must(name, "be one-dimensional and not empty", f"shape {array.shape}"))
     return array
+
+
+def _positive(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which values a logarithmic axis has a place for."""
+    return (values > 0) & np.isfinite(values)
 
 
 def _series(name: str, values: Mapping[str, ArrayLike], shape: tuple[int, ...]) -> dict[str, NDArray[np.float64]]:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import state
-from .errors import StateError
+from . import checks, state
+from .errors import StateError, must
 from .files import atomic_file
 from .moments import Moments
 from .normalization import normalize
-from .npy import BLOCK_BYTES, NpyFile
+from .npy import BLOCK_BYTES, Block, NpyFile
+from .weights import NAN_POLICIES
 
 __all__ = ["load_moments", "moments_of_file", "normalize_file", "same_file", "save_moments"]
 
@@ -91,12 +92,14 @@ def normalize_file(
     beta: ArrayLike | None = None,
     epsilon: float = 1e-3,
     axis: int = -1,
+    activation: str | tuple[str, float] | None = None,
+    nan_policy: str = "propagate",
     block_bytes: int = BLOCK_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Normalize a .npy file into another one, in constant memory.
 
-    ``y = (x - mean) / sqrt(variance + epsilon) * gamma + beta``. The output has the shape, dtype
+    ``y = (x - mean) / sqrt(variance + epsilon) * gamma + beta``, and its activation. The output has the shape, dtype
     and order of the input, in native byte order. It appears under its name when complete, or not at all.
 
     Parameters
@@ -113,6 +116,10 @@ def normalize_file(
         Added to the variance.
     axis : int, default -1
         The channel axis.
+    activation : str or tuple, optional
+        As in `batch_norm`.
+    nan_policy : {"propagate", "omit", "raise"}, default "propagate"
+        "raise" refuses NaN; it stays NaN otherwise, as in `batch_norm` in inference.
     block_bytes : int
         The most that is read at once; the result does not depend on it.
     progress : callable, optional
@@ -122,11 +129,12 @@ def normalize_file(
     ------
     ValueError, TypeError, OSError
         As `NpyFile.open`; ValueError for an axis that the file does not have, for parameters of another
-        number of channels, and for an output that is the input.
+        number of channels, for an output that is the input, and for NaN that is refused.
     """
     source = NpyFile.open(path)
     if same_file(path, output):
         raise ValueError(f"output must differ from the input, got {output} for both")
+    refuses = checks.one_of(nan_policy, "nan_policy", NAN_POLICIES) == "raise"
     channel = source.channel_axis(axis)
     count = source.memory_shape[channel]
     vectors = {"mean": mean, "variance": variance, "gamma": gamma, "beta": beta}
@@ -145,15 +153,24 @@ def normalize_file(
         scratch = np.empty(0, dtype)
         for block in source.blocks(axis, block_bytes):
             values = source.read(file, block)
+            if refuses:
+                _refuse_nan(source, block, values, channel)
             if scratch.size < values.size:  # the first block is the largest
                 scratch = np.empty(values.size, dtype)
             result = scratch[: values.size].reshape(values.shape)
             part: dict[str, Any] = {n: None if a is None else a[block.channels] for n, a in arrays.items()}
-            normalize(values, **part, epsilon=epsilon, axis=channel, out=result)
+            normalize(values, **part, epsilon=epsilon, axis=channel, activation=activation, out=result)
             del values  # unmaps the block before the next one is mapped
             target.write(result.data)
             if progress is not None:
                 progress(result.nbytes)
+
+
+def _refuse_nan(source: NpyFile, block: Block, values: NDArray[Any], channel: int) -> None:
+    if np.isnan(values.min()):  # which needs no memory
+        found = np.isnan(values).any(axis=tuple(a for a in range(values.ndim) if a != channel))
+        where = f"some in channel {block.channels.start + int(np.argmax(found))}"
+        raise ValueError(must(str(source.path), 'have no NaN with nan_policy="raise"', where))
 
 
 def same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:

@@ -148,19 +148,19 @@ _cpus = _usable_cpus()
 _omp_unlimited = _unlimited()
 _forked = False
 _serial = _runtime.openmp_version() == 0
-_owners: weakref.WeakSet[Any] = weakref.WeakSet()  # of locks
+_owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # of locks, by id: some may be equal
 
 
 def give_lock(owner: Any) -> None:
     """Make ``owner._lock``, and make it anew in a forked child, where another thread's would stay locked for ever."""
     owner._lock = threading.Lock()
-    _owners.add(owner)
+    _owners[id(owner)] = owner
 
 
 def _after_fork_in_child() -> None:
     global _forked, _serial
     _forked = _serial = True
-    for owner in _owners:
+    for owner in _owners.values():
         owner._lock = threading.Lock()
 
 

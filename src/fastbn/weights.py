@@ -17,6 +17,8 @@ Count = int | float | Array
 NAN_POLICIES: Final = ("propagate", "omit", "raise")
 # Beyond these, sums of weights times values could leave the range of the data's type: the weights are scaled then.
 _SMALL, _LARGE = 2.0**-40, 2.0**40
+# Means are merged in float64, which has all whole numbers up to this one. Two such counts add up to an int64 as well.
+_MOST: Final = 2**53
 
 
 class Weights(NamedTuple):
@@ -204,17 +206,34 @@ def described(count: Count) -> str:
     return f"{count} values each" if isinstance(count, int) else f"weights of {count:.7g}"
 
 
+def added(count: Count, other: Count) -> Count:
+    """Return the count of both."""
+    return tidy(_bounded(count + other, "the sum of counts"))
+
+
+def _bounded(count: Count, name: str) -> Count:
+    """Return whole numbers that float64 has, or sums of weights; or raise."""
+    if isinstance(count, np.ndarray):
+        more = count.dtype.kind in "iu" and bool((count > _MOST).any())
+    else:
+        more = isinstance(count, int) and count > _MOST
+    if more:
+        raise ValueError(must(name, "be at most 2**53", "more"))
+    return count
+
+
 def checked_count(value: Any, channels: int, name: str = "count") -> Count:
     """Return a count of values, a sum of weights, or an array of either per channel."""
     if not isinstance(value, np.ndarray | list | tuple):
         if isinstance(value, float | np.floating):
             return checks.real(float(value), name, 0.0, math.inf, "finite and at least 0")
-        return checks.count(value, name)
+        return _bounded(checks.count(value, name), name)
     array = checks.as_array(value, name)
     if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
         raise TypeError(must(name, "be integers or real numbers", array.dtype))
     if array.shape != (channels,):
         raise ValueError(must(name, f"have shape {(channels,)}", array.shape))
+    _bounded(array, name)  # before it is int64, which has no place for all uint64
     array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
     if not (np.isfinite(array) & (array >= 0)).all():
         raise ValueError(must(name, "be finite and at least 0", array.min()))

@@ -144,7 +144,7 @@ def _one_thread() -> Any:
 
 @contextmanager
 def _bar(total: int, label: str, wanted: bool) -> Iterator[Callable[[], object] | None]:
-    if not (wanted and sys.stderr.isatty()):
+    if not (wanted and sys.stderr is not None and sys.stderr.isatty()):
         yield None
         return
     with importlib.import_module("tqdm").tqdm(total=total, desc=label, unit="step", leave=False) as bar:

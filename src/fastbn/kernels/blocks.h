@@ -9,6 +9,7 @@
 #define FASTBN_BLOCKS_H
 
 #include <stddef.h>
+#include <string.h>
 
 #if defined(__linux__) && defined(__GNUC__)
 #include <sys/mman.h>
@@ -42,6 +43,35 @@ static inline void fastbn_lock_kept(void) {
 
 static inline void fastbn_unlock_kept(void) { __atomic_clear(&fastbn_kept_lock, __ATOMIC_RELEASE); }
 
+static inline size_t fastbn_block_size(const void *data) { return *(const size_t *) ((const char *) data - FASTBN_PAGE); }
+
+static inline void fastbn_block_unmap(void *data) {
+    munmap((char *) data - FASTBN_PAGE, fastbn_block_size(data) + FASTBN_PAGE);
+}
+
+/* Give all kept blocks back to the system; whether there were any. */
+static int fastbn_drop_kept(void) {
+    fastbn_block out[FASTBN_KEPT];
+    int i, dropped = 0;
+    fastbn_lock_kept();
+    memcpy(out, fastbn_kept_blocks, sizeof out);
+    for (i = 0; i < FASTBN_KEPT; i++) {
+        fastbn_kept_unmarked -= out[i].unmarked;
+        fastbn_kept_blocks[i].size = fastbn_kept_blocks[i].unmarked = 0;
+    }
+    fastbn_unlock_kept();
+    for (i = 0; i < FASTBN_KEPT; i++)
+        if (out[i].size) {
+            fastbn_block_unmap(out[i].data);
+            dropped = 1;
+        }
+    return dropped;
+}
+
+static inline char *fastbn_map(size_t size) {
+    return mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+
 static void *fastbn_block_take(size_t size) {
     void *data = NULL;
     int i;
@@ -57,7 +87,9 @@ static void *fastbn_block_take(size_t size) {
     if (data != NULL)
         return data;
     /* Mapped with room to start at a huge page, behind a page that knows the size. */
-    char *start = mmap(NULL, size + 2 * FASTBN_ROUND, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *start = fastbn_map(size + 2 * FASTBN_ROUND);
+    if (start == MAP_FAILED && fastbn_drop_kept())
+        start = fastbn_map(size + 2 * FASTBN_ROUND);
     if (start == MAP_FAILED)
         return NULL;
     char *end = start + size + 2 * FASTBN_ROUND;
@@ -71,12 +103,6 @@ static void *fastbn_block_take(size_t size) {
     madvise(block, size, MADV_HUGEPAGE);
 #endif
     return block;
-}
-
-static inline size_t fastbn_block_size(const void *data) { return *(const size_t *) ((const char *) data - FASTBN_PAGE); }
-
-static inline void fastbn_block_unmap(void *data) {
-    munmap((char *) data - FASTBN_PAGE, fastbn_block_size(data) + FASTBN_PAGE);
 }
 
 static void fastbn_block_give(void *data) {
