@@ -21,6 +21,18 @@ cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahe
                     second)
 
 
+cdef inline void fetch_rows(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t row, Py_ssize_t rows,
+                            Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
+    """Fetch columns of rows that are staged next: what the processor fetches by itself ends with every row."""
+    cdef Py_ssize_t stride = k.positions * operand.outer, bytes = columns * operand.size, r, i
+    cdef const char* x = operand.data + row * stride + offset(job, operand, column)
+    for r in range(rows):
+        i = 0
+        while i < bytes:
+            prefetch(x + r * stride + i)
+            i += LINE
+
+
 cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,
                    double* first, double* second, const floating* gates) noexcept nogil:
     """Both sums of every column of a tile."""
@@ -63,6 +75,8 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             inside = j < width
             n = min((width if inside else t.columns) - j, most)
             m = whole(n)
+            if n < k.columns and not direct_u and not job.reads_pair:  # two operands gain nothing by it
+                fetch_rows(job, k, &job.u, t.row + r + rows, rows, t.column + j, n)
             u = view(job, k, &job.u, direct_u and inside, t.row + r, rows, t.column + j, n, ub)
             v = u
             if job.reads_pair:

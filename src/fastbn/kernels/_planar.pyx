@@ -29,7 +29,7 @@ from .lanes cimport SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, mov
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
-from .packs cimport ABREAST, LANES
+from .packs cimport ABREAST, LANES, prefetch
 from .planar_cut cimport (
     BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of, weights_ready,
 )

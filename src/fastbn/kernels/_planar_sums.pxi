@@ -31,6 +31,19 @@ cdef inline Py_ssize_t to_later(const Operand* operand, const Cut* k, Py_ssize_t
     return k.near + ahead * operand.channel
 
 
+cdef inline void fetch_later(const Operand* operand, const Cut* k, const char* x, Py_ssize_t c, Py_ssize_t runs,
+                             Py_ssize_t channels, Py_ssize_t on, Py_ssize_t length) noexcept nogil:
+    """Fetch what is converted after the runs at x, of so many channels from c on: `reduce_runs` only sees what has been."""
+    cdef Py_ssize_t i = 0, last = runs - 1, bytes = runs * length * operand.size
+    if k.ahead:
+        x += last * operand.channel + to_later(operand, k, c + last, channels, on)
+    else:
+        x += k.near
+    while i < bytes:
+        prefetch(x + i)
+        i += LINE
+
+
 cdef void keep_rounded(const Operand* kept, const floating* tile, char* place, Py_ssize_t runs, Py_ssize_t length) noexcept nogil:
     """What came through the gate, of neighbouring channels, in fewer bits."""
     cdef Py_ssize_t r
@@ -90,6 +103,10 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
             u = at(&job.u, n, c0 + c, t.s0)
             v = at(&job.v, n, c0 + c, t.s0)
             if converts:
+                if k.fused:
+                    fetch_later(&job.u, k, u, c, m, c1 - c0, on, t.length)
+                    if job.reads_pair:
+                        fetch_later(&job.v, k, v, c, m, c1 - c0, on, t.length)
                 u = convert(&job.u, u, m * t.length, kind, buffer)
                 if job.reads_pair:
                     v = convert(&job.v, v, m * t.length, kind, buffer + TILE)
