@@ -35,7 +35,11 @@ _numbers = itertools.count()
 
 def _of_core(name: str, doc: str) -> property:
     """Return an argument as the core layer has it."""
-    return property(lambda layer: getattr(layer._core, name), doc=doc)
+
+    def value(layer: BatchNormalization) -> Any:
+        return getattr(layer._core, name)
+
+    return property(value, doc=doc)
 
 
 def _next_name() -> str:
