@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from .. import state
 from ..errors import StateError, must
-from ._graph import Variable, global_variables, load_variables
+from ._graph import Variable
+from ._variables import global_variables, load_variables
 
 Array = NDArray[Any]
 

@@ -17,7 +17,9 @@ from .. import activation as activations
 from .. import checks, modes
 from ..errors import must
 from . import _graph, tf_layers, tf_nn
-from ._graph import GraphKeys, Initializer, Regularizer, Reuse, VariableScope, get_variable, variable_scope
+from ._graph import GraphKeys, Initializer, Regularizer, Reuse, VariableScope
+from ._scopes import variable_scope
+from ._variables import get_variable
 
 __all__ = ["batch_norm", "l1_regularizer", "l2_regularizer"]
 

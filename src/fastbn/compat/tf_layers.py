@@ -20,9 +20,8 @@ from .. import layout as layouts
 from .. import options as core
 from .. import renorm as renorms
 from ..errors import must
-from . import _graph, _warnings
+from . import _graph, _scopes, _warnings
 from ._graph import (
-    AUTO_REUSE,
     Constraint,
     GraphKeys,
     Initializer,
@@ -33,22 +32,23 @@ from ._graph import (
     Variable,
     VariableScope,
     add_to_collection,
-    apply_constraints,
-    constant_initializer,
     get_collection,
     get_layer,
-    get_variable,
-    get_variable_scope,
-    global_variables,
-    load_variables,
-    ones_initializer,
     reset_default_graph,
-    trainable_variables,
-    variable_scope,
-    zeros_initializer,
 )
 from ._normalization import Settings, backward, normalize
 from ._saver import Saver
+from ._scopes import AUTO_REUSE, get_variable_scope, variable_scope
+from ._variables import (
+    apply_constraints,
+    constant_initializer,
+    get_variable,
+    global_variables,
+    load_variables,
+    ones_initializer,
+    trainable_variables,
+    zeros_initializer,
+)
 from .tf_nn import FUSED_EPSILON
 
 __all__ = [
@@ -211,7 +211,7 @@ class BatchNormalization:
         self.adjustment = adjustment
         if adjustment is not None and self.virtual_batch_size is not None:
             raise ValueError(must("adjustment", "be None with virtual_batch_size", repr(adjustment)))
-        self._reuse = _graph.checked_reuse(_reuse)
+        self._reuse = _scopes.checked_reuse(_reuse)
         self._activation: Any = None
         self._function: Callable[[Array], Any] | None = None  # applied to the result; nobody knows its gradient
         # Where new variables go, by their names in the layer.
@@ -219,7 +219,7 @@ class BatchNormalization:
         self._dtype = None if dtype is None else np.dtype(dtype)
         self.grads: dict[str, Array] = {}
         unnamed = name is None or name == ""
-        self._base_name = "batch_normalization" if unnamed else _graph.checked_name(name)
+        self._base_name = "batch_normalization" if unnamed else _scopes.checked_name(name)
         self.name = _graph.graph().number(self._base_name) if unnamed else self._base_name
         self._scope: VariableScope | None = None
         if _scope is not None and _scope != "":
@@ -468,7 +468,7 @@ class BatchNormalization:
     def _defer(self, actions: list[tuple[Variable, Callable[[], None]]], collections: Any) -> None:
         for number, (variable, action) in enumerate(actions):
             name = f"AssignMovingAvg{'_1' if number else ''}{self._update_suffix}"
-            update = Update(_graph.full_name(self.scope_name, name), variable, action)
+            update = Update(_scopes.full_name(self.scope_name, name), variable, action)
             with variable._lock:
                 variable._pending.append(update)
             if collections is None:
