@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .. import passes
 from ..activation import named, resolved
 from ..threads import get_num_threads
-from . import _eager, bridge, operators
+from . import _eager, bridge, derivatives, operators
 
 # How PyTorch says what goes on around a call. There is no public way to ask for these.
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -322,7 +322,7 @@ def gradient(
         mean, variance = (torch.from_numpy(values) for values in call.statistics)
         arguments = dy, x, mean, variance, y, weight, bias, residual, call.eps, name, slope, call.frozen
         if transformed:
-            result = operators.gradients_by_pytorch(*arguments)
+            result = derivatives.first(*arguments)
         else:
             result = operators.gradients(*arguments, call.has_residual)
     else:

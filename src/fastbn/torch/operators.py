@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.fastbn``: what compilers, exporters and tracers see, and the second derivative.
+"""The operators ``torch.ops.fastbn``: what compilers, exporters and tracers see, and their gradients.
 
 Each is a function of tensors without side effects, but for `batch_norm_update`, which writes the running statistics.
 An activation is a name ("" for none) and a slope, which only leaky_relu looks at. Statistics go from one operator to
@@ -8,14 +8,13 @@ the next as float64 tensors; they are functions of x that no gradient is taken o
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, library
 
-from ..activation import _FIXED, SLOPE
-from . import bridge
+from ..activation import SLOPE
+from . import bridge, derivatives
 
 Optional: TypeAlias = Tensor | None
 
@@ -283,61 +282,6 @@ def gradients(
     return (*batch_norm_backward(dy, x, mean, variance, weight, eps, frozen), dy)
 
 
-def gradients_by_pytorch(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    y: Optional,
-    weight: Optional,
-    bias: Optional,
-    residual: Optional,
-    eps: float,
-    activation: str,
-    slope: float,
-    frozen: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what `gradients` returns in PyTorch's own operations, for transforms that see through nothing else.
-
-    They may batch dy, or give it a tangent. In float64, and of statistics found anew, so that it can be differentiated.
-    """
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-    w, b = (None if t is None else t.to(torch.float64).reshape(shape) for t in (weight, bias))
-    wide, dz = x.to(torch.float64), dy.to(torch.float64)
-    if frozen:
-        deviation, r = wide - mean.reshape(shape), (variance.reshape(shape) + eps).rsqrt()
-    else:
-        deviation = wide - wide.mean(axes, keepdim=True)
-        r = ((deviation * deviation).mean(axes, keepdim=True) + eps).rsqrt()
-    xh = deviation * r
-    if activation:
-        if y is not None:  # it tells on which side of a bend z lay
-            z = y.to(torch.float64)
-        else:
-            z = xh if w is None else xh * w
-            z = z if b is None else z + b
-            z = z if residual is None else z + residual
-        dz = _before(dz, z, activation, slope)
-    dx = dz if frozen else dz - dz.mean(axes, keepdim=True) - xh * (dz * xh).mean(axes, keepdim=True)
-    dx = dx * r if w is None else dx * (r * w)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dweight, dbias = ((t.sum(axes)).to(dtype) for t in (dz * xh, dz))
-    return dx.to(x.dtype), dweight, dbias, dz.to(x.dtype)
-
-
-def _before(dy: Tensor, z: Tensor, activation: str, slope: float) -> Tensor:
-    """Return dy times the derivative of an activation at z."""
-    if activation == "leaky_relu":
-        return torch.where(z > 0, dy, dy * slope)
-    fixed = _FIXED[activation]
-    if fixed.from_output:  # between bounds, of which the upper one may be NaN, none
-        return torch.where((z > 0) & ~(z >= fixed.bend[1][1]), dy, 0.0)
-    k1, k3, _ = fixed.bend[1]
-    s = torch.sigmoid(z * (k1 + k3 * z * z))
-    return dy * (s + z * s * (1.0 - s) * (k1 + 3.0 * k3 * z * z))
-
-
 def _train_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, ctx.eps, activation, slope = inputs
     y, mean, variance = output
@@ -398,66 +342,8 @@ def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor) -> tuple[Any, ...]:
     dy, x, mean, variance, weight = ctx.saved_tensors
-    ddy, dx, dweight = _second(gx, gweight, gbias, dy, x, mean, variance, weight, ctx.eps, ctx.frozen)
+    ddy, dx, dweight = derivatives.second(gx, gweight, gbias, dy, x, mean, variance, weight, ctx.eps, ctx.frozen)
     return ddy, dx, None, None, dweight, None, None
-
-
-def _second(
-    gx: Tensor,
-    gweight: Tensor,
-    gbias: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Optional,
-    eps: float,
-    frozen: bool,
-) -> tuple[Tensor, Tensor, Optional]:
-    """Differentiate the gradient by dy, x and weight, in float64.
-
-    With u the gradients that come in, xh the normalized batch, r = 1 / sqrt(variance + eps), M values per channel, and
-    P(z) = r * (z - mean(z) - xh * mean(z * xh)), the gradient of a batch norm of weight 1::
-
-        dx = w * P(dy),  dweight = sum(dy * xh),  dbias = sum(dy)
-        L = sum(gx * dx) + gweight * dweight + gbias * dbias
-        dL/ddy = w * P(gx) + gweight * xh + gbias
-        dL/dw = sum(gx * P(dy)) =: S
-        dL/dx = P(h) - w * S * r * xh / M,  h = (gweight - w * r * mean(gx * xh)) * dy - w * r * mean(dy * xh) * gx
-
-    Written in PyTorch's own operations on x itself, so that any further derivative is right too.
-    """
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-    values = max(math.prod(x.shape[axis] for axis in axes), 1)
-    wide_x, wide_dy, gx = (t.to(torch.float64) for t in (x, dy, gx))
-    w = x.new_ones(x.shape[1], dtype=torch.float64) if weight is None else weight.to(torch.float64)
-    w, gw, gb = (t.to(torch.float64).reshape(shape) for t in (w, gweight, gbias))
-
-    def total(t: Tensor) -> Tensor:
-        return t.sum(axes, keepdim=True)
-
-    if frozen:
-        r = (variance + eps).rsqrt().reshape(shape)
-        xh = (wide_x - mean.reshape(shape)) * r
-        ddy = w * r * gx + gw * xh + gb
-        dx = gw * r * wide_dy
-        dw = total(gx * wide_dy) * r
-    else:
-        deviation = wide_x - total(wide_x) / values
-        r = (total(deviation * deviation) / values + eps).rsqrt()
-        xh = deviation * r
-
-        def gradient(z: Tensor) -> Tensor:
-            return r * (z - total(z) / values - xh * (total(z * xh) / values))
-
-        p = gradient(wide_dy)
-        dw = total(gx * p)
-        ddy = w * gradient(gx) + gw * xh + gb
-        h = (gw - w * r * (total(gx * xh) / values)) * wide_dy - w * r * (total(wide_dy * xh) / values) * gx
-        dx = gradient(h) - w * dw * r * xh / values
-    dweight = None if weight is None else dw.reshape(-1).to(weight.dtype)
-    return ddy.to(dy.dtype), dx.to(x.dtype), dweight
 
 
 def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -489,14 +375,13 @@ def _gate_second(
     ddy = batch_norm_gate(
         gz, x, mean, variance, y, weight, bias, residual, eps, activation, slope, frozen
     )  # fmt: skip
-    fixed = _FIXED.get(activation)
-    if fixed is None or fixed.from_output:  # made of straight lines
+    if not derivatives.is_smooth(activation):
         return ddy, None, None, None, None
     if frozen:
         z = batch_norm_eval(x, mean, variance, weight, bias, residual, eps, "", 0.0)
     else:
         z = batch_norm_train(x, weight, bias, residual, eps, "", 0.0)[0]
-    dz = (gz.to(torch.float64) * dy * _second_derivative(z.to(torch.float64), *fixed.bend[1][:2])).to(x.dtype)
+    dz = (gz.to(torch.float64) * dy * derivatives.of_slope(z.to(torch.float64), activation)).to(x.dtype)
     result = gradients(dz, x, mean, variance, None, weight, bias, residual, eps, "", 0.0, frozen, True)
     return ddy, result[0], *as_asked(result, _types(weight, bias, residual))
 
@@ -512,7 +397,7 @@ def _fused_double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor,
     *options, keep = ctx.rest
     eps, frozen = options[0], options[-1]
     before = batch_norm_gate(dy, x, mean, variance, y, weight, bias, residual, *options)
-    dbefore, dx, dweight = _second(gx, gweight, gbias, before, x, mean, variance, weight, eps, frozen)
+    dbefore, dx, dweight = derivatives.second(gx, gweight, gbias, before, x, mean, variance, weight, eps, frozen)
     if keep:
         dbefore = dbefore + gz
     ddy, dx2, dweight2, dbias, dresidual = _gate_second(
@@ -523,14 +408,6 @@ def _fused_double_backward(ctx: Any, gx: Tensor, gweight: Tensor, gbias: Tensor,
     if dweight2 is not None:
         dweight = dweight2 if dweight is None else dweight + dweight2
     return ddy, dx, None, None, None, dweight, dbias, dresidual, *(5 * [None])
-
-
-def _second_derivative(z: Tensor, k1: float, k3: float) -> Tensor:
-    """Of z * s with s = sigmoid(k1 z + k3 z^3): silu and gelu_tanh."""
-    inner = k1 + 3.0 * k3 * z * z
-    s = torch.sigmoid(z * (k1 + k3 * z * z))
-    slope = s * (1.0 - s)
-    return 2.0 * slope * inner + z * slope * ((1.0 - 2.0 * s) * inner * inner + 6.0 * k3 * z)
 
 
 batch_norm_train.register_autograd(_train_backward, setup_context=_train_context)
