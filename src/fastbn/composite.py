@@ -24,6 +24,7 @@ from . import weights as weighting
 from .errors import must
 from .kernels import _calls
 from .moments import Moments
+from .parameters import features
 from .passes import Cache, Statistics
 
 Array = NDArray[Any]
@@ -131,6 +132,7 @@ def forward(
     activation: Any,
     residual: Any,
     out: Any,
+    channels: tuple[int, ...] | None = None,
     groups: Sequence[slice] | None = None,
     correction: Correction | None = None,
     adjustment: tuple[Array, Array] | None = None,
@@ -147,6 +149,8 @@ def forward(
         As in `batch_norm`.
     ddof : {0, 1}
         Of the variance for the moving statistics.
+    channels : tuple of ints, optional
+        Of a layer that is built, which may have neither gamma nor beta to tell it.
     groups : sequence of slices, optional
         Rows that are normalized together.
     correction : callable, optional
@@ -180,6 +184,8 @@ def forward(
     if isinstance(y, np.ndarray):  # what passes.forward gets instead of gamma and beta may be other arrays
         checks.apart(y, "out", gamma=gamma, beta=beta)
     weight, bias = checks.parameter(gamma, "gamma", shape), checks.parameter(beta, "beta", shape)
+    if channels is not None and shape != channels:
+        raise ValueError(must("x", f"have {features(channels)} channels", features(shape)))
 
     whole = weighting.resolved(mask, sample_weight, nan_policy, x, axes)
     if isinstance(y, np.ndarray):
@@ -247,7 +253,7 @@ def forward(
         y = result
     if found[0] is None:
         batch = _together([(cache.statistics, cache.total) for _, cache in parts], counts, weights, ddof)
-    return y, Composite(x, parts, scale, shift, y, added, whole), batch
+    return y if out is None else out, Composite(x, parts, scale, shift, y, added, whole), batch
 
 
 def refuse_nonfinite(statistics: Statistics, counted: Any, dtype: np.dtype[Any]) -> None:

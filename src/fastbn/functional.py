@@ -168,7 +168,7 @@ def batch_norm(
         out=out,
         keep="nothing",
     )
-    return y if out is None else out
+    return y
 
 
 def batch_norm_forward(
@@ -278,7 +278,7 @@ def batch_norm_forward(
         keep="output" if save == "output" else "always",
     )
     assert cache is not None
-    return y if out is None else out, cache
+    return y, cache
 
 
 def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None) -> tuple[Array, ...]:

@@ -20,7 +20,7 @@ from .constraints import Constraint
 from .errors import UntrainedWarning, must
 from .initializers import Initializer
 from .kernels import _calls, _channels
-from .parameters import Arrays, features, parameter_dtype
+from .parameters import Arrays, parameter_dtype
 from .persistence import Persistent
 from .regularizers import Regularizer
 from .threads import give_lock
@@ -346,7 +346,7 @@ class BatchNorm(Persistent):
                 pairs = passes.updated_moving(*kept, cache.statistics, count, share, self.ddof)
                 _channels.put(pairs, [(self, self.batches + 1)])
         self._last.cache = cache
-        return y if out is None else out
+        return y
 
     def _call_small(
         self, x: Array, training: Any, arrays: Arrays, residual: Any, mask: Any, sample_weight: Any, out: Any
@@ -391,9 +391,6 @@ class BatchNorm(Persistent):
         out: Any,
     ) -> Array:
         """Call, where it normalizes with the batch and there is more to do than one pass."""
-        shape = layouts.channel_shape(x.shape, layouts.channel_axes(self.axis, self.layout, x.ndim))
-        if shape != arrays.shape and arrays.gamma is None and arrays.beta is None:  # no parameter tells
-            raise ValueError(must("x", f"have {features(arrays.shape)} channels", features(shape)))
         recorder = self._recorder
         # Without training the batch is normalized as a whole, by nothing but its statistics.
         trains = recorder is None and (training or mode == "train")
@@ -418,6 +415,7 @@ class BatchNorm(Persistent):
                 activation=self.activation,
                 residual=residual,
                 out=out,
+                channels=arrays.shape,
                 groups=groups,
                 correction=correction,
                 adjustment=adjustment,
@@ -435,7 +433,7 @@ class BatchNorm(Persistent):
                 elif counts and mode == "train":
                     self._learn(self._arrays, batch)
         self._last.cache = last
-        return y if out is None else out
+        return y
 
     def _learn(self, arrays: Arrays, batch: Batch) -> None:
         """Take a batch into the moving statistics; the lock is held."""

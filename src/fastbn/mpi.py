@@ -200,7 +200,7 @@ class BatchNorm(layer.BatchNorm):
         )
         assert cache is not None
         if arrays is None:
-            arrays = self._created(*_features_of(y, self.axis, self.layout))
+            arrays = self._created(*_features_of(checks.data(x, "x"), self.axis, self.layout))
         # A channel in which nothing counts has an infinite variance, as everywhere, and keeps its averages.
         variance = np.where(np.greater(pooled.count, 0), pooled.variance(self.ddof), np.inf)
         batch = Batch(cache.statistics, variance, pooled.count)
@@ -209,7 +209,7 @@ class BatchNorm(layer.BatchNorm):
             if self._arrays is None:
                 self._arrays = arrays
             if counts and recorder is not None:
-                recorder.take(y, self._arrays.shape, batch)
+                recorder.take(checks.data(x, "x"), self._arrays.shape, batch)
             elif counts and learns and self._direct:
                 share = averages.share(self.momentum, self.batches)
                 pairs = passes.updated_moving(*self._tracked(), cache.statistics, pooled.count, share, self.ddof)
@@ -218,7 +218,7 @@ class BatchNorm(layer.BatchNorm):
                 with np.errstate(all="ignore"):  # of averages of infinite and NaN
                     self._learn(self._arrays, batch)
         self._last.cache = _Pooled(cache, pooled.count, corrected[0] if corrected else None)
-        return y if out is None else out
+        return y
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of this thread's last call, and set `grads`.

@@ -88,7 +88,7 @@ def normalize(
         keep="nothing",
         names=("mean", "variance"),
     )
-    return y if out is None else out
+    return y
 
 
 def denormalize(

@@ -336,6 +336,7 @@ def forward(
             checks.in_place_or_apart(y, "out", added, "residual")
         statistics_in = {name_mean: moving_mean, name_variance: moving_variance}
         checks.apart(y, "out", gamma=weight, beta=bias, **statistics_in, **given)
+    result: Array = y if out is None else out  # of whatever class that is
     if nan_policy == "raise":
         refuse_nan(x, axes, weights)
 
@@ -351,7 +352,7 @@ def forward(
         if x.size:
             run(kernels.NORMALIZE, axes, x, mean=moving_mean, variance=moving_variance, **arguments)
         if keep == "nothing":
-            return y, None
+            return result, None
         statistics = Statistics(moving_mean.astype(np.float64), moving_variance.astype(np.float64))
         total = None if weights is None else np.ones(len(statistics.mean))  # which the gradient does not look at
     else:
@@ -378,14 +379,14 @@ def forward(
         if updates and (count.any() if isinstance(count, np.ndarray) else count):
             _channels.put(updated_moving(moving_mean, moving_variance, statistics, count, momentum, ddof))
     if keep == "nothing":
-        return y, None
+        return result, None
     if keep == "output":
         mean, variance, scale, sign = _channels.output_parameters(weight, bias, statistics.variance, epsilon)
-        return y, Cache(y, axes, mode, (mean, variance), scale, 0.0, sign, weights=weights, total=total)
+        return result, Cache(y, axes, mode, (mean, variance), scale, 0.0, sign, weights=weights, total=total)
     kept = None if out is not None and checks.overlap(y, x) else x
     if out is not None and checks.overlap(y, kept_residual):
         kept_residual = None
-    return y, Cache(
+    return result, Cache(
         kept,
         axes,
         mode,

@@ -139,11 +139,10 @@ class Renorm:
             mean = batch.mean
             new["moving_stddev"] = blended(state["moving_stddev"], sigma, share, taken)
             variance = np.maximum(np.square(new["moving_stddev"], dtype=np.float64) - epsilon, 0.0)
-        moving = (moving_mean, blended(moving_mean, mean, share, taken))
-        share = share if self.debiased else 0.0  # the average of deviations has been taken already
+        rest = share if self.debiased else 0.0  # the average of deviations has been taken already
         return [
-            moving,
-            (moving_variance, blended(moving_variance, variance, share, taken)),
+            (moving_mean, blended(moving_mean, mean, share, taken)),
+            (moving_variance, blended(moving_variance, variance, rest, taken)),
             *((state[name], value) for name, value in new.items()),
         ]
 

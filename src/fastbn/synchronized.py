@@ -203,7 +203,7 @@ def forward(
     )
     if cache is not None:
         cache.mode = "batch"  # the statistics are those of the batch, though not found by this call
-    return y if out is None else out, cache, pooled
+    return y, cache, pooled
 
 
 def backward(

@@ -155,7 +155,8 @@ cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0
             g = u
             if job.gated:
                 g = <const char*> (buffer + 3 * TILE)
-                gate_runs(&r.gate, r.gate_direct, u, w if job.by_output else v, w, <char*> g, several, length, gates + i, buffer + 4 * TILE)
+                gate_runs(&r.gate, r.gate_direct, u, w if job.by_output else v, w, <char*> g, several, length, gates + i,
+                          buffer + 4 * TILE)
             apply_any(&r.near, r.direct, kind, g, v, w, y, several, length, table + i, job.channels, buffer)
             u += several * r.step_u
             v += several * r.near.v.channel
