@@ -66,7 +66,7 @@ PARITY_OTHERS := $(filter-out $(PARITY_TF),$(wildcard tests/parity/test_*.py))
 parity: .venv-parity/.parity $(if $(PARITY_TF),.venv-parity-tf/.parity) ## compare with the real frameworks, 500 random configurations per test
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=torch,keras,jax,flax,onnx,onnxruntime,sklearn \
 	    KERAS_BACKEND=torch \
-	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py tests/test_pages.py $(PYTEST_ARGS)
+	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py tests/test_converter_messages.py tests/test_pages.py $(PYTEST_ARGS)
 	.venv-parity/bin/pytest tests/test_sklearn_scaler.py -k "onnx or tensors" $(PYTEST_ARGS)
 ifneq ($(PARITY_TF),)
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=tensorflow,tf_keras,tf_slim TF_USE_LEGACY_KERAS=1 \

@@ -41,3 +41,25 @@ def thread_count(request: pytest.FixtureRequest):
     """Runs the test once for each number of threads, whatever the machine has."""
     with fastbn.threads(request.param):
         yield request.param
+
+
+@pytest.fixture
+def x(rng) -> np.ndarray:
+    """A batch of rows."""
+    return rng.normal(1, 2, (8, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def image(rng) -> np.ndarray:
+    """A batch of images."""
+    return rng.normal(1, 2, (4, 2, 3, 5)).astype(np.float32)
+
+
+@pytest.fixture
+def graph():
+    """A default graph of TensorFlow 1's that nobody else has."""
+    from fastbn.compat import tf_layers
+
+    tf_layers.reset_default_graph()
+    yield
+    tf_layers.reset_default_graph()

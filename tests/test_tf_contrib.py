@@ -10,24 +10,9 @@ from fastbn import PendingUpdatesWarning, UntrainedWarning
 from fastbn.compat import tf_contrib, tf_nn
 from fastbn.compat import tf_layers as tf
 
+pytestmark = pytest.mark.usefixtures("graph")
+
 f32 = np.float32
-
-
-@pytest.fixture(autouse=True)
-def graph():
-    tf.reset_default_graph()
-    yield
-    tf.reset_default_graph()
-
-
-@pytest.fixture
-def x(rng):
-    return rng.normal(1, 2, (8, 3)).astype(f32)
-
-
-@pytest.fixture
-def image(rng):
-    return rng.normal(1, 2, (4, 2, 3, 5)).astype(f32)
 
 
 def names(key="variables"):

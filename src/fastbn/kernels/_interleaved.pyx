@@ -35,10 +35,10 @@ from .kinds cimport DOUBLE, size_of
 from .lanes cimport (
     BENT, CLIPPED, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form, Strips, apply_rows, is_weighted, moved,
 )
-from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, line, stream_lines
+from .lines cimport GATHERED, aligned, away, end_line, fence, fetch_lines, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
-from .packs cimport LANES, prefetch
+from .packs cimport LANES
 from .scratch cimport scratch_give, scratch_take
 from .stores cimport is_in_place, place_results
 from .sums cimport reduce_rows

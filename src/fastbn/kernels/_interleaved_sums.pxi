@@ -24,13 +24,10 @@ cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahe
 cdef inline void fetch_rows(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t row, Py_ssize_t rows,
                             Py_ssize_t column, Py_ssize_t columns) noexcept nogil:
     """Fetch columns of rows that are staged next: what the processor fetches by itself ends with every row."""
-    cdef Py_ssize_t stride = k.positions * operand.outer, bytes = columns * operand.size, r, i
+    cdef Py_ssize_t stride = k.positions * operand.outer, r
     cdef const char* x = operand.data + row * stride + offset(job, operand, column)
     for r in range(rows):
-        i = 0
-        while i < bytes:
-            prefetch(x + r * stride + i)
-            i += LINE
+        fetch_lines(x + r * stride, columns * operand.size)
 
 
 cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p, const double* q, bint shifted,

@@ -26,10 +26,10 @@ from .job cimport (
 )
 from .kinds cimport DOUBLE, FLOAT, size_of
 from .lanes cimport SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved
-from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, line, stream_lines
+from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
-from .packs cimport ABREAST, LANES, prefetch
+from .packs cimport ABREAST, LANES
 from .planar_cut cimport (
     BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of, weights_ready,
 )

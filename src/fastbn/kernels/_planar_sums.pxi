@@ -34,14 +34,12 @@ cdef inline Py_ssize_t to_later(const Operand* operand, const Cut* k, Py_ssize_t
 cdef inline void fetch_later(const Operand* operand, const Cut* k, const char* x, Py_ssize_t c, Py_ssize_t runs,
                              Py_ssize_t channels, Py_ssize_t on, Py_ssize_t length) noexcept nogil:
     """Fetch what is converted after the runs at x, of so many channels from c on: `reduce_runs` only sees what has been."""
-    cdef Py_ssize_t i = 0, last = runs - 1, bytes = runs * length * operand.size
+    cdef Py_ssize_t last = runs - 1
     if k.ahead:
         x += last * operand.channel + to_later(operand, k, c + last, channels, on)
     else:
         x += k.near
-    while i < bytes:
-        prefetch(x + i)
-        i += LINE
+    fetch_lines(x, runs * length * operand.size)
 
 
 cdef void keep_rounded(const Operand* kept, const floating* tile, char* place, Py_ssize_t runs, Py_ssize_t length) noexcept nogil:

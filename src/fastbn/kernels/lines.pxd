@@ -1,6 +1,8 @@
 """Lines of the caches: tiles that lie well in them, and results that are stored past them in whole ones."""
 from cython cimport floating
 
+from .packs cimport prefetch
+
 cdef extern from "lanes.h" nogil:
     enum:
         LINE "FASTBN_LINE"  # bytes
@@ -29,3 +31,11 @@ cdef inline Py_ssize_t away(const char* tile, const char* u, const char* y) noex
     cdef Py_ssize_t d = <Py_ssize_t> (<size_t> (y - u) % PAGE)
     d = d // 2 if d > PAGE // 2 else (d + PAGE) // 2  # the middle of the longer way from one to the other
     return <Py_ssize_t> (<size_t> (u + d - tile) % PAGE) // LINE * LINE
+
+
+cdef inline void fetch_lines(const char* x, Py_ssize_t bytes) noexcept nogil:
+    """Fetch a stretch of memory to a first level cache."""
+    cdef Py_ssize_t i = 0
+    while i < bytes:
+        prefetch(x + i)
+        i += LINE
