@@ -295,7 +295,8 @@ def fused_like(plain, activation, *inputs):
             result = model.train(training)(*(value * 1 for value in given))
             (result * torch.arange(result.shape[-1])).sum().backward()
             results[-1] += [result.detach(), *(value.grad for value in given)]
-        results[-1] += [*(p.grad for p in plain.parameters()), *(b.clone() for b in model.bn.buffers())]
+        results[-1] += [p.grad for _, p in sorted(model.named_parameters())]
+        results[-1] += [b.clone() for b in model.bn.buffers()]
     same(*results)
     return fused
 
