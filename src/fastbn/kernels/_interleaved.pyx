@@ -20,6 +20,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.string cimport memcpy, memset
 
 from . cimport caches
+from .caches cimport is_roomy
 from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
@@ -40,7 +41,7 @@ from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
 from .packs cimport LANES
 from .scratch cimport scratch_give, scratch_take
-from .stores cimport is_in_place, place_results
+from .stores cimport in_room, is_in_place, place_results, wants_room
 from .sums cimport reduce_rows
 from .weights cimport (
     Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights,
@@ -206,12 +207,13 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
     """
     cdef View g, w
     cdef const View* source = v
-    cdef bint dense_kept = job.kept.data != NULL and dense(job, k, &job.kept), dense_w
-    cdef bint direct = dense_kept and inside and is_native(&job.kept)
+    cdef bint rounds = job.kept.data != NULL and job.kept.data != job.exact.data, dense_w
+    cdef bint direct = (job.exact.data != NULL and not rounds and inside and is_native(&job.exact)
+                        and dense(job, k, &job.exact))
     g.data, g.stride = <char*> buffer, whole(columns)
     w = u[0]
     if direct:
-        g = view(job, k, &job.kept, True, row, rows, column, columns, buffer)
+        g = view(job, k, &job.exact, True, row, rows, column, columns, buffer)
     if job.by_output or job.gate.third:
         dense_w = dense(job, k, &job.w)
         w = view(job, k, &job.w, dense_w and inside and is_native(&job.w), row, rows, column, columns,
@@ -220,7 +222,9 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
             source = &w
     cdef Strips x = strips(u, source, &w, &g, native(gates), rows, whole(columns))
     scale(&job.gate, &x, native(gates), False, 0, gates + column, k.padded, False)
-    if job.kept.data != NULL and not direct:
+    if job.exact.data != NULL and not direct:
+        carry_rows(job, k, &job.exact, row, rows, column, columns, <floating*> g.data, True)
+    if rounds:
         carry_rows(job, k, &job.kept, row, rows, column, columns, <floating*> g.data, True)
     return g
 
@@ -362,13 +366,14 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* tables)
 
 
 cdef struct Room:
-    # Doubles of the parts of a job, and behind them of numbers per channel; bytes of its tables. All are whole lines.
-    Py_ssize_t parts, numbers, tables
+    # Doubles of the parts of a job, and behind them of numbers per channel; bytes of its tables, and of what comes through its
+    # gate. All are whole lines.
+    Py_ssize_t parts, numbers, tables, gated
 
 
-cdef inline Room room_of(const Job* job, const Cut* k, Py_ssize_t size) noexcept nogil:
+cdef inline Room room_of(const Job* job, const Cut* k, bint near, Py_ssize_t size) noexcept nogil:
     cdef Room room
-    room.parts = room.numbers = room.tables = 0
+    room.parts = room.numbers = room.tables = room.gated = 0
     if job.reduces:
         room.parts = whole(k.sums.blocks * k.columns * (3 if job.weighs else 2)
                            + k.sums.blocks * k.sums.chunks * job.weights.unchecked)
@@ -376,6 +381,8 @@ cdef inline Room room_of(const Job* job, const Cut* k, Py_ssize_t size) noexcept
             room.numbers = 3 * whole(job.channels)
     if job.applies or job.gated:
         room.tables = table_length(k, job.channels) * (2 if job.gated else 1) * size
+    if wants_room(job, near):
+        room.gated = whole(job.outer * job.channels * job.inner) * size
     return room
 
 
@@ -390,7 +397,8 @@ cdef inline void take_numbers(Job* job, const Cut* k, const Room* room, double* 
         job.total = parts + 2 * k.sums.blocks * k.columns if room.numbers == 0 else numbers + 2 * step
 
 
-cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, const Room* room, double* parts, floating* table) noexcept nogil:
+cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, const Room* room, double* parts, floating* table,
+                   char* gated) noexcept nogil:
     """All steps of a group of channels, or of those that are left."""
     cdef Py_ssize_t c1 = min(c0 + g.group, job.channels)
     cdef Job own = channels_of(job, c0, c1)
@@ -401,21 +409,24 @@ cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, const Room* room
         last = cut_group(&own, g, c1 - c0)
         g = &last
     take_numbers(&own, g, room, parts)
+    if gated != NULL:
+        own.exact = in_room(&own, gated, own.channels, sizeof(floating))
     do_steps(&own, g, parts, table)
 
 
-cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table) noexcept nogil:
+cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table, char* gated) noexcept nogil:
     """All groups, each cut like this one."""
     cdef Py_ssize_t groups = (job.channels + k.group - 1) // k.group, share, i
     cdef Py_ssize_t numbers = room.parts + room.numbers, tables = room.tables // <Py_ssize_t> sizeof(floating)
     cdef int threads = job.threads
     if threads == 1:
         for i in range(groups):
-            do_group(job, k, i * k.group, room, parts, table)
+            do_group(job, k, i * k.group, room, parts, table, gated)
         return DONE
     for share in prange(threads, schedule="static", num_threads=threads):
         for i in range(groups * share // threads, groups * (share + 1) // threads):
-            do_group(job, k, i * k.group, room, parts + share * numbers, table + share * tables)
+            do_group(job, k, i * k.group, room, parts + share * numbers, table + share * tables,
+                     gated + share * room.gated if gated != NULL else NULL)
     return DONE
 
 
@@ -434,21 +445,26 @@ cdef int do_job(const Job* given, floating* typed) noexcept nogil:
         shares = job.threads
         own = channels_of(&job, 0, k.group)
         g = cut_group(&own, &k, k.group)
-        room = room_of(&own, &g, sizeof(floating))
+        room = room_of(&own, &g, True, sizeof(floating))
     else:
-        room = room_of(&job, &k, sizeof(floating))
+        room = room_of(&job, &k, False, sizeof(floating))
     parts_size = ((room.parts + room.numbers) * shares + LANES) * sizeof(double)
     tables_size = room.tables * shares + LANES * sizeof(floating)
     cdef double* parts = <double*> scratch_take(parts_size) if room.parts else NULL
     cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
+    cdef size_t gated_size = room.gated * shares
+    cdef char* gated = <char*> scratch_take(gated_size) if room.gated else NULL  # without it is found twice
     if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
         if k.group < job.channels:
-            status = do_groups(&job, &g, &room, aligned(parts), aligned(table))
+            status = do_groups(&job, &g, &room, aligned(parts), aligned(table), gated)
         else:
+            if gated != NULL:
+                own.exact = in_room(&own, gated, own.channels, sizeof(floating))
             take_numbers(&own, &k, &room, aligned(parts))
             status = do_steps(&own, &k, aligned(parts), aligned(table))
     scratch_give(parts, parts_size)
     scratch_give(table, tables_size)
+    scratch_give(gated, gated_size)
     return status
 
 

@@ -17,12 +17,13 @@ from libc.math cimport NAN
 from libc.string cimport memset
 
 from . cimport caches
+from .caches cimport is_roomy
 from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, settle
 from .convert cimport give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of,
-    is_interrupted, keeps_exactly, kind_of_results, native,
+    is_interrupted, kind_of_results, native,
 )
 from .kinds cimport DOUBLE, FLOAT, size_of
 from .lanes cimport SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved
@@ -34,7 +35,7 @@ from .planar_cut cimport (
     BACK, GROUP, IMAGES, JOINED, SMALL_RUN, TILE, WAVE, Cut, Span, all_ready, cut, ready, shares_lines, span_of, weights_ready,
 )
 from .scratch cimport scratch_give, scratch_take
-from .stores cimport place_results
+from .stores cimport in_room, place_results, wants_room
 from .sums cimport reduce_runs
 from .weights cimport (
     are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights, weigh_runs,
@@ -218,14 +219,21 @@ cdef enum Step:
     BOTH  # what was summed is applied while it is in a cache
 
 
-cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, double* parts, floating* table) noexcept nogil:
+cdef void do_task(const Job* given, const Cut* k, Step step, Py_ssize_t task, Py_ssize_t share, double* parts,
+                  floating* table) noexcept nogil:
     """One span of channels along one stretch of tiles, or one stretch of memory."""
     cdef floating room[7 * TILE + LANES]
     cdef floating* buffer = aligned(room)
     cdef Py_ssize_t c0 = task % k.spans * k.span
-    cdef Py_ssize_t c1 = min(c0 + k.span, job.channels)
+    cdef Py_ssize_t c1 = min(c0 + k.span, given.channels)
     cdef Py_ssize_t t0 = task // k.spans * k.stretch
     cdef Py_ssize_t t1 = min(t0 + k.stretch, k.tiles)
+    cdef const Job* job = given
+    cdef Job own
+    if k.room:
+        own = given[0]
+        own.exact.data += share * k.room - c0 * own.exact.channel
+        job = &own
     if step == APPLY:
         apply_rest(job, k, task * k.portion, min((task + 1) * k.portion, k.pieces), 0, job.channels, table, buffer)
         return
@@ -236,12 +244,12 @@ cdef void do_task(const Job* job, const Cut* k, Step step, Py_ssize_t task, doub
         apply_back(job, k, c0, c1, table, buffer)
 
 
-cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py_ssize_t end, double* parts,
+cdef void do_tasks(const Job* job, const Cut* k, Step step, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t share, double* parts,
                    floating* table) noexcept nogil:
     """Neighbouring tasks, one after the other; after sums in the opposite order: what came last is still in a cache."""
     cdef Py_ssize_t i
     for i in range(end - begin):
-        do_task(job, k, step, end - 1 - i if step == APPLY and job.reduces else begin + i, parts, table)
+        do_task(job, k, step, end - 1 - i if step == APPLY and job.reduces else begin + i, share, parts, table)
 
 
 cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floating* table) noexcept nogil:
@@ -253,11 +261,11 @@ cdef int do_step(const Job* job, const Cut* k, Step step, double* parts, floatin
     while begin < tasks:
         end = min(begin + wave, tasks)
         if threads == 1:  # a team of one would cost more than a small call
-            do_tasks(job, k, step, begin, end, parts, table)
+            do_tasks(job, k, step, begin, end, 0, parts, table)
         else:
             for share in prange(threads, schedule="static", num_threads=threads):
                 do_tasks(job, k, step, begin + (end - begin) * share // threads,
-                         begin + (end - begin) * (share + 1) // threads, parts, table)
+                         begin + (end - begin) * (share + 1) // threads, share, parts, table)
         begin = end
         if begin < tasks and job.interruptible and is_interrupted():
             return INTERRUPTED
@@ -307,6 +315,16 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef bint tabulates = job.applies or job.gated
     cdef size_t table_size = job.channels * tables * sizeof(floating)
     cdef floating* table = <floating*> scratch_take(table_size) if tabulates else NULL
+    cdef size_t room_size = 0
+    cdef char* room = NULL
+    if wants_room(&own, k.fused):
+        k.room = own.outer * k.span * own.inner * sizeof(floating) if k.fused else 0
+        room_size = own.threads * k.room if k.fused else own.outer * own.channels * own.inner * sizeof(floating)
+        room = <char*> scratch_take(room_size)
+        if room == NULL:  # then it is found twice
+            k.room = 0
+        else:
+            own.exact = in_room(&own, room, k.span if k.fused else own.channels, sizeof(floating))
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
         if not keeps:
             own.first, own.second = parts + sums, parts + sums + job.channels
@@ -317,6 +335,7 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
             settle(&own)
     scratch_give(parts, parts_size)
     scratch_give(table, table_size)
+    scratch_give(room, room_size)
     return status
 
 

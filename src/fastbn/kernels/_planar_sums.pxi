@@ -42,11 +42,12 @@ cdef inline void fetch_later(const Operand* operand, const Cut* k, const char* x
     fetch_lines(x, runs * length * operand.size)
 
 
-cdef void keep_rounded(const Operand* kept, const floating* tile, char* place, Py_ssize_t runs, Py_ssize_t length) noexcept nogil:
-    """What came through the gate, of neighbouring channels, in fewer bits."""
+cdef void keep_rounded(const Operand* kept, const floating* g, Py_ssize_t apart, char* place, Py_ssize_t runs,
+                       Py_ssize_t length) noexcept nogil:
+    """What came through the gate, of neighbouring channels that lie so far apart, in fewer bits."""
     cdef Py_ssize_t r
     for r in range(runs):
-        give(kept, tile + r * length, 1, length, place + r * kept.channel, kept.inner)
+        give(kept, g + r * apart, 1, length, place + r * kept.channel, kept.inner)
 
 
 cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0, Py_ssize_t c1, const double* p,
@@ -81,7 +82,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     walked = near.u
     if job.gated:
         gate = gate_of(&near)
-        exact = keeps_exactly(job)
+        exact = job.exact.data != NULL
         if not exact:
             gate.y = in_tile(t.length, kind)
         gate_direct = all_ready(&gate, t.length, kind)
@@ -101,7 +102,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
             u = at(&job.u, n, c0 + c, t.s0)
             v = at(&job.v, n, c0 + c, t.s0)
             if converts:
-                if k.fused:
+                if k.fused and not is_roomy():  # there the second level fetches by itself what comes next
                     fetch_later(&job.u, k, u, c, m, c1 - c0, on, t.length)
                     if job.reads_pair:
                         fetch_later(&job.v, k, v, c, m, c1 - c0, on, t.length)
@@ -121,11 +122,12 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                     w = at(&job.w, n, c0 + i, t.s0)
                     g = <char*> (buffer + 2 * TILE)
                     if exact:
-                        g = at(&job.kept, n, c0 + i, t.s0)
+                        g = at(&job.exact, n, c0 + i, t.s0)
                     gate_runs(&gate, gate_direct, u, w if job.by_output else v, w, g, several, t.length, gates + c0 + i,
                               scratch)
-                    if job.kept.data != NULL and not exact:
-                        keep_rounded(&job.kept, <const floating*> g, at(&job.kept, n, c0 + i, t.s0), several, t.length)
+                    if job.kept.data != NULL and job.kept.data != job.exact.data:
+                        keep_rounded(&job.kept, <const floating*> g, gate.y.channel // <Py_ssize_t> sizeof(floating),
+                                     at(&job.kept, n, c0 + i, t.s0), several, t.length)
                 reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, k.abreast, next_u + (u - g),
                            next_v, k.second_level, n == t.n0, first + i * LANES, second + i * LANES, scratch)
                 u += several * walked.channel

@@ -3,7 +3,7 @@
 They are adds, multiplies, comparisons and bits, never a function of the C library: so they too give the same bits at every
 level.
 """
-from .packs cimport larger, pack, select, series, smaller, splat, times_power, vf
+from .packs cimport begins_with_zero, larger, minus_size, pack, select, series, smaller, splat, times_power, vf
 
 
 cdef enum:
@@ -17,7 +17,7 @@ cdef inline void exponentials(pack* x, Py_ssize_t count) noexcept nogil:
     once, also below the normal numbers. Below the limit it is 0 in any case.
     """
     cdef Py_ssize_t i, j
-    cdef Py_ssize_t begin = 6 if pack is vf else 0
+    cdef Py_ssize_t begin = 12 if pack is vf else 0, end = 17 if pack is vf else 12
     cdef pack rounder = splat(12582912.0 if pack is vf else 6755399441055744.0, x[0])
     cdef pack limit = splat(-104.0 if pack is vf else -746.0, x[0])
     cdef pack high = splat(0.693359375 if pack is vf else 0.69314718036912382, x[0])
@@ -33,7 +33,7 @@ cdef inline void exponentials(pack* x, Py_ssize_t count) noexcept nogil:
     for i in range(count):
         x[i] = x[i] - n[i] * low
         s[i] = splat(series[begin], x[0])
-    for j in range(begin + 1, 12):
+    for j in range(begin + 1, end):
         for i in range(count):
             s[i] = s[i] * x[i] + splat(series[j], x[0])
     for i in range(count):
@@ -56,7 +56,15 @@ cdef inline pack bent(pack z, pack slope, pack dy, bint gate) noexcept nogil:
 
 
 cdef inline void smooth(pack* z, const pack* dy, Py_ssize_t count, pack k1, pack k3, bint gate) noexcept nogil:
-    """The same of some packs, in the place of z: each is a chain of operations too long for a processor to look beyond.
+    """The same of some packs, in the place of z: each is a chain of operations too long for a processor to look beyond."""
+    if begins_with_zero(&k3):  # silu; the same bits as below
+        smooth_as(z, dy, count, k1, k3, gate, False)
+    else:
+        smooth_as(z, dy, count, k1, k3, gate, True)
+
+
+cdef inline void smooth_as(pack* z, const pack* dy, Py_ssize_t count, pack k1, pack k3, bint gate, bint cubic) noexcept nogil:
+    """The same, with k3 or without.
 
     exp is never asked for more than 1, and what is beyond the edge is 0 or z in float64 too.
     """
@@ -72,17 +80,21 @@ cdef inline void smooth(pack* z, const pack* dy, Py_ssize_t count, pack k1, pack
     for i in range(count):
         z[i] = larger(-edge, z[i])  # -inf times 0 would be NaN
         x[i] = smaller(edge, z[i])
-        square[i] = x[i] * x[i]
+        if cubic:
+            square[i] = x[i] * x[i]
     for i in range(count):
-        t[i] = x[i] * (k1 + k3 * square[i])
-        e[i] = smaller(t[i], -t[i])
+        t[i] = x[i] * (k1 + k3 * square[i] if cubic else k1)
+        e[i] = minus_size(t[i])
     exponentials(e, count)
     for i in range(count):
         inverse[i] = one / (one + e[i])
     for i in range(count):
-        t[i] = select(t[i], zero, e[i], one) * inverse[i]  # the sigmoid
+        e[i] = e[i] * inverse[i]
+        if gate:
+            x[i] = x[i] * (k1 + (splat(3, k1) * k3) * square[i]) if cubic else t[i]
+        t[i] = select(t[i], zero, e[i], inverse[i])  # the sigmoid
     for i in range(count):
         if gate:
-            z[i] = dy[i] * (t[i] + (x[i] * (k1 + (splat(3, k1) * k3) * square[i])) * (e[i] * (inverse[i] * inverse[i])))
+            z[i] = dy[i] * (t[i] + x[i] * (e[i] * inverse[i]))
         else:
             z[i] = z[i] * t[i]

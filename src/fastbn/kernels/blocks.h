@@ -20,7 +20,9 @@
 #ifndef FASTBN_KEPT
 #define FASTBN_KEPT 2                       /* blocks: a loop holds the last result while it makes the next */
 #endif
+#ifndef FASTBN_UNMARKED
 #define FASTBN_UNMARKED ((size_t) 1 << 27)  /* bytes */
+#endif
 #define FASTBN_ROUND ((size_t) 1 << 21)     /* a huge page */
 #define FASTBN_PAGE ((size_t) 1 << 16)      /* a page of any size that systems use */
 

@@ -99,7 +99,7 @@ cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t
     cdef Py_ssize_t operands = 2 if job.reads_pair else 1
     cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if job.reads_pair else HALF))
     k.sums = grid(k, height, chunk, operands, LEAST if summed(job) > 1 and k.far else 2 * LEAST)
-    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair else CHUNK), operands, LEAST)
+    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair and job.u.size >= 4 else CHUNK), operands, LEAST)
 
 
 cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:

@@ -2,7 +2,7 @@
 from cython cimport floating
 
 from .kinds cimport DOUBLE, FLOAT
-from .lanes cimport BENT, CLIPPED, PRESENT, WEIGHTED, Form
+from .lanes cimport BENT, PRESENT, WEIGHTED, Form
 from .packs cimport HAS_SMALL_PACKS
 
 cdef enum Operation:
@@ -58,6 +58,7 @@ cdef struct Job:
     Py_ssize_t outer, channels, inner
     Operand u, v, w, y  # w is the residual, or the result of the activation
     Operand kept        # where the gated dy goes; in no memory where nobody wants it
+    Operand exact       # where it is as it was summed, for results: see stores.pxd; in no memory where it is found again for them
     Parameter gamma, beta, mean, variance
     double epsilon
     double* first   # per channel: mean, or sum(dy); NULL where nobody keeps them: the driver has a place for both then,
@@ -124,6 +125,7 @@ cdef inline Job channels_of(const Job* job, Py_ssize_t c0, Py_ssize_t c1) noexce
     move(&own.w, c0)
     move(&own.y, c0)
     move(&own.kept, c0)
+    move(&own.exact, c0)
     skip(&own.gamma, c0)
     skip(&own.beta, c0)
     skip(&own.mean, c0)
@@ -178,7 +180,7 @@ cdef inline Job gate_of(const Job* job) noexcept nogil:
     gate.form = job.gate
     gate.reduces, gate.applies, gate.writes_pair, gate.streams = False, True, True, False
     gate.dgamma.data = gate.dbeta.data = NULL
-    gate.y = job.kept
+    gate.y = job.exact
     if job.by_output:
         gate.v = job.w
         gate.gamma.data = gate.beta.data = gate.mean.data = gate.variance.data = NULL
@@ -186,16 +188,11 @@ cdef inline Job gate_of(const Job* job) noexcept nogil:
     return gate
 
 
-cdef inline bint keeps_exactly(const Job* job) noexcept nogil:
-    """Whether dy behind the gate is kept as it is: 16 bits would round it, unless it is dy or 0."""
-    return job.kept.data != NULL and (job.kept.size >= 4 or job.gate.bend == CLIPPED)
-
-
 cdef inline Job behind_gate(const Job* job) noexcept nogil:
-    """What is left of a job when its dy has come through the gate once: what was kept exactly does not go again."""
+    """What is left of a job when its dy has come through the gate once: what is kept exactly does not go again."""
     cdef Job rest = job[0]
-    if job.gated and keeps_exactly(job):
-        rest.u = job.kept
+    if job.gated and job.exact.data != NULL:
+        rest.u = job.exact
         rest.gated = False
-    rest.kept.data = NULL
+    rest.kept.data = rest.exact.data = NULL
     return rest

@@ -224,6 +224,21 @@ static inline fastbn_vf fastbn_power_f(fastbn_vf n) {
 static inline fastbn_vd fastbn_add_exact_product(fastbn_vd t, fastbn_vd x, fastbn_vd y) { return t + x * y; }
 static inline fastbn_vd fastbn_add_by_product(fastbn_vd t, fastbn_vd x) { return t + x; }
 #endif
+/* -|x|; the sign of NaN too is set. */
+static inline fastbn_vd fastbn_minus_size_d(fastbn_vd x) {
+#if defined(__GNUC__)
+    return (fastbn_vd) ((fastbn_vq) x | (uint64_t) 1 << 63);
+#else
+    return copysign(x, -1);
+#endif
+}
+static inline fastbn_vf fastbn_minus_size_f(fastbn_vf x) {
+#if defined(__GNUC__)
+    return (fastbn_vf) ((fastbn_vu) x | (uint32_t) 1 << 31);
+#else
+    return copysignf(x, -1);
+#endif
+}
 /* s * 2^n, rounded once, of a whole n and s between 1/2 and 2: in two factors, where there is no instruction for it. */
 static inline fastbn_vd fastbn_times_power_d(fastbn_vd s, fastbn_vd n) {
 #if FASTBN_BYTES == 64
@@ -462,9 +477,11 @@ static const int64_t fastbn_last[2 * FASTBN_LANES] = {
 static const uint8_t fastbn_last_marks[2 * FASTBN_LANES] = {
     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-/* 1 / 13! to 1 / 2!, of the series of exp; float needs the last six. */
-static const double fastbn_series[12] = {
+/* Coefficients of x^13 to x^2 in exp(x), 1 / 13! to 1 / 2!; and of x^6 to x^2 for float: those whose largest relative error for
+ * |x| <= ln 2 / 2 is the least, 3.1e-9 (by Remez's exchange), for which the series needs one term more. */
+static const double fastbn_series[17] = {
     1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320,
-    1. / 5040, 1. / 720, 1. / 120, 1. / 24, 1. / 6, 1. / 2};
+    1. / 5040, 1. / 720, 1. / 120, 1. / 24, 1. / 6, 1. / 2,
+    0.0013814598646664034, 0.00836871687972814, 0.041668388045313996, 0.16666520631709497, 0.49999993447796487};
 
 #endif

@@ -37,7 +37,9 @@ cdef extern from "lanes.h" nogil:
     vf larger_f "fastbn_larger_f"(vf x, vf y)
     vd times_power_d "fastbn_times_power_d"(vd s, vd n)
     vf times_power_f "fastbn_times_power_f"(vf s, vf n)
-    const double[12] series "fastbn_series"
+    vd minus_size_d "fastbn_minus_size_d"(vd x)
+    vf minus_size_f "fastbn_minus_size_f"(vf x)
+    const double[17] series "fastbn_series"
     vd masked "fastbn_masked"(vd x, const int64_t* mask)
     vd present "fastbn_present"(vd x, vd v)  # x, but 0 where v is NaN
     const int64_t[32] last_masks "fastbn_last"
@@ -110,6 +112,21 @@ cdef inline pack larger(pack x, pack y) noexcept nogil:
         return larger_f(x, y)
     else:
         return larger_d(x, y)
+
+
+cdef inline pack minus_size(pack x) noexcept nogil:
+    """-|x|"""
+    if pack is vf:
+        return minus_size_f(x)
+    else:
+        return minus_size_d(x)
+
+
+cdef inline bint begins_with_zero(const pack* x) noexcept nogil:
+    if pack is vf:
+        return (<const float*> x)[0] == 0
+    else:
+        return (<const double*> x)[0] == 0
 
 
 cdef inline pack times_power(pack s, pack n) noexcept nogil:

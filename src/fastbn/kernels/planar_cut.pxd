@@ -1,6 +1,6 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
 from .caches cimport is_lean, is_roomy, own_cache
-from .job cimport Job, Operand, behind_gate, keeps_exactly, summed
+from .job cimport Job, Operand, behind_gate, summed
 from .kinds cimport DOUBLE
 from .lanes cimport is_weighted
 from .lines cimport GATHERED, LINE
@@ -48,7 +48,8 @@ cdef struct Cut:
     Py_ssize_t portion     # pieces per task of a pass that sums nothing, which may depend on the threads
     Py_ssize_t portions
     bint joins             # results are stored past the caches, in runs that share lines
-    bint fused             # one task does all of its channels
+    bint fused             # one task does all of its channels,
+    Py_ssize_t room        # with bytes for what comes through their gate: see `wants_room`
     bint abreast           # sums take several side by side: what comes from memory is better walked in one stretch
     Py_ssize_t ahead       # they fetch in advance the runs of so many channels later,
     Py_ssize_t near        # or so many bytes of the same run,
@@ -82,7 +83,7 @@ cdef inline bint joins(const Job* job, const Cut* k) noexcept nogil:
     cdef Job rest
     if not (job.streams and k.length > JOINED and shares_lines(&job.y, k.cut, k.length)):
         return False
-    if job.gated and not keeps_exactly(job):
+    if job.gated and job.exact.data == NULL:
         return False
     rest = behind_gate(job)
     if is_weighted(job.form.bend):  # weights are staged where they have to be
@@ -146,6 +147,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.length = (job.inner + k.segments - 1) // k.segments
     k.images = max(<Py_ssize_t> 1, TILE // k.length) if k.segments == 1 else 1
     k.tiles = (job.outer + k.images - 1) // k.images * k.segments
+    k.room = 0
     k.group = 1
     if k.segments == 1:
         k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)

@@ -10,9 +10,14 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#define FASTBN_KEPT 1
+#define FASTBN_UNMARKED ((size_t) 1 << 26)
+#include "blocks.h"
+
 #if defined(__GNUC__)
 #define FASTBN_SCRATCH_LEAST ((size_t) 1 << 17) /* bytes: less, malloc keeps by itself */
-#define FASTBN_SCRATCH_MOST ((size_t) 1 << 22)  /* more belongs to so many values that the faults do not matter */
+#define FASTBN_SCRATCH_MOST ((size_t) 1 << 22)  /* more belongs to so many values that the faults do not matter, */
+#define FASTBN_SCRATCH_BLOCK ((size_t) 1 << 25) /* unless it is beyond what malloc keeps, and as large as x: a block */
 #define FASTBN_SCRATCH_KEPT 4
 
 static struct {
@@ -23,6 +28,7 @@ static char fastbn_scratch_lock;
 
 static void *fastbn_scratch_take(size_t size) {
     void *data = NULL;
+    if (FASTBN_HAS_BLOCKS && size >= FASTBN_SCRATCH_BLOCK) return fastbn_block_take(size);
     if (size >= FASTBN_SCRATCH_LEAST && size <= FASTBN_SCRATCH_MOST
         && !__atomic_test_and_set(&fastbn_scratch_lock, __ATOMIC_ACQUIRE)) {
         for (int i = 0; i < FASTBN_SCRATCH_KEPT && data == NULL; i++)
@@ -38,6 +44,10 @@ static void *fastbn_scratch_take(size_t size) {
 
 /* Of the size it was taken with. */
 static void fastbn_scratch_give(void *data, size_t size) {
+    if (FASTBN_HAS_BLOCKS && size >= FASTBN_SCRATCH_BLOCK) {
+        if (data != NULL) fastbn_block_give(data);
+        return;
+    }
     if (data != NULL && size >= FASTBN_SCRATCH_LEAST && size <= FASTBN_SCRATCH_MOST
         && !__atomic_test_and_set(&fastbn_scratch_lock, __ATOMIC_ACQUIRE)) {
         void *oldest = fastbn_scratch_kept[FASTBN_SCRATCH_KEPT - 1].data;
