@@ -61,6 +61,7 @@ ENTRIES = {
     "train-uint8": Entry("train", dtype="uint8", writes=4),
     "backward-float16": Entry("backward", dtype="float16", reads=2),
     "backward-bfloat16": Entry("backward", dtype="bfloat16", reads=2),
+    "backward-relu-float16": Entry("backward", dtype="float16", reads=2, options=lambda case: {"activation": "relu"}),
     "backward-silu-float16": Entry("backward", dtype="float16", reads=2, options=lambda case: {"activation": "silu"}),
 }
 

@@ -42,10 +42,12 @@ cdef inline void fetch_later(const Operand* operand, const Cut* k, const char* x
     fetch_lines(x, runs * length * operand.size)
 
 
-cdef void keep_rounded(const Operand* kept, const floating* g, Py_ssize_t apart, char* place, Py_ssize_t runs,
-                       Py_ssize_t length) noexcept nogil:
+cdef void keep_small(const Operand* kept, const floating* g, Py_ssize_t apart, char* place, Py_ssize_t runs,
+                     Py_ssize_t length) noexcept nogil:
     """What came through the gate, of neighbouring channels that lie so far apart, in fewer bits."""
     cdef Py_ssize_t r
+    if apart == length and kept.inner == kept.size and kept.channel == length * kept.size:
+        runs, length = 1, runs * length
     for r in range(runs):
         give(kept, g + r * apart, 1, length, place + r * kept.channel, kept.inner)
 
@@ -60,6 +62,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef Job near = job[0]
     cdef Job gate
     cdef Operand walked
+    cdef const Operand* small = NULL
     cdef Py_ssize_t together = c1 - c0
     cdef int kind = native(buffer)
     cdef bint converts = not is_native(&job.u) or (job.reads_pair and not is_native(&job.v))
@@ -82,7 +85,11 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     walked = near.u
     if job.gated:
         gate = gate_of(&near)
-        exact = job.exact.data != NULL
+        exact = job.exact.data != NULL and is_native(&job.exact)
+        if job.exact.data != NULL and not exact:
+            small = &job.exact
+        elif job.kept.data != NULL and job.kept.data != job.exact.data:
+            small = &job.kept
         if not exact:
             gate.y = in_tile(t.length, kind)
         gate_direct = all_ready(&gate, t.length, kind)
@@ -125,9 +132,9 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                         g = at(&job.exact, n, c0 + i, t.s0)
                     gate_runs(&gate, gate_direct, u, w if job.by_output else v, w, g, several, t.length, gates + c0 + i,
                               scratch)
-                    if job.kept.data != NULL and job.kept.data != job.exact.data:
-                        keep_rounded(&job.kept, <const floating*> g, gate.y.channel // <Py_ssize_t> sizeof(floating),
-                                     at(&job.kept, n, c0 + i, t.s0), several, t.length)
+                    if small != NULL:
+                        keep_small(small, <const floating*> g, gate.y.channel // <Py_ssize_t> sizeof(floating),
+                                   at(small, n, c0 + i, t.s0), several, t.length)
                 reduce_any(&near, direct, g, v, several, images, t.length, p + i, q + i, shifted, k.abreast, next_u + (u - g),
                            next_v, k.second_level, n == t.n0, first + i * LANES, second + i * LANES, scratch)
                 u += several * walked.channel

@@ -56,7 +56,7 @@ cdef inline void place_results(Job* job, bint gathers) noexcept nogil:
     if job.kept.data != NULL:
         if job.kept.size >= 4 or job.gate.bend == CLIPPED:
             job.exact = job.kept
-    elif (job.y.data != NULL and job.y.data != job.v.data and job.y.size >= 4
+    elif (job.y.data != NULL and job.y.data != job.v.data and (job.y.size >= 4 or job.gate.bend == CLIPPED)
             and (job.gate.bend == SMOOTH or is_roomy() or is_lean() or not job.streams)):
         job.exact = job.y
         job.streams = False  # its lines are in a cache
