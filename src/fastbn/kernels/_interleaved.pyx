@@ -452,14 +452,15 @@ cdef int do_job(const Job* given, floating* typed) noexcept nogil:
     tables_size = room.tables * shares + LANES * sizeof(floating)
     cdef double* parts = <double*> scratch_take(parts_size) if room.parts else NULL
     cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
-    cdef size_t gated_size = room.gated * shares
+    cdef size_t gated_size = room.gated * shares + LANES * sizeof(floating)
     cdef char* gated = <char*> scratch_take(gated_size) if room.gated else NULL  # without it is found twice
+    cdef char* first_gated = <char*> aligned(<floating*> gated) if gated != NULL else NULL
     if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
         if k.group < job.channels:
-            status = do_groups(&job, &g, &room, aligned(parts), aligned(table), gated)
+            status = do_groups(&job, &g, &room, aligned(parts), aligned(table), first_gated)
         else:
             if gated != NULL:
-                own.exact = in_room(&own, gated, own.channels, sizeof(floating))
+                own.exact = in_room(&own, first_gated, own.channels, sizeof(floating))
             take_numbers(&own, &k, &room, aligned(parts))
             status = do_steps(&own, &k, aligned(parts), aligned(table))
     scratch_give(parts, parts_size)
