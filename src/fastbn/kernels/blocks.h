@@ -4,6 +4,8 @@
  * one fault after the other while the kernel writes: up to half the time of a call. Blocks given back are kept here
  * instead. Those that make more than FASTBN_UNMARKED bytes together are marked with MADV_FREE: the system takes their
  * pages when it needs them, and only then. Marking 8 MB takes a third of the time of a training call that writes them.
+ * Nobody waits: who finds the kept blocks in use maps a block anew or gives it back to the system, so a process that forks at
+ * such a moment loses nothing but what is kept.
  */
 #ifndef FASTBN_BLOCKS_H
 #define FASTBN_BLOCKS_H
@@ -33,15 +35,12 @@ typedef struct {
 } fastbn_block;
 
 static fastbn_block fastbn_kept_blocks[FASTBN_KEPT];
-static size_t fastbn_kept_unmarked; /* bytes of them all, and of one that is being given back */
+static size_t fastbn_kept_unmarked; /* bytes of them all */
 static char fastbn_kept_lock;
 
 static inline size_t fastbn_rounded(size_t size) { return (size + FASTBN_ROUND - 1) / FASTBN_ROUND * FASTBN_ROUND; }
 
-static inline void fastbn_lock_kept(void) {
-    while (__atomic_test_and_set(&fastbn_kept_lock, __ATOMIC_ACQUIRE)) {
-    }
-}
+static inline int fastbn_lock_kept(void) { return !__atomic_test_and_set(&fastbn_kept_lock, __ATOMIC_ACQUIRE); }
 
 static inline void fastbn_unlock_kept(void) { __atomic_clear(&fastbn_kept_lock, __ATOMIC_RELEASE); }
 
@@ -55,7 +54,8 @@ static inline void fastbn_block_unmap(void *data) {
 static int fastbn_drop_kept(void) {
     fastbn_block out[FASTBN_KEPT];
     int i, dropped = 0;
-    fastbn_lock_kept();
+    if (!fastbn_lock_kept())
+        return 0;
     memcpy(out, fastbn_kept_blocks, sizeof out);
     for (i = 0; i < FASTBN_KEPT; i++) {
         fastbn_kept_unmarked -= out[i].unmarked;
@@ -78,14 +78,15 @@ static void *fastbn_block_take(size_t size) {
     void *data = NULL;
     int i;
     size = fastbn_rounded(size);
-    fastbn_lock_kept();
-    for (i = 0; i < FASTBN_KEPT && data == NULL; i++)
-        if (fastbn_kept_blocks[i].size == size) {
-            data = fastbn_kept_blocks[i].data;
-            fastbn_kept_unmarked -= fastbn_kept_blocks[i].unmarked;
-            fastbn_kept_blocks[i].size = fastbn_kept_blocks[i].unmarked = 0;
-        }
-    fastbn_unlock_kept();
+    if (fastbn_lock_kept()) {
+        for (i = 0; i < FASTBN_KEPT && data == NULL; i++)
+            if (fastbn_kept_blocks[i].size == size) {
+                data = fastbn_kept_blocks[i].data;
+                fastbn_kept_unmarked -= fastbn_kept_blocks[i].unmarked;
+                fastbn_kept_blocks[i].size = fastbn_kept_blocks[i].unmarked = 0;
+            }
+        fastbn_unlock_kept();
+    }
     if (data != NULL)
         return data;
     /* Mapped with room to start at a huge page, behind a page that knows the size. */
@@ -107,30 +108,35 @@ static void *fastbn_block_take(size_t size) {
     return block;
 }
 
-static void fastbn_block_give(void *data) {
+/* Keep a block, as it is if it can be without going beyond the bound, or marked; the oldest goes. Whether it is kept. */
+static int fastbn_keep(void *data, size_t size, int marked) {
     fastbn_block out;
-    size_t size = fastbn_block_size(data), unmarked = 0;
+    size_t unmarked = marked ? 0 : size;
     int i;
-    fastbn_lock_kept();
-    if (fastbn_kept_unmarked + size <= FASTBN_UNMARKED)
-        unmarked = size;
-    fastbn_kept_unmarked += unmarked;
-    fastbn_unlock_kept();
-    if (!unmarked && madvise(data, size, MADV_FREE) != 0) {
-        fastbn_block_unmap(data);
-        return;
+    if (!fastbn_lock_kept())
+        return 0;
+    if (fastbn_kept_unmarked + unmarked > FASTBN_UNMARKED) {
+        fastbn_unlock_kept();
+        return 0;
     }
-    fastbn_lock_kept();
-    out = fastbn_kept_blocks[FASTBN_KEPT - 1]; /* the oldest goes */
+    out = fastbn_kept_blocks[FASTBN_KEPT - 1];
     for (i = FASTBN_KEPT - 1; i > 0; i--)
         fastbn_kept_blocks[i] = fastbn_kept_blocks[i - 1];
     fastbn_kept_blocks[0].data = data;
     fastbn_kept_blocks[0].size = size;
     fastbn_kept_blocks[0].unmarked = unmarked;
+    fastbn_kept_unmarked += unmarked;
     fastbn_kept_unmarked -= out.unmarked;
     fastbn_unlock_kept();
     if (out.size)
         fastbn_block_unmap(out.data);
+    return 1;
+}
+
+static void fastbn_block_give(void *data) {
+    size_t size = fastbn_block_size(data);
+    if (!fastbn_keep(data, size, 0) && (madvise(data, size, MADV_FREE) != 0 || !fastbn_keep(data, size, 1)))
+        fastbn_block_unmap(data);
 }
 
 #else
