@@ -48,105 +48,7 @@ from .weights cimport (
     walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
 )
 
-cdef inline bint dense(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
-    """Whether the columns of a row lie side by side."""
-    return ((job.inner == 1 or operand.inner == operand.size)
-            and (job.channels == 1 or operand.channel == job.inner * operand.size)
-            and (k.positions == 1 or operand.outer == job.channels * job.inner * operand.size))
-
-
-cdef inline Py_ssize_t offset(const Job* job, const Operand* operand, Py_ssize_t column) noexcept nogil:
-    """Bytes from the start of a row to a column."""
-    cdef Py_ssize_t position = column // job.inner
-    return (position // job.channels * operand.outer + position % job.channels * operand.channel
-            + column % job.inner * operand.inner)
-
-
-cdef inline Py_ssize_t neighbours(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
-    """Columns that lie side by side, in each of such stretches of a row: all, those of a position, or of a channel."""
-    if dense(job, k, operand):
-        return k.columns
-    if job.inner > 1 and operand.inner != operand.size:
-        return 1
-    if job.channels > 1 and operand.channel != job.inner * operand.size:
-        return job.inner
-    return job.channels * job.inner
-
-
-cdef inline bint in_stretches(const Job* job, const Cut* k, const Operand* operand) noexcept nogil:
-    """Whether an operand is staged along its rows, if it is, not down its columns: then many of these at a time."""
-    return neighbours(job, k, operand) >= min(APIECE, k.columns)
-
-
-cdef inline void carry(const Operand* operand, char* x, Py_ssize_t sx, Py_ssize_t n, floating* tile, Py_ssize_t st,
-                       bint back) noexcept nogil:
-    """n values of an operand to a tile, or back."""
-    if back:
-        give(operand, tile, st, n, x, sx)
-    else:
-        take(operand, x, sx, n, tile, st)
-
-
-cdef inline void carry_stretches(const Operand* operand, char* x, const Py_ssize_t* places, Py_ssize_t first, Py_ssize_t run,
-                                 Py_ssize_t columns, floating* tile, bint back) noexcept nogil:
-    """Columns of a row at x as stretches of memory, the first and the last of which may be cut short."""
-    cdef Py_ssize_t i = 0, j = 0, end = min(first, columns)
-    while j < columns:
-        carry(operand, x + places[i], operand.size, end - j, tile + j, 1, back)
-        j, end, i = end, min(end + run, columns), i + 1
-
-
-cdef inline void carry_rows(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t row, Py_ssize_t rows,
-                            Py_ssize_t column, Py_ssize_t columns, floating* tile, bint back) noexcept nogil:
-    """Some columns of some rows of an operand to the rows of a tile, which are whole lanes, or back."""
-    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns), run = neighbours(job, k, operand)
-    cdef char* x = operand.data + row * stride
-    cdef Py_ssize_t[STRETCHES] places
-    cdef Py_ssize_t r, j = 0, n = 0
-    if run < min(APIECE, k.columns):
-        for j in range(columns):
-            carry(operand, x + offset(job, operand, column + j), stride, rows, tile + j, m, back)
-    elif run == k.columns and columns == m and stride == m * operand.size:
-        carry(operand, x + column * operand.size, operand.size, rows * m, tile, 1, back)
-    else:
-        while j < columns:
-            places[n] = offset(job, operand, column + j)
-            j += run - (column + j) % run
-            n += 1
-        for r in range(rows):
-            carry_stretches(operand, x + r * stride, places, run - column % run, run, columns, tile + r * m, back)
-
-
-cdef struct View:
-    # Some rows of a piece of columns, in place or staged; the stride is in values.
-    char* data
-    Py_ssize_t stride
-
-
-cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint direct, Py_ssize_t row, Py_ssize_t rows,
-                      Py_ssize_t column, Py_ssize_t columns, floating* buffer) noexcept nogil:
-    """The operand itself where its columns are dense and whole lanes, else a copy in the type of arithmetic, padded with zeros."""
-    cdef View w
-    cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns), r, j
-    if direct:
-        w.data = operand.data + row * stride + column * operand.size
-        w.stride = stride // operand.size
-        return w
-    w.data = <char*> buffer
-    w.stride = m
-    carry_rows(job, k, operand, row, rows, column, columns, buffer, False)
-    for j in range(columns, m):
-        for r in range(rows):
-            buffer[r * m + j] = 0
-    return w
-
-
-cdef inline Strips strips(const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
-                          Py_ssize_t columns) noexcept nogil:
-    """Rows of views of a kind."""
-    cdef Py_ssize_t size = size_of(kind)
-    return Strips(u.data, v.data, w.data, y.data, u.stride * size, v.stride * size, w.stride * size, y.stride * size, rows,
-                  columns)
+include "_interleaved_views.pxi"
 
 
 # One function for each kind of bend, not inline: what loops there are is compiled once, whoever calls it, and so few in one
@@ -366,7 +268,7 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* tables)
 
 
 cdef struct Room:
-    # Doubles of the parts of a job, and behind them of numbers per channel; bytes of its tables, and of what comes through its
+    # Doubles of the parts of a job, and behind them of numbers per channel; bytes of its tables; numbers that come through its
     # gate. All are whole lines.
     Py_ssize_t parts, numbers, tables, gated
 
@@ -382,7 +284,7 @@ cdef inline Room room_of(const Job* job, const Cut* k, bint near, Py_ssize_t siz
     if job.applies or job.gated:
         room.tables = table_length(k, job.channels) * (2 if job.gated else 1) * size
     if wants_room(job, near):
-        room.gated = whole(job.outer * job.channels * job.inner) * size
+        room.gated = whole(job.outer * job.channels * job.inner)
     return room
 
 
@@ -398,7 +300,7 @@ cdef inline void take_numbers(Job* job, const Cut* k, const Room* room, double* 
 
 
 cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, const Room* room, double* parts, floating* table,
-                   char* gated) noexcept nogil:
+                   floating* gated) noexcept nogil:
     """All steps of a group of channels, or of those that are left."""
     cdef Py_ssize_t c1 = min(c0 + g.group, job.channels)
     cdef Job own = channels_of(job, c0, c1)
@@ -410,11 +312,12 @@ cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, const Room* room
         g = &last
     take_numbers(&own, g, room, parts)
     if gated != NULL:
-        own.exact = in_room(&own, gated, own.channels, sizeof(floating))
+        own.exact = in_room(&own, gated, own.channels)
     do_steps(&own, g, parts, table)
 
 
-cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table, char* gated) noexcept nogil:
+cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts, floating* table,
+                   floating* gated) noexcept nogil:
     """All groups, each cut like this one."""
     cdef Py_ssize_t groups = (job.channels + k.group - 1) // k.group, share, i
     cdef Py_ssize_t numbers = room.parts + room.numbers, tables = room.tables // <Py_ssize_t> sizeof(floating)
@@ -426,7 +329,7 @@ cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts
     for share in prange(threads, schedule="static", num_threads=threads):
         for i in range(groups * share // threads, groups * (share + 1) // threads):
             do_group(job, k, i * k.group, room, parts + share * numbers, table + share * tables,
-                     gated + share * room.gated if gated != NULL else NULL)
+                     gated + share * room.gated)
     return DONE
 
 
@@ -452,15 +355,16 @@ cdef int do_job(const Job* given, floating* typed) noexcept nogil:
     tables_size = room.tables * shares + LANES * sizeof(floating)
     cdef double* parts = <double*> scratch_take(parts_size) if room.parts else NULL
     cdef floating* table = <floating*> scratch_take(tables_size) if room.tables else NULL
-    cdef size_t gated_size = room.gated * shares + LANES * sizeof(floating)
-    cdef char* gated = <char*> scratch_take(gated_size) if room.gated else NULL  # without it is found twice
-    cdef char* first_gated = <char*> aligned(<floating*> gated) if gated != NULL else NULL
+    cdef size_t gated_size = (room.gated * shares + LANES) * sizeof(floating)
+    cdef floating* gated = <floating*> scratch_take(gated_size) if room.gated else NULL
+    if gated == NULL:  # then it is found twice
+        room.gated = 0
     if (parts != NULL or not room.parts) and (table != NULL or not room.tables):
         if k.group < job.channels:
-            status = do_groups(&job, &g, &room, aligned(parts), aligned(table), first_gated)
+            status = do_groups(&job, &g, &room, aligned(parts), aligned(table), aligned(gated))
         else:
             if gated != NULL:
-                own.exact = in_room(&own, first_gated, own.channels, sizeof(floating))
+                own.exact = in_room(&own, aligned(gated), own.channels)
             take_numbers(&own, &k, &room, aligned(parts))
             status = do_steps(&own, &k, aligned(parts), aligned(table))
     scratch_give(parts, parts_size)

@@ -316,18 +316,18 @@ cdef int do_job(const Job* job, floating* typed) noexcept nogil:
     cdef size_t table_size = job.channels * tables * sizeof(floating)
     cdef floating* table = <floating*> scratch_take(table_size) if tabulates else NULL
     cdef size_t room_size = 0
-    cdef char* room = NULL
+    cdef floating* room = NULL
     if wants_room(&own, k.fused):
         room_size = own.outer * own.channels * own.inner * sizeof(floating)
         if k.fused:
             k.room = (own.outer * k.span * own.inner * <Py_ssize_t> sizeof(floating) + LINE - 1) // LINE * LINE
             room_size = own.threads * k.room
         room_size += LANES * sizeof(floating)
-        room = <char*> scratch_take(room_size)
+        room = <floating*> scratch_take(room_size)
         if room == NULL:  # then it is found twice
             k.room = 0
         else:
-            own.exact = in_room(&own, <char*> aligned(<floating*> room), k.span if k.fused else own.channels, sizeof(floating))
+            own.exact = in_room(&own, aligned(room), k.span if k.fused else own.channels)
     if (parts != NULL or not job.reduces) and (table != NULL or not tabulates):
         if not keeps:
             own.first, own.second = parts + sums, parts + sums + job.channels

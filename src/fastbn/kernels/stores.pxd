@@ -1,7 +1,8 @@
 """Where results go: into the caches, or past them."""
+from cython cimport floating
+
 from .caches cimport is_lean, is_roomy
-from .job cimport NORMALIZE, TRAIN, Job, Operand, kind_of_results
-from .kinds cimport DOUBLE, FLOAT
+from .job cimport NORMALIZE, TRAIN, Job, Operand, kind_of_results, native
 from .lanes cimport CLIPPED, SMOOTH
 
 cdef enum:
@@ -11,7 +12,7 @@ cdef enum:
     STREAM_INFERENCE = 9 << 22
     STREAM_TRAINING = 3 << 23
     STREAM_GRADIENT = 3 << 22
-    # Roomy cores: of results that registers store by whole lines, and of other gradients.
+    # Roomy cores: of results that registers store, and of other gradients.
     STREAM_ROOMY = 1 << 23
     STREAM_ROOMY_GRADIENT = 1 << 24
     # Lean cores: what is left of such a last level beside the others that share it holds no more.
@@ -71,6 +72,7 @@ cdef inline bint wants_room(const Job* job, bint near) noexcept nogil:
             and (near or not is_in_place(job)))
 
 
-cdef inline Operand in_room(const Job* job, char* data, Py_ssize_t channels, Py_ssize_t size) noexcept nogil:
-    """So many channels of such values as one stretch of memory, of which the first is there."""
-    return Operand(data, FLOAT if size == 4 else DOUBLE, size, channels * job.inner * size, job.inner * size, size)
+cdef inline Operand in_room(const Job* job, floating* data, Py_ssize_t channels) noexcept nogil:
+    """So many channels as one stretch of memory, of which the first is there, in the type of arithmetic."""
+    cdef Py_ssize_t size = sizeof(floating)
+    return Operand(<char*> data, native(data), size, channels * job.inner * size, job.inner * size, size)
