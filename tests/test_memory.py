@@ -123,13 +123,14 @@ _, cache = fastbn.batch_norm_forward(x, training=True, activation="silu")
 in_place, out = x.copy(), np.empty_like(x)
 results = [fastbn.batch_norm_backward(in_place, cache, out=in_place)[:3]]  # holds nothing else
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), resource.RLIM_INFINITY))
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), before[1]))
 results += [fastbn.batch_norm_backward(x, cache, out=out)[:3]]
 try:
     bytearray(64 << 20)  # as much as would be kept
 except MemoryError:
     print("none left")
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, before)
 results += [fastbn.batch_norm_backward(x, cache)[:3]]
 print(all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(*results)))
 """

@@ -292,7 +292,8 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: Array | None = None
 
     and ``dx = gamma * r * dy`` where the call normalized with moving statistics. After an activation, dy stands for dy
     times its derivative, which at 0 is 0 for relu and relu6 and the slope for leaky_relu. With a residual these three
-    are told from y as it is stored: what float16 and bfloat16 round to 6 is not below it.
+    are told from y as it is stored: what float16 and bfloat16 round to 6 is not below it, and what they round to 0 not
+    above that.
 
     With weights w, and W their sum over a channel, it is the gradient of what was computed: y everywhere, so dy counts
     everywhere, but x only as much as it did in the statistics::
