@@ -30,7 +30,7 @@ from .interleaved_cut cimport (
 )
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
-    kind_of_results, native,
+    kind_beside, kind_of_results, native,
 )
 from .kinds cimport DOUBLE, size_of
 from .lanes cimport (
@@ -53,54 +53,54 @@ include "_interleaved_views.pxi"
 
 # One function for each kind of bend, not inline: what loops there are is compiled once, whoever calls it, and so few in one
 # function that their numbers stay in registers. Of all in one, nine in ten fetched addresses from the stack for every pack.
-cdef void scale_straight(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_straight(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
                          Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, kind, STRAIGHT)
+    apply_rows(x, large, ahead, table, stride, form, stream, STRAIGHT)
 
 
-cdef void scale_clipped(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_clipped(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
                         Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, kind, CLIPPED)
+    apply_rows(x, large, ahead, table, stride, form, stream, CLIPPED)
 
 
-cdef void scale_bent(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_bent(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
                      Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, kind, BENT)
+    apply_rows(x, large, ahead, table, stride, form, stream, BENT)
 
 
-cdef void scale_smooth(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_smooth(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
                        Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, kind, SMOOTH)
+    apply_rows(x, large, ahead, table, stride, form, stream, SMOOTH)
 
 
-cdef void scale_weighted(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_weighted(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
                          Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, kind, WEIGHTED)
+    apply_rows(x, large, ahead, table, stride, form, stream, WEIGHTED)
 
 
-cdef void scale_present(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_present(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
                         Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, kind, PRESENT)
+    apply_rows(x, large, ahead, table, stride, form, stream, PRESENT)
 
 
-cdef void scale(const Form* form, const Strips* x, int kind, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
                 Py_ssize_t stride, bint stream) noexcept nogil:
-    """*apply* to rows of a kind."""
+    """*apply* to rows."""
     if form.bend == STRAIGHT:
-        scale_straight(form, x, kind, large, ahead, table, stride, stream)
+        scale_straight(form, x, large, ahead, table, stride, stream)
     elif form.bend == CLIPPED:
-        scale_clipped(form, x, kind, large, ahead, table, stride, stream)
+        scale_clipped(form, x, large, ahead, table, stride, stream)
     elif form.bend == BENT:
-        scale_bent(form, x, kind, large, ahead, table, stride, stream)
+        scale_bent(form, x, large, ahead, table, stride, stream)
     elif form.bend == SMOOTH:
-        scale_smooth(form, x, kind, large, ahead, table, stride, stream)
+        scale_smooth(form, x, large, ahead, table, stride, stream)
     elif form.bend == WEIGHTED:
-        scale_weighted(form, x, kind, large, ahead, table, stride, stream)
+        scale_weighted(form, x, large, ahead, table, stride, stream)
     else:
-        scale_present(form, x, kind, large, ahead, table, stride, stream)
+        scale_present(form, x, large, ahead, table, stride, stream)
 
 
-cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const View* v, Py_ssize_t row,
+cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, int kind_u, const View* v, Py_ssize_t row,
                        Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, const floating* gates,
                        floating* buffer) noexcept nogil:
     """dy, a view, times the derivative of the activation, in the buffer, or where it is kept as it is.
@@ -122,8 +122,8 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
                  buffer + STAGED)
         if job.by_output:
             source = &w
-    cdef Strips x = strips(u, source, &w, &g, native(gates), rows, whole(columns))
-    scale(&job.gate, &x, native(gates), False, 0, gates + column, k.padded, False)
+    cdef Strips x = strips(u, source, &w, &g, kind_u, native(gates), rows, whole(columns))
+    scale(&job.gate, &x, False, 0, gates + column, k.padded, False)
     if job.exact.data != NULL and not direct:
         carry_rows(job, k, &job.exact, row, rows, column, columns, <floating*> g.data, True)
     if rounds:

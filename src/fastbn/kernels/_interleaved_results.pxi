@@ -16,38 +16,38 @@ cdef bint is_shifted(const Job* job, const Cut* k) noexcept nogil:
     return ((job.streams or k.rows * k.columns * job.y.size >= SHIFTED) and k.columns % LANES == 0
             and not lies_well(job, k) and not is_in_place(job) and not job.gated and not is_weighted(job.form.bend)
             and <size_t> job.y.data % job.y.size == 0
-            and is_stretch(job, k, &job.u, kind) and is_stretch(job, k, &job.y, kind)
+            and is_stretch(job, k, &job.u, kind_beside(&job.form, &job.u, kind)) and is_stretch(job, k, &job.y, kind)
             and (not job.writes_pair or is_stretch(job, k, &job.v, kind))
             and (not job.form.third or is_stretch(job, k, &job.w, kind)))
 
 
 cdef void apply_part(const Form* form, const Strips* x, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t from_row,
-                     Py_ssize_t from_column, int kind, bint large, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
+                     Py_ssize_t from_column, bint large, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
                      bint stream) noexcept nogil:
     """*apply* to some rows and columns, whose coefficients begin with the table's."""
-    cdef Strips part = moved(x, from_row, from_column * size_of(kind))
+    cdef Strips part = moved(x, from_row, from_column * size_of(x.kind), x.kind_u, x.kind)
     part.count, part.length = rows, columns
-    scale(form, &part, kind, large, ahead, table, stride, stream)
+    scale(form, &part, large, ahead, table, stride, stream)
 
 
-cdef void apply_stretch(const Form* form, const Strips* x, int kind, Py_ssize_t c0, Py_ssize_t c1, bint large, Py_ssize_t ahead,
+cdef void apply_stretch(const Form* form, const Strips* x, Py_ssize_t c0, Py_ssize_t c1, bint large, Py_ssize_t ahead,
                         const floating* table, Py_ssize_t stride, bint stream) noexcept nogil:
     """*apply* to columns c0..c1 of rows that are one stretch of memory, not in place, where no row of y starts at whole lanes.
 
     The first of these is some columns later, so all columns are taken from there to the same place of the next row. The first
     columns of a table stand behind its last once more.
     """
-    cdef Py_ssize_t size = size_of(kind), columns = x.length, width = c1 - c0, last = x.count - 1
+    cdef Py_ssize_t size = size_of(x.kind), columns = x.length, width = c1 - c0, last = x.count - 1
     cdef Py_ssize_t begin = c0 + LANES - <Py_ssize_t> (<size_t> x.y % (LANES * size)) // size
     if c0 == 0:
-        apply_part(form, x, 1, LANES, 0, 0, kind, False, 0, table, stride, False)
+        apply_part(form, x, 1, LANES, 0, 0, False, 0, table, stride, False)
     if c1 < columns:
-        apply_part(form, x, x.count, width, 0, begin, kind, large, ahead, table + begin, stride, stream)
+        apply_part(form, x, x.count, width, 0, begin, large, ahead, table + begin, stride, stream)
         return
-    apply_part(form, x, last, width, 0, begin, kind, large, ahead, table + begin, stride, stream)
+    apply_part(form, x, last, width, 0, begin, large, ahead, table + begin, stride, stream)
     # The end of the last row is not followed by another.
-    apply_part(form, x, 1, width - LANES, last, begin, kind, False, 0, table + begin, stride, stream)
-    apply_part(form, x, 1, LANES, last, columns - LANES, kind, False, 0, table + columns - LANES, stride, False)
+    apply_part(form, x, 1, width - LANES, last, begin, False, 0, table + begin, stride, stream)
+    apply_part(form, x, 1, LANES, last, columns - LANES, False, 0, table + columns - LANES, stride, False)
 
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
@@ -67,7 +67,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef int kind = kind_of_results(job)
     if kind > DOUBLE and not (dense_u and dense_y and (dense_v or not reads_v) and (dense_w or not job.form.third)):
         kind = native(table)
-    cdef bint direct_u = dense_u and job.u.kind == kind, direct_v = dense_v and job.v.kind == kind
+    cdef int kind_u = kind_beside(&job.gate if job.gated else &job.form, &job.u, kind)
+    cdef bint direct_u = dense_u and job.u.kind == kind_u, direct_v = dense_v and job.v.kind == kind
     cdef bint direct_y = dense_y and job.y.kind == kind
     cdef bint direct_w = dense_w and (job.weights.size == sizeof(floating) and job.weights.repeat >= job.outer
                                       if weighted else job.w.kind == kind)
@@ -97,8 +98,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             v = view(job, k, &job.v, True, t.row, t.rows, 0, k.columns, ub)
         if job.form.third:
             w = view(job, k, &job.w, True, t.row, t.rows, 0, k.columns, ub)
-        x = strips(&u, &v, &w, &y, kind, t.rows, k.columns)
-        apply_stretch(&job.form, &x, kind, t.column, t.column + t.columns, large, FETCHED if t.columns < k.columns else 0, table,
+        x = strips(&u, &v, &w, &y, kind_u, kind, t.rows, k.columns)
+        apply_stretch(&job.form, &x, t.column, t.column + t.columns, large, FETCHED if t.columns < k.columns else 0, table,
                       k.padded, job.streams)
         if job.streams:
             fence()
@@ -129,13 +130,14 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 if reads_v:
                     v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
                 if job.gated:
-                    u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
+                    u = gated(job, k, inside, &u, kind_u if direct_u and inside else native(table), &v, t.row + r, rows, t.column + j, n, gates, gb)
                 if job.form.third and weighted:
                     w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 elif job.form.third:
                     w = view(job, k, &job.w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-                x = strips(&u, &v, &w, &y, kind if inside else native(table), rows, whole(n))
-                scale(&job.form, &x, kind if inside else native(table), large, FETCHED if n < stride else 0,
+                x = strips(&u, &v, &w, &y, kind_u if inside and not job.gated else native(table), kind if inside else native(table),
+                           rows, whole(n))
+                scale(&job.form, &x, large, FETCHED if n < stride else 0,
                       table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:
                     stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)

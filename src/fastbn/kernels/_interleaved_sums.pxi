@@ -38,7 +38,8 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
     cdef floating* vb = ub + STAGED
     cdef floating* gb = vb + STAGED
     cdef bint dense_u = dense(job, k, &job.u), dense_v = job.reads_pair and dense(job, k, &job.v)
-    cdef bint direct_u = dense_u and is_native(&job.u), direct_v = dense_v and is_native(&job.v)
+    cdef int kind_u = kind_beside(&job.gate, &job.u, native(gates)) if job.gated else native(gates)
+    cdef bint direct_u = dense_u and job.u.kind == kind_u, direct_v = dense_v and is_native(&job.v)
     # What is direct is taken in whole lanes; the columns that are left over are staged.
     cdef Py_ssize_t width = t.columns // LANES * LANES if direct_u or direct_v else 0
     cdef Py_ssize_t most = CHUNK if (in_stretches(job, k, &job.u)
@@ -81,7 +82,7 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             if job.reads_pair:
                 v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if job.gated:
-                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
+                u = gated(job, k, inside, &u, kind_u if direct_u and inside else native(gates), &v, t.row + r, rows, t.column + j, n, gates, gb)
             add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
                      job.reads_pair and job.omits, k.second_level, step == 0, first + j, second + j, gates)
             j += n

@@ -93,9 +93,9 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     return w
 
 
-cdef inline Strips strips(const View* u, const View* v, const View* w, const View* y, int kind, Py_ssize_t rows,
-                          Py_ssize_t columns) noexcept nogil:
-    """Rows of views of a kind."""
+cdef inline Strips strips(const View* u, const View* v, const View* w, const View* y, int kind_u, int kind,
+                          Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+    """Rows of views, of u of one kind and of all others of another."""
     cdef Py_ssize_t size = size_of(kind)
-    return Strips(u.data, v.data, w.data, y.data, u.stride * size, v.stride * size, w.stride * size, y.stride * size, rows,
-                  columns)
+    return Strips(u.data, v.data, w.data, y.data, u.stride * size_of(kind_u), v.stride * size, w.stride * size, y.stride * size,
+                  rows, columns, kind_u, kind)

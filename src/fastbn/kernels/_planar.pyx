@@ -23,7 +23,7 @@ from .channels cimport coefficients, load, settle
 from .convert cimport give, is_native, take
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of,
-    is_interrupted, kind_of_results, native,
+    is_interrupted, kind_beside, kind_of_results, native,
 )
 from .kinds cimport DOUBLE, FLOAT, size_of
 from .lanes cimport SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved
@@ -104,18 +104,19 @@ cdef void bend_together(const Job* job, const char* u, const char* v, const char
     cdef Form straight = job.form, bend = job.form
     cdef const Operand* operand = &job.v if job.form.pair else &job.u
     cdef const char* x = v if job.form.pair else u
-    cdef const char* given
     cdef Py_ssize_t r = 0, step = n * sizeof(floating), m
+    cdef int kind = native(table)
     cdef Strips before, behind
     straight.bend, straight.pair, bend.third = STRAIGHT, False, False
     while r < runs:
         m = min(runs - r, TILE // n)
         before = Strips(x + r * operand.channel, x, w + r * job.w.channel, <char*> tile, operand.channel, 0, job.w.channel, step,
-                        m, n)
-        apply_runs(&before, table + r, channels, &straight, False, native(table))
-        given = u + r * step if job.form.pair else <const char*> tile
-        behind = Strips(given, <char*> tile, w, y + r * step, 0, 0, 0, 0, 1, m * n)
-        apply_runs(&behind, same, 1, &bend, job.streams, native(table))
+                        m, n, kind, kind)
+        apply_runs(&before, table + r, channels, &straight, False)
+        behind = Strips(<char*> tile, <char*> tile, w, y + r * step, 0, 0, 0, 0, 1, m * n, kind, kind)
+        if job.form.pair:
+            behind.u, behind.kind_u = u + r * job.u.channel, job.u.kind
+        apply_runs(&behind, same, 1, &bend, job.streams)
         r += m
 
 
@@ -148,8 +149,9 @@ cdef inline void apply_any(const Job* job, bint direct, int kind, const char* u,
     elif runs > 1 and bends_together(job, n):
         bend_together(job, u, v, w, y, runs, n, table, channels)
         return
-    x = Strips(u, v, w, z, job.u.channel, job.v.channel, job.w.channel, job.y.channel, runs, m)
-    apply_runs(&x, table, channels, &job.form, job.streams and unstaged, kind)
+    x = Strips(u, v, w, z, job.u.channel, job.v.channel, job.w.channel, job.y.channel, runs, m,
+               job.u.kind if direct else kind, kind)
+    apply_runs(&x, table, channels, &job.form, job.streams and unstaged)
     if not unstaged:
         give(&job.y, <const floating*> z, 1, n, y, job.y.inner)
 

@@ -3,7 +3,8 @@
 cdef struct Runs:
     # How runs of one length are scaled; worked out once for many of them.
     Py_ssize_t length
-    int kind               # in which operands are read and results written; others are staged
+    int kind               # in which operands are read and results written; others are staged,
+    int kind_u             # and in which u is read
     Py_ssize_t together    # neighbouring channels at most that are staged at once,
     Py_ssize_t at_once     # and that are worked on by one call
     bint converts          # operands to that kind, or gathers
@@ -19,17 +20,18 @@ cdef struct Runs:
 cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, const floating* typed) noexcept nogil:
     cdef bint whole = job.y.inner == job.y.size and length >= LANES
     cdef int kind = kind_of_results(job)
-    if kind > DOUBLE and not all_ready(job, length, kind):
-        kind = native(typed)
-    r.length, r.kind = length, kind
+    if kind > DOUBLE and (not all_ready(job, length, kind) or (job.form.bend == SMOOTH and length < SMALL_RUN)):
+        kind = native(typed)  # and short runs are bent together
+    cdef int kind_u = kind_beside(&job.gate if job.gated else &job.form, &job.u, kind)
+    r.length, r.kind, r.kind_u = length, kind, kind_u
     r.near = job[0]
     r.reads_v = job.writes_pair or job.gated
     r.gathers = job.streams and whole and shares_lines(&job.y, k.cut, length)
-    r.converts = r.gathers or not (job.u.kind == kind and job.y.kind == kind and (job.v.kind == kind or not r.reads_v)
+    r.converts = r.gathers or not (job.u.kind == kind_u and job.y.kind == kind and (job.v.kind == kind or not r.reads_v)
                                    and (job.w.kind == kind or not job.form.third))
     r.together = job.channels
     if r.converts:
-        r.together = min(side_by_side(&job.u, length, kind), side_by_side(&job.y, length, kind))
+        r.together = min(side_by_side(&job.u, length, kind_u), side_by_side(&job.y, length, kind))
         if r.reads_v:
             r.together = min(r.together, side_by_side(&job.v, length, kind))
         if job.form.third:
@@ -40,7 +42,7 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
         if r.gathers:
             r.together = min(r.together, max(<Py_ssize_t> 1, GATHERED // length) if job.y.channel == length * job.y.size else 1)
     if r.converts:
-        r.near.u = staged(&job.u, length, kind)
+        r.near.u = staged(&job.u, length, kind_u)
         r.near.v = staged(&job.v, length, kind)
         if job.form.third:  # what a gate reads there it stages itself
             r.near.w = staged(&job.w, length, kind)
@@ -95,27 +97,29 @@ cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, 
     cdef bint weighted = is_weighted(job.form.bend) and job.form.third
     cdef WeightRuns weights = prepare_weights(job, length)
     cdef Py_ssize_t size = job.y.size, whole_line = LINE // size, c, head, end
+    cdef int kind = native(tile)
     cdef const char* w
     cdef Strips x, part
     for c in range(c0, c1):
         w = at(&job.w, n, c, s0)
         if weighted:
             w = weights_of(job, &weights, length, n, c, c1, s0, tile + TILE)
-        x = Strips(at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 0, 0, 0, 0, 1, LANES)
+        x = Strips(at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 0, 0, 0, 0, 1, LANES,
+                   kind, kind)
         head = <Py_ssize_t> (-<size_t> x.y % LINE) // size
         end = head + (length - head) // whole_line * whole_line
         if head:
             part = x
             part.y = <char*> tile
-            apply_runs(&part, table + c, job.channels, &job.form, False, native(tile))
+            apply_runs(&part, table + c, job.channels, &job.form, False)
             stream_lines(rest, x.y, <char*> tile, head * size)
-        part = moved(&x, 0, head * size)
+        part = moved(&x, 0, head * size, kind, kind)
         part.length = end - head
-        apply_runs(&part, table + c, job.channels, &job.form, True, native(tile))
+        apply_runs(&part, table + c, job.channels, &job.form, True)
         if end < length:
-            part = moved(&x, 0, (length - LANES) * size)
+            part = moved(&x, 0, (length - LANES) * size, kind, kind)
             part.y = <char*> tile
-            apply_runs(&part, table + c, job.channels, &job.form, False, native(tile))
+            apply_runs(&part, table + c, job.channels, &job.form, False)
             stream_lines(rest, x.y + end * size, <char*> (tile + LANES + end - length), (length - end) * size)
 
 
@@ -139,14 +143,14 @@ cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0
         w = at(&job.w, n, c, s0)
         y = z = at(&job.y, n, c, s0)
         if r.converts:
-            u = convert(&job.u, u, m * length, kind, buffer)
+            u = convert(&job.u, u, m * length, r.kind_u, buffer)
             if r.reads_v:
                 v = convert(&job.v, v, m * length, kind, buffer + TILE)
             if job.form.third:
                 w = convert(&job.w, w, m * length, kind, buffer + 2 * TILE)
             if r.gathers or job.y.kind != kind:
                 y = <char*> buffer  # over u, which is of the same type
-                if job.u.kind == kind and job.y.kind == kind:
+                if job.u.kind == r.kind_u and job.y.kind == kind:
                     y += away(y, u, z)
                 tile = y
         i = c

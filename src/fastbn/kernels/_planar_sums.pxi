@@ -64,7 +64,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef Operand walked
     cdef const Operand* small = NULL
     cdef Py_ssize_t together = c1 - c0
-    cdef int kind = native(buffer)
+    cdef int kind = native(buffer), kind_u = kind_beside(&job.gate, &job.u, kind) if job.gated else kind
     cdef bint converts = not is_native(&job.u) or (job.reads_pair and not is_native(&job.v))
     cdef bint direct, gate_direct = False, exact = False
     cdef const char* u
@@ -74,13 +74,13 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     cdef floating* scratch = buffer + 3 * TILE if job.gated else buffer
     cdef Py_ssize_t c, n, i, m, several, at_once = 1, next_u, next_v, images, on, left, most = 1
     if converts:
-        together = side_by_side(&job.u, t.length, kind)
+        together = side_by_side(&job.u, t.length, kind_u)
         if job.reads_pair:
             together = min(together, side_by_side(&job.v, t.length, kind))
         converts = together > 0
         together = max(together, <Py_ssize_t> 1)
     if converts:
-        near.u = staged(&job.u, t.length, kind)
+        near.u = staged(&job.u, t.length, kind_u)
         near.v = staged(&job.v, t.length, kind)
     walked = near.u
     if job.gated:
@@ -113,7 +113,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                     fetch_later(&job.u, k, u, c, m, c1 - c0, on, t.length)
                     if job.reads_pair:
                         fetch_later(&job.v, k, v, c, m, c1 - c0, on, t.length)
-                u = convert(&job.u, u, m * t.length, kind, buffer)
+                u = convert(&job.u, u, m * t.length, kind_u, buffer)
                 if job.reads_pair:
                     v = convert(&job.v, v, m * t.length, kind, buffer + TILE)
             i = c

@@ -11,7 +11,7 @@ cdef enum:
 
 
 cdef inline void exponentials(pack* x, Py_ssize_t count) noexcept nogil:
-    """exp(x) of x <= 0, within 2 units in the last place, in the place of x; NaN stays.
+    """exp(x) of x <= 0, within 2 units in the last place, in the place of x; of NaN it is 0.
 
     x = n ln 2 + r with |r| <= ln 2 / 2, and ln 2 in two parts, of which n times the first is exact. The result is rounded
     once, also below the normal numbers. Below the limit it is 0 in any case.
@@ -26,7 +26,7 @@ cdef inline void exponentials(pack* x, Py_ssize_t count) noexcept nogil:
     cdef pack n[SIDE]
     cdef pack s[SIDE]
     for i in range(count):
-        x[i] = larger(limit, x[i])
+        x[i] = larger(x[i], limit)
         n[i] = (x[i] * splat(1.4426950408889634, x[0]) + rounder) - rounder
     for i in range(count):
         x[i] = x[i] - n[i] * high

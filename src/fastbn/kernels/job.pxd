@@ -1,8 +1,8 @@
 """What a driver is told: operands, parameters, and where its numbers per channel go."""
 from cython cimport floating
 
-from .kinds cimport DOUBLE, FLOAT
-from .lanes cimport BENT, PRESENT, WEIGHTED, Form
+from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF
+from .lanes cimport PRESENT, SMOOTH, WEIGHTED, Form
 from .packs cimport HAS_SMALL_PACKS
 
 cdef enum Operation:
@@ -158,10 +158,19 @@ cdef inline int kind_of_results(const Job* job) noexcept nogil:
     cdef int kind = job.y.kind
     if kind <= DOUBLE:
         return kind
-    if (HAS_SMALL_PACKS and not job.gated and job.form.bend <= BENT and job.u.kind == kind
+    if (HAS_SMALL_PACKS and not job.gated and job.form.bend <= SMOOTH and job.u.kind == kind_beside(&job.form, &job.u, kind)
             and (not job.form.pair or job.v.kind == kind) and (not job.form.third or job.w.kind == kind)):
         return kind
     return FLOAT
+
+
+cdef inline int kind_beside(const Form* form, const Operand* u, int kind) noexcept nogil:
+    """The kind in which *apply* reads u where its other operands and y are of that kind: see `strips_of_kind`."""
+    if kind > DOUBLE:
+        return FLOAT if form.pair and u.kind == FLOAT else kind
+    if HAS_SMALL_PACKS and form.pair and form.bend == SMOOTH and (u.kind == HALF or u.kind == BFLOAT):
+        return u.kind
+    return kind
 
 
 cdef inline void weigh_gradient(Job* job) noexcept nogil:

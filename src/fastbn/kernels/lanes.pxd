@@ -53,8 +53,9 @@ cdef struct Form:
 
 
 cdef struct Loop:
-    # What is constant where a loop is compiled: the kind of values, and what it computes.
-    int kind
+    # What is constant where a loop is compiled: the kinds of values, and what it computes.
+    int kind_u    # of u,
+    int kind      # and of all others
     bint pair
     bint third
     int bend
@@ -73,12 +74,19 @@ cdef struct Strips:
     Py_ssize_t sy
     Py_ssize_t count
     Py_ssize_t length
+    int kind_u  # of values of u: see `strips_of_kind`,
+    int kind    # and of all others
 
 
-cdef inline Strips moved(const Strips* x, Py_ssize_t strips, Py_ssize_t bytes) noexcept nogil:
+cdef inline Py_ssize_t of_u(Py_ssize_t bytes, int kind_u, int kind) noexcept nogil:
+    """Bytes of u, where there are so many of all others."""
+    return bytes if kind_u == kind else bytes // size_of(kind) * size_of(kind_u)
+
+
+cdef inline Strips moved(const Strips* x, Py_ssize_t strips, Py_ssize_t bytes, int kind_u, int kind) noexcept nogil:
     """What begins so many strips and bytes later."""
     cdef Strips z = x[0]
-    z.u += strips * x.su + bytes
+    z.u += strips * x.su + of_u(bytes, kind_u, kind)
     z.v += strips * x.sv + bytes
     z.w += strips * x.sw + bytes
     z.y += strips * x.sy + bytes
@@ -140,7 +148,7 @@ cdef inline pack straight(pack x, pack w, const pack* k, bint third) noexcept no
 
 cdef inline pack scaled(const Strips* x, Py_ssize_t i, const pack* k, Loop f) noexcept nogil:
     """The formula of *apply*, the only place where it stands, of the pack i bytes on; k are p, a, c, q, b and three numbers."""
-    cdef pack u = fetch(x.u + i, f.kind, k[0])
+    cdef pack u = fetch(x.u + of_u(i, f.kind_u, f.kind), f.kind_u, k[0])
     cdef pack v = fetch(x.v + i, f.kind, k[0]) if f.pair else u
     cdef pack w = fetch(x.w + i, f.kind, k[0]) if f.third else splat(1, u)
     cdef pack z
@@ -161,12 +169,13 @@ cdef inline pack scaled(const Strips* x, Py_ssize_t i, const pack* k, Loop f) no
 cdef inline void scaled_aside(const Strips* x, Py_ssize_t i, const pack* k, Py_ssize_t apart, Py_ssize_t count, Loop f,
                               pack* zs) noexcept nogil:
     """`scaled` of neighbouring packs with a smooth activation, from i bytes on; the numbers of each are so far apart."""
-    cdef const pack* u = <const pack*> (x.u + i)
-    cdef const pack* v = <const pack*> ((x.v if f.pair else x.u) + i)
-    cdef const pack* w = <const pack*> ((x.w if f.third else x.u) + i)
-    cdef Py_ssize_t j
+    cdef Py_ssize_t j, step = (VF if pack is vf else VD) * size_of(f.kind)
+    cdef pack u[SIDE]
     for j in range(count):
-        zs[j] = straight(v[j], w[j], k + j * apart, f.third)
+        zs[j] = straight(fetch((x.v if f.pair else x.u) + i + j * step, f.kind, k[0]),
+                         fetch(x.w + i + j * step, f.kind, k[0]) if f.third else k[0], k + j * apart, f.third)
+        if f.pair:
+            u[j] = fetch(x.u + of_u(i + j * step, f.kind_u, f.kind), f.kind_u, k[0])
     smooth(zs, u, count, k[5], k[6], f.pair)
 
 
@@ -239,7 +248,7 @@ cdef inline void runs_as(const Strips* given, const floating* table, Py_ssize_t 
             apply_run(&x, kf, VF, f)
         else:
             apply_run(&x, kd, VD, f)
-        x = moved(&x, 1, 0)
+        x = moved(&x, 1, 0, f.kind_u, f.kind)
 
 
 cdef inline void load_coefficients(const floating* table, Py_ssize_t stride, pack* k, bint pair) noexcept nogil:
@@ -289,7 +298,7 @@ cdef inline void hold_columns(const Strips* given, Py_ssize_t rows, Py_ssize_t c
     for _r in range(rows):
         for j in range(packs):
             put(x.y + j * step, f.kind, scaled(&x, j * step, held + j * NUMBERS, f), f.stream)
-        x = moved(&x, 1, 0)
+        x = moved(&x, 1, 0, f.kind_u, f.kind)
 
 
 cdef inline void held_as(const Strips* x, Py_ssize_t rows, Py_ssize_t columns, const floating* table, Py_ssize_t stride,
@@ -339,7 +348,7 @@ cdef inline void in_order_as(const Strips* given, Py_ssize_t ahead, const floati
         columns_as(&x, LANES, table + i, stride, kf, kd, f)
         i += LANES
         end = -<Py_ssize_t> (i == x.length)  # all bits at the end of a row: arithmetic, no branch
-        x.u += lanes + (end & (x.su - row))
+        x.u += of_u(lanes, f.kind_u, f.kind) + (end & (x.su - of_u(row, f.kind_u, f.kind)))
         x.v += lanes + (end & (x.sv - row))
         x.w += lanes + (end & (x.sw - row))
         x.y += lanes + (end & (x.sy - row))
@@ -372,7 +381,7 @@ cdef inline void rows_as(const Strips* given, bint large, Py_ssize_t ahead, cons
     if band:
         while r < x.count:
             for k in range(x.length // LANES):
-                at = moved(&x, r, k * LANES * size)
+                at = moved(&x, r, k * LANES * size, f.kind_u, f.kind)
                 held_as(&at, min(band, x.count - r), LANES, table + k * LANES, stride, kf, kd, f)
             r += band
     elif large and side == 1:
@@ -383,19 +392,17 @@ cdef inline void rows_as(const Strips* given, bint large, Py_ssize_t ahead, cons
     else:
         for _r in range(x.count):
             for k in range(x.length // columns):
-                at = moved(&x, 0, k * columns * size)
+                at = moved(&x, 0, k * columns * size, f.kind_u, f.kind)
                 columns_as(&at, columns, table + k * columns, stride, kf, kd, f)
             for k in range(x.length % columns // LANES if side > 1 else 0):
                 i = x.length - (k + 1) * LANES
-                at = moved(&x, 0, i * size)
+                at = moved(&x, 0, i * size, f.kind_u, f.kind)
                 columns_as(&at, LANES, table + i, stride, kf, kd, f)
-            x = moved(&x, 1, 0)
+            x = moved(&x, 1, 0, f.kind_u, f.kind)
 
 
 cdef inline void strips_as(const Strips* x, bint are_rows, bint large, Py_ssize_t ahead, const floating* table,
-                           Py_ssize_t stride, const Form* form, int kind, bint pair, bint third, int bend,
-                           bint stream) noexcept nogil:
-    cdef Loop f = Loop(kind, pair, third, bend, stream)
+                           Py_ssize_t stride, const Form* form, Loop f) noexcept nogil:
     if are_rows:
         rows_as(x, large, ahead, table, stride, form, f)
     else:
@@ -403,61 +410,74 @@ cdef inline void strips_as(const Strips* x, bint are_rows, bint large, Py_ssize_
 
 
 cdef inline void strips_by(const Strips* x, bint are_rows, bint large, Py_ssize_t ahead, const floating* table,
-                           Py_ssize_t stride, const Form* f, bint stream, int kind, int bend) noexcept nogil:
-    """*apply* of a kind of bend, a constant where this is compiled. A gate never streams: its result is read next."""
+                           Py_ssize_t stride, const Form* f, bint stream, int kind_u, int kind, int bend) noexcept nogil:
+    """*apply* of kinds and a kind of bend, constants where this is compiled. A gate never streams: its result is read next."""
     cdef bint weighted = is_weighted(bend)
-    if (f.pair or weighted) and (kind <= DOUBLE or bend == STRAIGHT):
+    if (f.pair or weighted or kind_u != kind) and (kind <= DOUBLE or bend == STRAIGHT):
         if f.third and weighted and stream:
-            strips_as(x, are_rows, large, ahead, table, stride, f, kind, True, True, bend, True)
+            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, True, bend, True))
         elif f.third and bend != STRAIGHT:
-            strips_as(x, are_rows, large, ahead, table, stride, f, kind, True, True, bend, False)
+            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, True, bend, False))
         elif stream and (weighted or bend == STRAIGHT):
-            strips_as(x, are_rows, large, ahead, table, stride, f, kind, True, False, bend, True)
+            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, False, bend, True))
         else:
-            strips_as(x, are_rows, large, ahead, table, stride, f, kind, True, False, bend, False)
+            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, False, bend, False))
     elif f.third and stream:
-        strips_as(x, are_rows, large, ahead, table, stride, f, kind, False, True, bend, True)
+        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, True, bend, True))
     elif f.third:
-        strips_as(x, are_rows, large, ahead, table, stride, f, kind, False, True, bend, False)
+        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, True, bend, False))
     elif stream:
-        strips_as(x, are_rows, large, ahead, table, stride, f, kind, False, False, bend, True)
+        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, False, bend, True))
     else:
-        strips_as(x, are_rows, large, ahead, table, stride, f, kind, False, False, bend, False)
+        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, False, bend, False))
 
 
 cdef inline void strips_of_kind(const Strips* x, bint are_rows, bint large, Py_ssize_t ahead, const floating* table,
-                                Py_ssize_t stride, const Form* f, bint stream, int kind, int bend) noexcept nogil:
-    """Values of 16 bits have no smooth activation, no weights and no gate (`kind_of_results`)."""
-    if floating is float and HAS_SMALL_PACKS and kind == HALF and bend <= BENT:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, HALF, bend)
-    elif floating is float and HAS_SMALL_PACKS and kind == BFLOAT and bend <= BENT:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, BFLOAT, bend)
-    else:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, FLOAT if floating is float else DOUBLE, bend)
+                                Py_ssize_t stride, const Form* f, bint stream, int bend) noexcept nogil:
+    """*apply* of a kind of bend, a constant where this is compiled.
+
+    Kinds are those of `kind_of_results` and `kind_beside`: all alike, or those of a gradient of 16 bits behind a smooth
+    activation: dy that comes through the gate, or has done so.
+    """
+    if floating is double or not HAS_SMALL_PACKS or bend > SMOOTH or (x.kind == FLOAT and x.kind_u == FLOAT):
+        strips_by(x, are_rows, large, ahead, table, stride, f, stream, FLOAT if floating is float else DOUBLE,
+                  FLOAT if floating is float else DOUBLE, bend)
+    elif x.kind == HALF and x.kind_u == HALF:
+        strips_by(x, are_rows, large, ahead, table, stride, f, stream, HALF, HALF, bend)
+    elif x.kind == BFLOAT and x.kind_u == BFLOAT:
+        strips_by(x, are_rows, large, ahead, table, stride, f, stream, BFLOAT, BFLOAT, bend)
+    elif bend == STRAIGHT and x.kind == HALF:
+        strips_by(x, are_rows, large, ahead, table, stride, f, stream, FLOAT, HALF, bend)
+    elif bend == STRAIGHT:
+        strips_by(x, are_rows, large, ahead, table, stride, f, stream, FLOAT, BFLOAT, bend)
+    elif bend == SMOOTH and x.kind_u == HALF:
+        strips_by(x, are_rows, large, ahead, table, stride, f, stream, HALF, FLOAT, bend)
+    elif bend == SMOOTH:
+        strips_by(x, are_rows, large, ahead, table, stride, f, stream, BFLOAT, FLOAT, bend)
 
 
-cdef inline void apply_runs(const Strips* x, const floating* table, Py_ssize_t stride, const Form* f, bint stream,
-                            int kind) noexcept nogil:
-    """Scale and shift runs of at least LANES values of a kind, each of another channel."""
+cdef inline void apply_runs(const Strips* x, const floating* table, Py_ssize_t stride, const Form* f,
+                            bint stream) noexcept nogil:
+    """Scale and shift runs of at least LANES values, each of another channel."""
     if f.bend == STRAIGHT:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, kind, STRAIGHT)
+        strips_of_kind(x, False, False, 0, table, stride, f, stream, STRAIGHT)
     elif f.bend == CLIPPED:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, kind, CLIPPED)
+        strips_of_kind(x, False, False, 0, table, stride, f, stream, CLIPPED)
     elif f.bend == BENT:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, kind, BENT)
+        strips_of_kind(x, False, False, 0, table, stride, f, stream, BENT)
     elif f.bend == SMOOTH:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, kind, SMOOTH)
+        strips_of_kind(x, False, False, 0, table, stride, f, stream, SMOOTH)
     elif f.bend == WEIGHTED:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, kind, WEIGHTED)
+        strips_of_kind(x, False, False, 0, table, stride, f, stream, WEIGHTED)
     else:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, kind, PRESENT)
+        strips_of_kind(x, False, False, 0, table, stride, f, stream, PRESENT)
 
 
 cdef inline void apply_rows(const Strips* x, bint large, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
-                            const Form* f, bint stream, int kind, int bend) noexcept nogil:
-    """Scale and shift rows of a kind, with one set of coefficients per column; of a kind of bend, a constant where this is
-    compiled. The length is a multiple of LANES.
+                            const Form* f, bint stream, int bend) noexcept nogil:
+    """Scale and shift rows, with one set of coefficients per column; of a kind of bend, a constant where this is compiled.
+    The length is a multiple of LANES.
 
     With ``stream``, every row of y is aligned to LANES values, and shares no memory with u, v and w.
     """
-    strips_of_kind(x, True, large, ahead, table, stride, f, stream, kind, bend)
+    strips_of_kind(x, True, large, ahead, table, stride, f, stream, bend)

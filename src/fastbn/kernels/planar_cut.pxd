@@ -1,6 +1,6 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
 from .caches cimport is_lean, is_roomy, own_cache
-from .job cimport Job, Operand, behind_gate, summed
+from .job cimport Job, Operand, behind_gate, kind_beside, summed
 from .kinds cimport DOUBLE
 from .lanes cimport is_weighted
 from .lines cimport GATHERED, LINE
@@ -69,7 +69,7 @@ cdef inline bint ready(const Operand* operand, Py_ssize_t n, int kind) noexcept 
 
 cdef inline bint all_ready(const Job* job, Py_ssize_t n, int kind) noexcept nogil:
     """Whether no run that *apply* is about needs staging."""
-    return (ready(&job.u, n, kind) and ready(&job.y, n, kind) and (not job.writes_pair or ready(&job.v, n, kind))
+    return (ready(&job.u, n, kind_beside(&job.form, &job.u, kind)) and ready(&job.y, n, kind) and (not job.writes_pair or ready(&job.v, n, kind))
             and (not job.form.third or ready(&job.w, n, kind)))
 
 
