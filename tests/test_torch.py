@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch as ft  # noqa: E402
+from fastbn.compat import from_torch_many  # noqa: E402
 from fastbn.torch import bridge  # noqa: E402
 
 PAIRS = {
@@ -364,6 +365,14 @@ def test_modules_with_an_activation():
         ft.batch_norm(batch((4, 3)), None, None, training=True, activation="tanh")
 
 
+def test_a_module_with_an_activation_as_a_layer():
+    model = nn.Sequential(ft.BatchNormAct2d(4, activation=("leaky_relu", -0.3)), ft.BatchNorm2d(4))
+    model(batch((3, 4, 5, 5)))
+    x = batch((3, 4, 5, 5))
+    for module, layer in zip(model.eval(), from_torch_many(model).values(), strict=True):
+        close(torch.from_numpy(layer(x.numpy())), module(x))
+
+
 # --- what goes to PyTorch, and errors
 
 
@@ -395,6 +404,18 @@ def test_errors_of_modules_are_pytorchs(shape, number):
         {"input": torch.zeros(4, 3, dtype=torch.complex64)},
         {"input": torch.zeros(1, 3)},
         {"input": torch.zeros(4)},
+        {"input": None},
+        {"input": [[1.0, 2.0, 3.0]], "training": False},
+        {"training": 1},
+        {"running_mean": [0.0, 0.0, 0.0]},
+        {"weight": np.ones(3, np.float32)},
+        {"weight": torch.ones(3).to_sparse()},
+        {"bias": 1.0},
+        {"momentum": None},
+        {"momentum": torch.tensor([0.1])},
+        {"eps": "1e-5"},
+        {"eps": True},
+        {"eps": np.inf},
     ],
     ids=str,
 )
@@ -430,6 +451,28 @@ def test_what_fastbn_does_not_take_goes_to_pytorch():
     assert type(ft.BatchNorm2d(3)(x.as_subclass(Subclass))) is Subclass
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("where", ("one vector", "one value", "weight", "input"))
+def test_running_statistics_that_share_memory(where, dtype):
+    """PyTorch computes that, in its own order."""
+    results = []
+    for function in (F.batch_norm, ft.batch_norm):
+        torch.manual_seed(0)
+        x, weight, var = torch.randn(4, 3, dtype=dtype), torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype)
+        mean = {"one vector": var, "one value": var[:1].clone().expand(3), "weight": weight, "input": x[1]}[where]
+        y = function(x, mean, var, weight.requires_grad_(where != "weight"), None, True)
+        results.append((y, var, mean))
+    for wanted, got in list(zip(*results))[: 2 if where == "one value" else 3]:  # which value is last is up to threads
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("other", (2, 0.5, torch.ones(4, 3).double()), ids=str)
+def test_a_residual_of_another_kind(other):
+    x, mean, var = batch((4, 3)), torch.zeros(3), torch.ones(3)
+    y = ft.batch_norm(x, mean, var, activation="relu", residual=other)
+    torch.testing.assert_close(y, F.relu(F.batch_norm(x, mean, var) + other))
+
+
 def test_transforms_of_torch_func():
     bn = ft.BatchNorm1d(3).eval()
     x = batch((5, 3))
@@ -444,6 +487,33 @@ def test_transforms_of_torch_func():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         assert torch.autograd.forward_ad.unpack_dual(bn(dual)).tangent is not None
+
+
+@pytest.mark.parametrize("way", ("functional", "legacy", "escaped"))
+def test_tensors_that_wrap_others(way):
+    """They look like plain ones, but have no memory of their own."""
+    x, escaped = torch.randn(4, 3, 5), []
+    results = []
+    for function in (F.batch_norm, ft.batch_norm):
+        mean, var = torch.zeros(3), torch.ones(3)
+        if way == "functional":
+            wrapped = [torch._to_functional_tensor(t) for t in (x, mean, var)]
+            y = torch._from_functional_tensor(function(*wrapped, training=True))
+            mean, var = map(torch._from_functional_tensor, wrapped[1:])
+        elif way == "legacy":
+            y = torch._vmap_internals._vmap(lambda x: function(x, mean, var))(x[None])  # noqa: B023
+        else:
+            torch.func.grad(lambda x: (escaped.append(x), x.sum())[1])(x)
+            y = function(escaped[-1], mean, var, training=True)
+        results.append((y, mean, var))
+    for wanted, got in zip(*results):
+        close(got, wanted)
+
+
+def test_running_statistics_that_are_not_aligned():
+    x, mean = torch.randn(5, 3, 4).transpose(0, 2), torch.frombuffer(bytearray(13), dtype=torch.float32, offset=1)
+    ft.batch_norm(x, mean, torch.ones(3), training=True, momentum=1.0)
+    close(mean, x.mean((0, 2)))
 
 
 def test_checkpoint_autocast_and_inference_mode():

@@ -55,8 +55,9 @@ def test_without_a_group_it_is_a_batch_norm():
         torch.testing.assert_close(sync.train(training)(x), plain.train(training)(x))
     torch.testing.assert_close(sync.running_var, plain.running_var)
     assert list(sync.state_dict()) == list(plain.state_dict())
-    with pytest.raises(ValueError, match="expected at least 2D input"):
-        sync(torch.zeros(3))
+    for shape, words in (((3,), "expected at least 2D input"), ((2, 0), "number of input channels should be non-zero")):
+        with pytest.raises(ValueError, match=words):
+            sync(torch.zeros(shape))
 
 
 def test_conversion_and_back():

@@ -73,12 +73,22 @@ def test_what_it_leaves_to_the_full_way():
 
 
 def test_a_subclass_checks_for_itself():
-    class Strict(fastbn.torch.BatchNorm2d):
+    class Check:
         def _check_input_dim(self, input):
             raise ValueError("never")
 
-    with pytest.raises(ValueError, match="never"):
-        Strict(3)(torch.randn(4, 3, 5, 5))
+    class Strict(fastbn.torch.BatchNorm2d):
+        _check_input_dim = Check._check_input_dim
+
+    class Mixed(Check, fastbn.torch.BatchNorm2d):
+        pass
+
+    class Derived(Mixed):
+        pass
+
+    for kind in (Strict, Mixed, Derived):
+        with pytest.raises(ValueError, match="never"):
+            kind(3)(torch.randn(4, 3, 5, 5))
 
 
 def test_results_of_blocks_live_as_long_as_somebody_looks():

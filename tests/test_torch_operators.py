@@ -188,6 +188,21 @@ def test_compiled_with_sizes_that_change():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own
+def test_compiled_autograd_of_an_eager_forward():
+    from torch._dynamo import compiled_autograd
+
+    model, x = Model(), torch.randn(4, 3, 8, 8)
+    other = copy.deepcopy(model)
+    model(x).square().sum().backward()
+    loss = other(x).square().sum()
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        loss.backward()
+    for (name, wanted), got in zip(states(model).items(), states(other).values()):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", (False, True))
 @pytest.mark.parametrize("training", (False, True))
 def test_export(tmp_path, training, strict):
@@ -238,6 +253,14 @@ def test_symbolic_trace_takes_modules_as_leaves():
     graph = torch.fx.symbolic_trace(Model())
     modules = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     assert modules == ["conv", "bn", "act", "smooth"]
+
+
+def test_symbolic_trace_records_hooks_once():
+    model = nn.Sequential(nn.Linear(3, 3), ft.BatchNorm1d(3)).eval()
+    model[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    recorded, x = copy.deepcopy(torch.fx.symbolic_trace(model)), torch.randn(4, 3)
+    torch.testing.assert_close(recorded(x), model(x))
 
 
 def test_functions_are_those_of_torch_for_other_dtypes_in_a_recorded_call():

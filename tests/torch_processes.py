@@ -91,6 +91,7 @@ def check_errors():
     sync = ft.SyncBatchNorm(3)
     for x, kind, words in (
         (torch.zeros(2, 4), ValueError, "input must have 3 channels, got 4"),
+        (torch.zeros(2, 0), ValueError, "number of input channels should be non-zero"),
         (torch.zeros(3), ValueError, r"expected at least 2D input (got 1D input)"),
         (torch.zeros(2, 3, dtype=torch.int64), TypeError, "input must be float16, bfloat16, float32 or float64"),
         (torch.zeros(2, 3).double(), TypeError, "got torch.float64 and torch.float32"),
@@ -103,6 +104,16 @@ def check_errors():
     for options, words in (({"momentum": 2.0}, "momentum must be in"), ({"eps": 0.0}, "eps must be positive, got 0.0")):
         with pytest.raises(ValueError, match=words):
             ft.SyncBatchNorm(3, **options)(torch.zeros(2, 3))
+
+
+def check_views_that_negate():
+    x, dy = (torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    results = []
+    for view in (torch.clone, lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag):
+        given = view(x).requires_grad_()
+        y = ft.SyncBatchNorm(3)(given)
+        results.append((y, *torch.autograd.grad(y, given, view(dy))))
+    torch.testing.assert_close(*results)
 
 
 def check_second_derivative_is_refused():
@@ -167,6 +178,7 @@ def main() -> None:
     check_sync(uneven, torch.bfloat16, last=False)
     check_exact()
     check_errors()
+    check_views_that_negate()
     check_second_derivative_is_refused()
     check_group()
     check_parallel()

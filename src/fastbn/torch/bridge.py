@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import activation as activations
-from .. import averages, functional, kernels, layout, passes
+from .. import averages, checks, functional, kernels, layout, passes
 from ..checks import BFLOAT16_BITS
 from ..kernels import _calls
 from ..passes import SERIAL, Cache
@@ -99,6 +99,17 @@ def in_order(x: Array) -> tuple[tuple[int, ...] | None, int]:
         if x.transpose(order).flags.c_contiguous:
             return order, x.ndim - 1
     return None, 1
+
+
+def learn_apart(running: list[torch.Tensor], operands: list[torch.Tensor]) -> bool:
+    """Whether running statistics have an aligned place for every value, which is no other one's and no operand's."""
+    if any((t.stride(0) == 0 and t.shape[0] > 1) or t.data_ptr() % t.element_size() for t in running):
+        return False
+    stores = [t.untyped_storage()._cdata for t in (*running, *operands)]
+    if len({*stores}) == len(stores):
+        return True
+    arrays = [array(t) for t in (*running, *operands)]
+    return not any(checks.overlap(a, b) for i, a in enumerate(arrays[: len(running)]) for b in arrays[i + 1 :])
 
 
 def limited(call: Callable[[], Result]) -> Result:

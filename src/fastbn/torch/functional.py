@@ -9,12 +9,13 @@ There are four:
   torch.export, torch.jit.trace, make_fx, fake tensors. An autograd.Function could be baked in as a constant there, or
   differentiated silently wrong; an operator is opaque, and says what it changes and what shape and strides come out.
 - *PyTorch's own*, for what fastbn does not take: other devices and dtypes, transforms of torch.func, forward-mode
-  derivatives, tensor subclasses, a momentum outside of [0, 1], running statistics that require a gradient, and
-  everything that is an error, which is PyTorch's then.
+  derivatives, tensor subclasses, a momentum outside of [0, 1], running statistics that require a gradient or share
+  memory with an operand, and everything that is an error, which is PyTorch's then.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -95,11 +96,12 @@ def batch_norm(
     """
     if not torch.compiler.is_compiling():
         activation = named(activation)
-        y = _eager.normalize(
-            input, weight, bias, residual, running_mean, running_var, None, training, momentum, eps, activation
-        )
-        if y is not None:
-            return y
+        if isinstance(training, bool):
+            y = _eager.normalize(
+                input, weight, bias, residual, running_mean, running_var, None, training, momentum, eps, activation
+            )
+            if y is not None:
+                return y
     return dispatch(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
 
 
@@ -136,7 +138,9 @@ def dispatch(
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    if not (_plain(x) and all(t is None or _plain(t) for t in (residual, weight, bias, running_mean, running_var))):
+    operands = [t for t in (x, residual, weight, bias) if t is not None]
+    running = [t for t in (running_mean, running_var) if t is not None]
+    if not all(map(_plain, operands + running)) or (training and not bridge.learn_apart(running, operands)):
         return _pytorch(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
@@ -167,10 +171,13 @@ def takes(
     eps: float,
 ) -> bool:
     """Whether fastbn plainly knows what to do: PyTorch decides about all else, also about what is an error."""
-    types = bridge.PARAMETER_TYPES.get(x.dtype)
-    if types is None or not x.is_cpu or x.layout is not torch.strided or x.dim() < 2:
+    if not (_is_here(x) and isinstance(training, bool) and _is_real(momentum) and _is_real(eps)):
         return False
-    if (running_mean is None) != (running_var is None):
+    types = bridge.PARAMETER_TYPES.get(x.dtype)
+    if types is None or x.dim() < 2:
+        return False
+    parameters = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+    if (running_mean is None) != (running_var is None) or not all(_is_here(t) for t in parameters):
         return False
     # torch.jit.trace warns of every look at a size.
     sized = torch.compiler.is_compiling() or _trace() is None
@@ -179,34 +186,46 @@ def takes(
             return False
     elif running_mean is None or eps < 0.0:
         return False
+    if not (eps < math.inf and 0.0 <= momentum <= 1.0):
+        return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         return False
-    if not 0.0 <= momentum <= 1.0:
-        return False
-    dtype = None
-    for tensor in (running_mean, running_var, weight, bias):
-        if tensor is None:
-            continue
-        if dtype is None:
-            dtype = tensor.dtype
-            if dtype not in types:
-                return False
-        if tensor.dtype is not dtype or not tensor.is_cpu or tensor.dim() != 1:
+    for tensor in parameters:
+        if tensor.dtype not in types or tensor.dtype is not parameters[0].dtype or tensor.dim() != 1:
             return False
         if sized and tensor.shape != x.shape[1:2]:
             return False
     return True
 
 
+def _is_here(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_cpu and x.layout is torch.strided
+
+
+def _is_real(number: Any) -> bool:
+    return isinstance(number, float) or type(number) is int
+
+
 def _plain(x: Tensor) -> bool:
-    return type(x) in _TYPES and not x.is_neg() and not x.is_nested and not x._is_zerotensor()
+    return type(x) in _TYPES and not x.is_neg() and not x.is_nested and not x._is_zerotensor() and _has_memory(x)
 
 
-def fits(residual: Tensor, x: Tensor) -> bool:
-    """Whether fastbn can add it."""
-    return (
-        residual.shape == x.shape and residual.dtype is x.dtype and residual.is_cpu and residual.layout is torch.strided
-    )
+def _has_memory(x: Tensor) -> bool:
+    """Whether values are a tensor's own: one that wraps another for functionalization or a transform has none."""
+    try:
+        return x.data_ptr() != 0 or x.numel() == 0
+    except RuntimeError:
+        return False
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """Return a tensor whose values are those in memory, to be read: views may negate them, and zeros have none."""
+    return x if _plain(x) else x.clone()
+
+
+def fits(residual: Any, x: Tensor) -> bool:
+    """Whether fastbn can add it: `fuse` cannot know whether it is a tensor, or a number from the graph."""
+    return _is_here(residual) and residual.shape == x.shape and residual.dtype is x.dtype
 
 
 def _by_operators(
@@ -326,11 +345,9 @@ def gradient(
         else:
             result = operators.gradients(*arguments, call.has_residual)
     else:
-        if not _plain(dy):  # dy is only read
-            dy = dy.clone()
         statistics = bridge.Statistics(call.statistics[0], call.statistics[1], call.frozen)
         dx, dweight, dbias, dresidual = bridge.backward(
-            dy, x, weight, bias, residual, y, statistics, call.eps, call.activation, call.has_residual
+            in_memory(dy), x, weight, bias, residual, y, statistics, call.eps, call.activation, call.has_residual
         )
         result = dx, torch.from_numpy(dweight), torch.from_numpy(dbias), dresidual  # type: ignore[assignment]
     types = None if weight is None else weight.dtype, call.bias_type, x.dtype if call.has_residual else None
@@ -342,7 +359,10 @@ class FastBatchNorm(torch.autograd.Function):
     """The straight way."""
 
     forward = staticmethod(_eager.forward)
-    backward = staticmethod(_eager.backward)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _eager.backward(ctx, dy)  # compiled autograd reads the code of this function
 
 
 _eager.connect(

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..activation import named
 from . import _eager, bridge
-from .functional import activated, dispatch
+from .functional import dispatch
 
 __all__ = [
     "BatchNorm1d",
@@ -36,9 +36,10 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
     ranks: ClassVar[int] = 0
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Leave the checks to a class that brings its own."""
+        """Leave the checks to a class that brings its own, or inherits another's."""
         super().__init_subclass__(**keywords)
-        if "_check_input_dim" in vars(cls) and "ranks" not in vars(cls):
+        known: Any = next(kind for kind in cls.__mro__ if "ranks" in vars(kind))
+        if known is not cls and cls._check_input_dim is not known._check_input_dim:
             cls.ranks = 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -67,9 +68,7 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
                         batches = counter
         elif running_mean is None and running_var is None:
             training = True
-        # `fuse` cannot know whether what it adds is a tensor, or a number from the graph.
-        fits = residual is None or isinstance(residual, torch.Tensor)
-        result = dispatch(
+        return dispatch(
             input,
             running_mean,
             running_var,
@@ -78,11 +77,10 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
             training,
             0.0 if momentum is None else momentum,
             self.eps,
-            self.activation if fits else None,
-            residual if fits else None,
+            self.activation,
+            residual,
             batches,
         )
-        return result if fits else activated(result + residual, self.activation)
 
 
 def _root(input: fx.Proxy) -> Any:
@@ -93,8 +91,12 @@ def _root(input: fx.Proxy) -> Any:
 def _leaf(module: nn.Module, input: fx.Proxy, residual: Any) -> Any:
     """Record a call of the module instead of its insides, as torch.fx does with PyTorch's own."""
     tracer: Any = input.tracer
+    path = tracer.path_of_module(module)
     arguments = (input,) if residual is None else (input, residual)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+    if module._forward_pre_hooks or module._forward_hooks:  # recorded before and after this, and not to be run twice
+        itself = tracer.create_proxy("get_attr", path, (), {})
+        return tracer.create_proxy("call_method", "forward", (itself, *arguments), {})
+    return tracer.create_proxy("call_module", path, arguments, {})
 
 
 class BatchNorm1d(_Fast, nn.BatchNorm1d):

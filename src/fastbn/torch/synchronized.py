@@ -18,7 +18,7 @@ from .. import synchronized as core
 from ..errors import must
 from ..moments import Moments
 from . import bridge
-from .functional import takes
+from .functional import in_memory, takes
 from .modules import _Fast
 
 Array = NDArray[Any]
@@ -96,6 +96,8 @@ class SyncBatchNorm(_Fast):
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.shape[1] == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize a part of a batch."""
@@ -119,9 +121,8 @@ class SyncBatchNorm(_Fast):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return _Synchronized.apply(
-            input, self.weight, self.bias, (running_mean, running_var), momentum, self.eps, self.process_group
-        )
+        x, running = in_memory(input), (running_mean, running_var)
+        return _Synchronized.apply(x, self.weight, self.bias, running, momentum, self.eps, self.process_group)
 
     def _check(self, x: torch.Tensor, running_mean: Any, running_var: Any, momentum: float) -> None:
         if not x.is_cpu:
@@ -199,7 +200,7 @@ class _Synchronized(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("SyncBatchNorm has no second derivative: take the gradient without create_graph=True")
         x, weight = ctx.saved_tensors
-        dx = bridge.empty_like(x)
+        dx, dy = bridge.empty_like(x), in_memory(dy)
         cache = passes.Cache(bridge.array(x), (1,), "batch", ctx.statistics, bridge.vector(weight), ctx.eps)
         _, dweight, dbias = bridge.limited(
             lambda: core.backward(bridge.array(dy), cache, _gather(ctx.group), ctx.count, out=bridge.array(dx)),
