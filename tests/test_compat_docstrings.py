@@ -33,7 +33,7 @@ def test_documented(name):
     for parameter in signature:
         assert parameter in doc, parameter
     if inspect.isclass(value):
-        for attribute, member in vars(value).items():
+        for attribute, member in inspect.getmembers(value):
             if not attribute.startswith("_") and (callable(member) or isinstance(member, property)):
                 assert inspect.getdoc(member), attribute
 

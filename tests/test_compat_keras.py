@@ -116,6 +116,33 @@ def test_objects_with_a_configuration():
     assert built(gamma_regularizer=L2()).losses == [2.0]
 
 
+def test_other_names_of_initializers():
+    names = {"zero": "Zeros", "one": "Ones", "normal": "RandomNormal", "uniform": "RandomUniform"}
+    for given, wanted in names.items():
+        assert BatchNormalization(gamma_initializer=given).get_config()["gamma_initializer"]["class_name"] == wanted
+
+
+def test_classes_that_were_not_called():
+    """Keras makes an object of a class."""
+
+    class Ones:
+        def get_config(self):
+            return {}
+
+    class L2(Ones):
+        def __call__(self, value):
+            return 0.5
+
+    class Negated(Ones):
+        def __call__(self, value):
+            return -value
+
+    layer = built(beta_initializer=Ones, beta_regularizer=L2, beta_constraint=Negated)
+    assert layer.losses == [pytest.approx(0.04)]  # Keras's by its name, with its default
+    layer.apply_constraints()
+    np.testing.assert_array_equal(layer.beta, -np.ones(4))
+
+
 def test_config_goes_through_json_and_back():
     layer = BatchNormalization(
         axis=1, renorm=True, renorm_clipping={"rmax": 3.0}, gamma_constraint="min_max_norm", beta_regularizer="L1",
@@ -280,6 +307,11 @@ def test_copies_and_pickles(x):
             lambda: BatchNormalization().build((None, None)),
             ValueError,
             "input_shape must say how many channels there are on axis -1, got (None, None)",
+        ),
+        (
+            lambda: BatchNormalization().count_params(),
+            ValueError,
+            "the layer must be built by a call or by build(input_shape), got one that is not",
         ),
         (
             lambda: BatchNormalization().set_weights([]),

@@ -5,6 +5,7 @@ The live modules of the frameworks have their tests in `tests/parity`.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -325,6 +326,18 @@ def test_onnx_nodes_of_one_name():
         from_onnx(model, "bn")
 
 
+def test_onnx_data_beside_the_model(tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    model = onnx_model([onnx.helper.make_node("BatchNormalization", ["X", *ONNX], ["Y"], "bn")], ONNX.items())
+    path = tmp_path / "model.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="data", size_threshold=0)
+    np.testing.assert_array_equal(from_onnx(path).gamma, GAMMA)
+    monkeypatch.chdir(tmp_path)  # a file of this name here may be any model's
+    for source in (path.read_bytes(), onnx.load(path, load_external_data=False)):
+        with pytest.raises(ValueError, match=r"^scale of bn must be in the model, got data in another file: 'data'$"):
+            from_onnx(source)
+
+
 def test_onnx_nodes_have_an_axis_of_channels():
     pytest.importorskip("onnx")
     with pytest.raises(ValueError, match=r"^rank must be at least 2 for a node; folded takes 1, got 1$"):
@@ -363,6 +376,8 @@ def test_safetensors_there_and_back(tmp_path):
     path.write_bytes(b"no tensors")
     with pytest.raises(fastbn.StateError, match=r"model\.safetensors: "):
         load_safetensors(path)
+    with pytest.raises(TypeError, match=r"^prefix must be a string, got None$"):
+        load_safetensors(path, None)
     with pytest.raises(FileNotFoundError):
         load_safetensors(tmp_path / "none")
 
@@ -375,6 +390,27 @@ def test_safetensors_bfloat16(tmp_path):
     found = load_safetensors(path)
     assert (found["a"].dtype, found["b"].dtype) == (np.float32, np.float16)
     np.testing.assert_array_equal(found["a"], GAMMA)
+
+
+def test_safetensors_of_other_dtypes(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "other.safetensors"
+    wide = np.dtype(np.longdouble)
+    if wide != np.float64:
+        with pytest.raises(TypeError, match=rf"^a must have a dtype that the format knows, got {wide}$"):
+            save_safetensors(path, {"a": np.ones(2, wide)})
+        assert not path.exists()
+    entries = {
+        "a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]},
+        "b": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]},
+    }
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes([1, 2, 3, 4]))
+    assert load_safetensors(path, "b")["b"].tolist() == [3, 4]
+    with pytest.raises(
+        fastbn.StateError, match=r"other\.safetensors: a has the dtype F8_E4M3, which NumPy does not know$"
+    ):
+        load_safetensors(path)
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from weights_cases import (
     without,
 )
 
+import fastbn
 from fastbn.compat import (
     from_keras,
     from_keras_many,
@@ -64,6 +65,12 @@ def test_keras_layer_there_and_back():
     again.build((None, C, 4))
     assert to_keras(bn, again) is again
     np.testing.assert_array_equal(again.moving_variance, VARIANCE)
+
+
+def test_keras_3_has_no_slashes_in_names():
+    bn = fastbn.BatchNorm(3, name="net/stem/bn")
+    assert keras_config(bn)["name"] == "net_stem_bn"
+    assert bn.name == "net/stem/bn"
 
 
 def test_keras_axes_are_compared_where_the_rank_is_known():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from graphs import names, run_updates
 
+from fastbn.compat import tf_contrib
 from fastbn.compat import tf_layers as tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -185,6 +186,16 @@ def test_layer_objects_have_tensorflows_names(x):
     assert repr(tf.BatchNormalization(name="q")) == "<fastbn tf_layers.BatchNormalization 'q', not built>"
 
 
+@pytest.mark.parametrize(("shape", "collections", "number"), [
+    ((8, 3), "update_ops", 1), ((8, 2, 3), "update_ops", 2), ((8, 2, 3), None, 1), ((8, 2, 2, 3), None, 1),
+])  # fmt: skip
+def test_contrib_takes_a_number_where_it_made_a_layer_object(rng, shape, collections, number):
+    """And found no name in the scope around it; its own two paths made none."""
+    x = rng.normal(0, 1, shape)
+    tf_contrib.batch_norm(x, scope=tf.get_variable_scope(), updates_collections=collections)
+    assert tf.BatchNormalization().name == f"batch_normalization_{number}"
+
+
 def test_threads_number_by_themselves(x):
     found = []
 
@@ -281,6 +292,24 @@ def test_initializers(x):
     other.build(x.shape)
     assert other.gamma.value.tolist() == [0] * 3
     assert other.beta.value.tolist() == [1] * 3
+
+
+def test_initializers_take_a_dtype(x):
+    """As TensorFlow's do; the variable's counts."""
+    layer = tf.BatchNormalization(
+        gamma_initializer=tf.zeros_initializer(dtype=np.float64),
+        beta_initializer=tf.ones_initializer(np.float64),
+        moving_mean_initializer=tf.constant_initializer(5, np.float64, verify_shape=True),
+    )
+    layer.build(x.shape)
+    assert [v.value.tolist() for v in layer.variables] == [[0] * 3, [1] * 3, [5] * 3, [1] * 3]
+    assert {v.dtype for v in layer.variables} == {np.dtype(np.float32)}
+
+
+def test_other_names_of_initializers(x):
+    layer = tf.BatchNormalization(gamma_initializer="zero", moving_mean_initializer="one")
+    layer.build(x.shape)
+    assert [layer.gamma.value.tolist(), layer.moving_mean.value.tolist()] == [[0] * 3, [1] * 3]
 
 
 def test_initializers_that_were_not_called(x):

@@ -89,6 +89,8 @@ _CLASSES: Final[dict[str, dict[str, _Kind]]] = {
         "MinMaxNorm": _Kind("min_max_norm", (("min_value", 0.0), ("max_value", 1.0), ("rate", 1.0)), _AXIS),
     },
 }
+# Other names of initializers, in Keras and in the layers of TensorFlow 1.
+ALIASES: Final = {"zero": "zeros", "one": "ones", "normal": "random_normal", "uniform": "random_uniform"}
 _CHECKS: Final[dict[str, Any]] = {
     "initializers": initializers.checked,
     "regularizers": regularizers.checked,
@@ -109,8 +111,8 @@ def read(argument: str, value: Any) -> Any:
     argument : str
         Its name, "gamma_initializer" for instance.
     value : object
-        A name, a tuple of a name and its numbers, a configuration as Keras serializes it, an object of Keras, a
-        function, or None.
+        A name, a tuple of a name and its numbers, a configuration as Keras serializes it, an object of Keras or its
+        class, a function, or None.
 
     Returns
     -------
@@ -126,7 +128,10 @@ def read(argument: str, value: Any) -> Any:
     if value is None and kind != "initializers":
         return None
     classes = _CLASSES[kind]
+    if isinstance(value, type):
+        value = value()
     if isinstance(value, str):
+        value = ALIASES.get(value, value) if kind == "initializers" else value
         by_name = {ours.name: ours for ours in classes.values()} | {"l1l2": _CLASSES["regularizers"]["L1L2"]}
         found = classes.get(value) or by_name.get(value.lower())
         if found in classes.values():

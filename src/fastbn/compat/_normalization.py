@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from .. import averages, checks, composite, functional, modes
 from .. import layout as layouts
+from .. import options as core
 from ..composite import Batch, Composite
 from ..errors import must
 from ..kernels import _channels
-from ..options import Options
 from ..passes import Cache
 from ._graph import Variable
 
@@ -34,8 +34,27 @@ class Settings:
     momentum: float
     epsilon: float
     ddof: int
-    options: Options
+    options: core.Options
     activation: Any = None
+
+
+def checked_options(**given: Any) -> core.Options:
+    """Return checked options of the core, with TensorFlow's ghost batches: every group has V samples."""
+    defaults: dict[str, Any] = {
+        "ddof": 0,
+        "zero_debias": False,
+        "track": True,
+        "on_nonfinite": "propagate",
+        "renorm": False,
+        "renorm_clipping": None,
+        "renorm_momentum": 0.99,
+        "renorm_scheme": "tf1",
+        "virtual_batch_size": None,
+        "virtual_groups": "strided",
+        "allow_incomplete": False,
+        "adjustment": None,
+    }
+    return core.checked(**defaults | given)
 
 
 def normalize(

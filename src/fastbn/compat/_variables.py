@@ -21,6 +21,7 @@ from ._graph import (
     get_collection,
     graph,
 )
+from ._keras_config import ALIASES
 from ._scopes import checked_name, full_name
 
 Array = NDArray[Any]
@@ -131,6 +132,8 @@ def initial_value(initializer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]
     own = (zeros_initializer, ones_initializer, constant_initializer)
     if isinstance(initializer, type) or (callable(initializer) and initializer in own):
         initializer = initializer()
+    if isinstance(initializer, str):
+        initializer = ALIASES.get(initializer, initializer)
     if isinstance(initializer, str | tuple) or callable(initializer):
         what = f"initializer of {name}"
         return initializers.create(initializers.checked(initializer, what), what, shape, dtype)
@@ -142,8 +145,13 @@ def initial_value(initializer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]
     return np.array(np.broadcast_to(value, shape), dtype=dtype)
 
 
-def zeros_initializer() -> Initializer:
+def zeros_initializer(dtype: DTypeLike | None = None) -> Initializer:
     """Return the initializer of zeros, as ``tf.zeros_initializer()``.
+
+    Parameters
+    ----------
+    dtype : optional
+        Ignored: that of the variable counts.
 
     Returns
     -------
@@ -153,8 +161,13 @@ def zeros_initializer() -> Initializer:
     return "zeros"
 
 
-def ones_initializer() -> Initializer:
+def ones_initializer(dtype: DTypeLike | None = None) -> Initializer:
     """Return the initializer of ones, as ``tf.ones_initializer()``.
+
+    Parameters
+    ----------
+    dtype : optional
+        Ignored: that of the variable counts.
 
     Returns
     -------
@@ -164,13 +177,17 @@ def ones_initializer() -> Initializer:
     return "ones"
 
 
-def constant_initializer(value: ArrayLike = 0.0) -> Initializer:
+def constant_initializer(
+    value: ArrayLike = 0.0, dtype: DTypeLike | None = None, verify_shape: bool = False
+) -> Initializer:
     """Return an initializer of one number, or of an array of the variable's shape.
 
     Parameters
     ----------
     value : array_like
         The value.
+    dtype, verify_shape : optional
+        Ignored: the dtype of the variable counts, and a shape is always verified.
 
     Returns
     -------

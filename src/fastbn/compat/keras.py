@@ -7,9 +7,8 @@ those of TensorFlow 2 but for several axes, fused kernels and virtual batches. A
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,27 +18,11 @@ from .. import layout as layouts
 from ..errors import must
 from ..layer import BatchNorm
 from . import _keras_config, _weights
+from ._keras_arguments import Arguments, policy
 
 Array = NDArray[Any]
 
-# The types of data and of weights of a policy.
-_POLICIES: Final = {
-    "float32": ("float32", "float32"),
-    "float64": ("float64", "float64"),
-    "mixed_float16": ("float16", "float32"),
-    "mixed_bfloat16": ("bfloat16", "float32"),
-}
-
 _numbers = itertools.count()
-
-
-def _of_core(name: str, doc: str) -> property:
-    """Return an argument as the core layer has it."""
-
-    def value(layer: BatchNormalization) -> Any:
-        return getattr(layer._core, name)
-
-    return property(value, doc=doc)
 
 
 def _next_name() -> str:
@@ -47,21 +30,7 @@ def _next_name() -> str:
     return f"batch_normalization_{number}" if number else "batch_normalization"
 
 
-def _policy(value: Any) -> str:
-    """Return the name of a policy for a name, a dtype, a policy of Keras, or its configuration."""
-    if value is None:
-        return "float32"
-    if isinstance(value, Mapping):
-        config = value.get("config")
-        value = config.get("name") if isinstance(config, Mapping) else value
-    if not isinstance(value, str):
-        value = getattr(value, "name", None) or np.dtype(value).name
-    if value not in _POLICIES:
-        raise ValueError(must("dtype", "be one of " + ", ".join(_POLICIES), repr(value)))
-    return str(value)
-
-
-class BatchNormalization:
+class BatchNormalization(Arguments):
     """``keras.layers.BatchNormalization`` on NumPy arrays.
 
     A layer with ``trainable=False`` infers, whatever ``training`` says. ``training=None`` means False.
@@ -148,7 +117,7 @@ class BatchNormalization:
             raise TypeError(must("momentum", "be a real number", "None"))
         if checks.flag(synchronized, "synchronized"):
             raise ValueError(must("synchronized", "be False: there is one device", True))
-        self._policy = _policy(dtype)
+        self._policy = policy(dtype)
         given = {
             "beta_initializer": beta_initializer,
             "gamma_initializer": gamma_initializer,
@@ -178,85 +147,6 @@ class BatchNormalization:
         if renorm and self._renorm_clipping is None:
             self._renorm_clipping = {}
         self._ndim: int | None = None
-
-    # -- arguments ---------------------------------------------------------------------------------------------------
-
-    @property
-    def axis(self) -> int:
-        """The channel axis."""
-        return operator.index(self._core.axis)  # type: ignore[arg-type]  # one axis, see _axis
-
-    @property
-    def momentum(self) -> float:
-        """Share of the old moving value that is kept."""
-        assert self._core.momentum is not None
-        return self._core.momentum
-
-    @property
-    def epsilon(self) -> float:
-        """What is added to the variance."""
-        return self._core.epsilon
-
-    @property
-    def center(self) -> bool:
-        """Whether there is a beta."""
-        return self._core.center
-
-    @property
-    def scale(self) -> bool:
-        """Whether there is a gamma."""
-        return self._core.scale
-
-    @property
-    def renorm(self) -> bool:
-        """Whether training is batch renormalization."""
-        return self._core.renorm
-
-    @property
-    def renorm_clipping(self) -> dict[str, float] | None:
-        """Bounds of batch renormalization; None where none were given, and without it."""
-        return None if self._renorm_clipping is None else dict(self._renorm_clipping)
-
-    @property
-    def synchronized(self) -> bool:
-        """False: there is one device."""
-        return False
-
-    renorm_momentum = _of_core("renorm_momentum", "Of the averages of batch renormalization.")
-    beta_initializer = _of_core("beta_initializer", "First values of beta, in fastbn's form.")
-    gamma_initializer = _of_core("gamma_initializer", "First values of gamma, in fastbn's form.")
-    moving_mean_initializer = _of_core("moving_mean_initializer", "First values of the moving mean, in fastbn's form.")
-    moving_variance_initializer = _of_core(
-        "moving_variance_initializer", "First values of the moving variance, in fastbn's form."
-    )
-    beta_regularizer = _of_core("beta_regularizer", "The penalty of beta, in fastbn's form; None without one.")
-    gamma_regularizer = _of_core("gamma_regularizer", "The penalty of gamma, in fastbn's form; None without one.")
-    beta_constraint = _of_core("beta_constraint", "The projection of beta, in fastbn's form; None without one.")
-    gamma_constraint = _of_core("gamma_constraint", "The projection of gamma, in fastbn's form; None without one.")
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the layer learns; False freezes it, and it infers."""
-        return self._core.trainable
-
-    @trainable.setter
-    def trainable(self, value: bool) -> None:
-        self._core.trainable = value
-
-    @property
-    def dtype(self) -> str:
-        """The type of the weights."""
-        return self.variable_dtype
-
-    @property
-    def variable_dtype(self) -> str:
-        """The type of the weights."""
-        return _POLICIES[self._policy][1]
-
-    @property
-    def compute_dtype(self) -> str:
-        """The type that floating point inputs are cast to, and of the result."""
-        return _POLICIES[self._policy][0]
 
     @property
     def core(self) -> BatchNorm:
@@ -299,6 +189,13 @@ class BatchNormalization:
         plain = {n: getattr(core, n) for n in _keras_config.ORDER[:4]}
         everything = {n: v for n, v in plain.items() if v is not None} | core.renorm_state
         return {n: everything[n] for n in _keras_config.ORDER if n in everything}
+
+    def _existing(self) -> dict[str, Array]:
+        """Return the same, but refuse a layer that is not built."""
+        named = self._named()
+        if not named:
+            raise ValueError("the layer must be built by a call or by build(input_shape), got one that is not")
+        return named
 
     @property
     def gamma(self) -> Array | None:
@@ -369,11 +266,9 @@ class BatchNormalization:
         Raises
         ------
         ValueError
-            If the layer is not built, or their number or a shape differs.
+            If the layer is not built, their number or a shape differs, or a variance is negative.
         """
-        named = self._named()
-        if not named:
-            raise ValueError("the layer must be built by a call or by build(input_shape), got one that is not")
+        named = self._existing()
         values = list(weights)
         if len(values) != len(named):
             raise ValueError(must("weights", f"be {len(named)} arrays ({', '.join(named)})", len(values)))
@@ -381,8 +276,14 @@ class BatchNormalization:
         self._core.load_state_dict({**found, "batches": self._core.batches})
 
     def count_params(self) -> int:
-        """Return how many numbers the weights have."""
-        return sum(v.size for v in self.weights)
+        """Return how many numbers the weights have.
+
+        Raises
+        ------
+        ValueError
+            If the layer is not built.
+        """
+        return sum(v.size for v in self._existing().values())
 
     @property
     def losses(self) -> list[float]:

@@ -244,7 +244,8 @@ def keras_config(bn: BatchNorm) -> dict[str, Any]:
     Returns
     -------
     dict
-        For ``keras.layers.BatchNormalization.from_config``, and for `fastbn.compat.keras.BatchNormalization`.
+        For ``keras.layers.BatchNormalization.from_config``, and for `fastbn.compat.keras.BatchNormalization`. Keras 3
+        refuses slashes in names: they become underscores.
 
     Raises
     ------
@@ -263,6 +264,8 @@ def keras_config(bn: BatchNorm) -> dict[str, Any]:
     if bn.layout is not None:
         raise ValueError(must("bn", "name its channel axis by axis for Keras", f"layout {bn.layout!r}"))
     given = {name: getattr(bn, name) for name in _keras_config.DEFAULTS if name not in ("dtype", "synchronized")}
+    if bn.name is not None:
+        given["name"] = bn.name.replace("/", "_")
     dtype = bn.moving_mean.dtype.name
     return BatchNormalization(**given, dtype=dtype).get_config()
 

@@ -62,7 +62,7 @@ def from_onnx(
     ----------
     source : mapping, path, bytes or ModelProto
         Arrays by the names of the operator's inputs (scale, B, input_mean, input_var), for which onnx need not be
-        installed; or a model, its bytes, or its file.
+        installed; or a model, its bytes, or its file, beside which its data may be in other files.
     node : str or int, optional
         Name of the node, or of its output, or its number among the BatchNormalization nodes. By default the only one.
         Nodes that share a name have that of their output alone.
@@ -219,6 +219,9 @@ def _inputs(graph: Any, node: Any, label: str) -> dict[str, Any]:
             raise ValueError(must(f"{theirs} of {label}", "be a constant of the model", f"the output {name!r}"))
         value = constants[name]
         tensor = isinstance(value, onnx.TensorProto)
+        if tensor and value.data_location == onnx.TensorProto.EXTERNAL:  # which onnx would look for where Python runs
+            where = next((entry.value for entry in value.external_data if entry.key == "location"), "")
+            raise ValueError(must(f"{theirs} of {label}", "be in the model", f"data in another file: {where!r}"))
         found[theirs] = onnx.numpy_helper.to_array(value) if tensor else np.asarray(value, np.float32)
     return found
 

@@ -35,8 +35,11 @@ def load_safetensors(path: str | os.PathLike[str], prefix: str = "") -> dict[str
     ------
     ImportError
         Without the package.
+    TypeError
+        If ``prefix`` is not a string.
     StateError
-        If the file is not an intact safetensors file, or has no name with this prefix.
+        If the file is not an intact safetensors file, or has no name with this prefix, or a dtype that NumPy does not
+        know, such as an 8-bit float.
     OSError
         If the file cannot be read.
     """
@@ -44,6 +47,8 @@ def load_safetensors(path: str | os.PathLike[str], prefix: str = "") -> dict[str
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         _weights.missing("safetensors", '"fastbn[safetensors]"', error)
+    if not isinstance(prefix, str):
+        raise TypeError(must("prefix", "be a string", repr(prefix)))
     with open(path, "rb"):  # its own error for a file that is not there or must not be read
         pass
     found = {}
@@ -60,7 +65,11 @@ def load_safetensors(path: str | os.PathLike[str], prefix: str = "") -> dict[str
 
 
 def _read(file: Any, name: str) -> Array:
-    value = np.asarray(file.get_tensor(name))
+    try:
+        value = np.asarray(file.get_tensor(name))
+    except AttributeError as error:  # of the module numpy
+        dtype = file.get_slice(name).get_dtype()
+        raise TypeError(f"{name} has the dtype {dtype}, which NumPy does not know") from error
     return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
 
 
@@ -83,7 +92,8 @@ def save_safetensors(
     ImportError
         Without the package.
     TypeError
-        If ``arrays`` is not a mapping of names to arrays of real numbers, or ``metadata`` not one of strings.
+        If ``arrays`` is not a mapping of names to arrays of real numbers, at most as wide as float64, or ``metadata``
+        not one of strings.
     OSError
         If the file cannot be written.
     """
@@ -95,6 +105,9 @@ def save_safetensors(
         name: np.array(_weights.array(value, name), order="C")
         for name, value in _weights.mapping(arrays, "arrays").items()
     }
+    for name, value in plain.items():
+        if value.dtype.kind == "f" and value.dtype.itemsize > 8:
+            raise TypeError(must(name, "have a dtype that the format knows", value.dtype))
     for key, text in (metadata or {}).items():
         if not all(isinstance(word, str) for word in (key, text)):
             raise TypeError(must("metadata", "be a mapping of strings to strings", f"{key!r}: {text!r}"))

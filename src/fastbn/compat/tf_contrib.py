@@ -242,7 +242,8 @@ def batch_norm(
             renorm_momentum=renorm_decay,
             adjustment=adjustment,
             fused=fused,
-            name=inner.name or None,
+            # Contrib's own paths made no layer object, which would take a number for a name.
+            name=inner.name or (None if by_layer else "BatchNorm"),
             _scope=inner,
             _reuse=reuse,
         )

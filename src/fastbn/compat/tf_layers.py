@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import checks, modes
-from .. import layout as layouts
-from .. import options as core
 from .. import renorm as renorms
 from ..errors import must
 from . import _graph, _scopes, _warnings
@@ -36,7 +34,8 @@ from ._graph import (
     get_layer,
     reset_default_graph,
 )
-from ._normalization import Settings, backward, normalize
+from ._layer_variables import LayerVariables
+from ._normalization import backward, checked_options, normalize
 from ._saver import Saver
 from ._scopes import AUTO_REUSE, get_variable_scope, variable_scope
 from ._variables import (
@@ -49,7 +48,6 @@ from ._variables import (
     trainable_variables,
     zeros_initializer,
 )
-from .tf_nn import FUSED_EPSILON
 
 __all__ = [
     "batch_normalization",
@@ -82,7 +80,7 @@ Array = NDArray[Any]
 Adjustment = Callable[[tuple[int, ...]], tuple[ArrayLike, ArrayLike]]
 
 
-class BatchNormalization:
+class BatchNormalization(LayerVariables):
     """The layer ``tf.layers.BatchNormalization`` of TensorFlow 1.
 
     Parameters
@@ -149,7 +147,6 @@ class BatchNormalization:
     array([1.])
     """
 
-    _order: tuple[str, ...] = ("gamma", "beta")
     _update_suffix = ""
 
     def __init__(
@@ -180,7 +177,7 @@ class BatchNormalization:
         _scope: str | VariableScope | None = None,
         _reuse: Reuse = None,
     ) -> None:
-        self.axis: Any = _plain_axes(axis)
+        self.axis = _plain_axes(axis)
         self.momentum = checks.momentum(momentum)
         self.epsilon = checks.epsilon(epsilon)
         self.center = checks.flag(center, "center")
@@ -195,7 +192,7 @@ class BatchNormalization:
         self.gamma_constraint = gamma_constraint
         self.renorm = checks.flag(renorm, "renorm")
         self.renorm_scheme = _graph.graph().renorm_scheme
-        self._options = _options(
+        self._options = checked_options(
             renorm=self.renorm,
             renorm_clipping=renorm_clipping if self.renorm else None,
             renorm_momentum=renorm_momentum,
@@ -212,181 +209,30 @@ class BatchNormalization:
         if adjustment is not None and self.virtual_batch_size is not None:
             raise ValueError(must("adjustment", "be None with virtual_batch_size", repr(adjustment)))
         self._reuse = _scopes.checked_reuse(_reuse)
-        self._activation: Any = None
+        self._activation = None
         self._function: Callable[[Array], Any] | None = None  # applied to the result; nobody knows its gradient
-        # Where new variables go, by their names in the layer.
-        self._collections: Callable[[str], list[str] | None] = lambda name: None
+        self._collections = lambda name: None
         self._dtype = None if dtype is None else np.dtype(dtype)
         self.grads: dict[str, Array] = {}
         unnamed = name is None or name == ""
         self._base_name = "batch_normalization" if unnamed else _scopes.checked_name(name)
         self.name = _graph.graph().number(self._base_name) if unnamed else self._base_name
-        self._scope: VariableScope | None = None
+        self._scope = None
         if _scope is not None and _scope != "":
             with variable_scope(_scope) as scope:
                 self._scope = scope
-        self._variables: dict[str, Variable] = {}
-        self._settings: Settings | None = None
-        self._graph: _graph.Graph | None = None
+        self._variables = {}
+        self._settings = None
+        self._graph = None
         self._ndim = 0
         self._updates: dict[Update, None] = {}
-        self._losses: list[RegularizationLoss] = []
+        self._losses = []
         self._last = threading.local()
-
-    # -- variables -----------------------------------------------------------------------------------------------
-
-    @property
-    def built(self) -> bool:
-        """Whether the variables exist."""
-        return self._settings is not None
-
-    @property
-    def scope_name(self) -> str:
-        """Name of the scope that the variables are in; the first call finds it."""
-        if self._scope is None:
-            raise ValueError(must("the layer", "be called before it has a scope", "one that was not"))
-        return self._scope.name
-
-    def build(self, input_shape: Sequence[int], dtype: DTypeLike | None = None) -> None:
-        """Make the variables, or find them; the first call does that by itself.
-
-        Parameters
-        ----------
-        input_shape : sequence of ints
-            Shape of the inputs.
-        dtype : {"float32", "float64"}, optional
-            For a layer that has none of its own.
-
-        Raises
-        ------
-        ValueError
-            If an axis or a virtual_batch_size does not fit, or a variable exists that must not, or the reverse.
-        """
-        with _graph.graph().attempt():
-            self._build(tuple(input_shape), np.dtype(np.float32) if dtype is None else np.dtype(dtype))
-
-    def _build(self, input_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        axes = layouts.channel_axes(self.axis, None, len(input_shape))
-        fused = self.fused and self._fusable(axes, len(input_shape))
-        shape: tuple[int, ...] = tuple(n if a in axes else 1 for a, n in enumerate(input_shape))
-        if self.virtual_batch_size is not None:
-            if 0 in axes:
-                raise ValueError(must("axis", "not be that of the samples with virtual_batch_size", repr(self.axis)))
-            shape = (shape[0], 1, *shape[1:])  # TensorFlow splits the first axis in two
-        elif len(axes) == 1:
-            shape = (input_shape[axes[0]],)
-        settings = Settings(
-            axes=tuple(sorted(axes)),
-            momentum=self.momentum,
-            epsilon=max(self.epsilon, FUSED_EPSILON) if fused else self.epsilon,
-            ddof=int(fused),
-            options=self._options,
-            activation=self._activation,
-        )
-        if self._scope is None:
-            named = bool(self._reuse)
-            with variable_scope(self._base_name if named else None, self._base_name) as scope:
-                self._scope = scope
-        variables, losses = self._made(shape, self._dtype or dtype, self._scope)
-        self._variables, self._losses = variables, losses
-        self.fused = fused
-        self._ndim = len(input_shape)
-        self._settings = settings
-        self._graph = _graph.graph()
-
-    def _fusable(self, axes: tuple[int, ...], ndim: int) -> bool:
-        plain = not self.renorm and self.virtual_batch_size is None and self.adjustment is None
-        return plain and ndim == 4 and axes in ((1,), (3,))
-
-    def _made(
-        self, shape: tuple[int, ...], dtype: np.dtype[Any], scope: VariableScope
-    ) -> tuple[dict[str, Variable], list[RegularizationLoss]]:
-        """Return the variables by name, in TensorFlow's order, and the penalties of new ones."""
-        existing = set(_graph.graph().variables)
-        made: dict[str, Variable] = {}
-        with variable_scope(scope, reuse=self._reuse):
-            for name in self._order:
-                if self.scale if name == "gamma" else self.center:
-                    made[name] = get_variable(
-                        name,
-                        shape,
-                        dtype,
-                        getattr(self, f"{name}_initializer"),
-                        getattr(self, f"{name}_regularizer"),
-                        self.trainable,
-                        self._collections(name),
-                        getattr(self, f"{name}_constraint"),
-                    )
-            for name in ("moving_mean", "moving_variance"):
-                made[name] = get_variable(
-                    name,
-                    shape,
-                    dtype,
-                    getattr(self, f"{name}_initializer"),
-                    trainable=False,
-                    collections=self._collections(name),
-                )
-            renormalizer = self._options.renormalizer()
-            if renormalizer is not None:
-                first = renormalizer.create(made["moving_mean"].value, made["moving_variance"].value)
-                for name in renormalizer.names:
-                    made[name] = get_variable(
-                        name,
-                        first[name].shape,
-                        dtype,
-                        first[name],
-                        trainable=False,
-                        collections=self._collections(name),
-                    )
-        new = [v for v in made.values() if v.regularizer is not None and v.op_name not in existing]
-        listed = get_collection(GraphKeys.REGULARIZATION_LOSSES)
-        return made, [loss for loss in listed if getattr(loss, "variable", None) in new]
-
-    @property
-    def gamma(self) -> Variable | None:
-        """Scale, or None."""
-        return self._variables.get("gamma")
-
-    @property
-    def beta(self) -> Variable | None:
-        """Shift, or None."""
-        return self._variables.get("beta")
-
-    @property
-    def moving_mean(self) -> Variable | None:
-        """Moving mean; None before the first call."""
-        return self._variables.get("moving_mean")
-
-    @property
-    def moving_variance(self) -> Variable | None:
-        """Moving variance; None before the first call."""
-        return self._variables.get("moving_variance")
-
-    @property
-    def variables(self) -> list[Variable]:
-        """gamma, beta, moving_mean and moving_variance, in this order, as far as the layer has them."""
-        return list(self._variables.values())
-
-    @property
-    def trainable_variables(self) -> list[Variable]:
-        """gamma and beta; none if the layer is not trainable."""
-        return [v for n, v in self._variables.items() if self.trainable and n in ("gamma", "beta")]
-
-    @property
-    def non_trainable_variables(self) -> list[Variable]:
-        """The others."""
-        trainable = self.trainable_variables
-        return [v for v in self.variables if v not in trainable]
 
     @property
     def updates(self) -> list[Update]:
         """Updates of the moving statistics that this layer's training calls deferred, and that still wait."""
         return list(self._updates) if self.trainable else []
-
-    @property
-    def losses(self) -> list[RegularizationLoss]:
-        """The penalties of gamma and beta, as far as there are such."""
-        return list(self._losses)
 
     # -- calling -------------------------------------------------------------------------------------------------
 
@@ -513,25 +359,6 @@ class BatchNormalization:
         """Show the name and the shape of the parameters."""
         mean = self.moving_mean
         return f"<fastbn tf_layers.BatchNormalization {self.name!r}, {mean.shape if mean else 'not built'}>"
-
-
-def _options(**given: Any) -> core.Options:
-    """Return checked options of the core, with TensorFlow's ghost batches: every group has V samples."""
-    defaults: dict[str, Any] = {
-        "ddof": 0,
-        "zero_debias": False,
-        "track": True,
-        "on_nonfinite": "propagate",
-        "renorm": False,
-        "renorm_clipping": None,
-        "renorm_momentum": 0.99,
-        "renorm_scheme": "tf1",
-        "virtual_batch_size": None,
-        "virtual_groups": "strided",
-        "allow_incomplete": False,
-        "adjustment": None,
-    }
-    return core.checked(**defaults | given)
 
 
 def set_renorm_scheme(scheme: str) -> None:

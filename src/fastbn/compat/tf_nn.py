@@ -36,7 +36,8 @@ def moments(
     axes: int | Sequence[int],
     shift: ArrayLike | None = None,
     name: str | None = None,
-    keep_dims: bool = False,
+    keep_dims: bool | None = None,
+    keepdims: bool | None = None,
 ) -> tuple[Array, Array]:
     """Return mean and variance over axes: ``tf.nn.moments``.
 
@@ -48,8 +49,8 @@ def moments(
         The axes that are reduced; in `fastbn.moments` it is the others that are named.
     shift, name : optional
         Ignored, as TensorFlow 1 had it.
-    keep_dims : bool, default: False
-        Whether reduced axes stay, with extent 1.
+    keep_dims, keepdims : bool, optional
+        Whether reduced axes stay, with extent 1; by default they do not. Both are one argument.
 
     Returns
     -------
@@ -70,7 +71,7 @@ def moments(
     (array([2., 4.]), array([1., 4.]))
     """
     data, reduced = _reduction(x, axes)
-    return _mean_and_variance(_moments(data, reduced), data, reduced, keep_dims)
+    return _mean_and_variance(_moments(data, reduced), data, reduced, _keeps(keep_dims, keepdims))
 
 
 def weighted_moments(
@@ -78,7 +79,8 @@ def weighted_moments(
     axes: int | Sequence[int],
     frequency_weights: ArrayLike,
     name: str | None = None,
-    keep_dims: bool = False,
+    keep_dims: bool | None = None,
+    keepdims: bool | None = None,
 ) -> tuple[Array, Array]:
     """Return weighted mean and variance over axes: ``tf.nn.weighted_moments``.
 
@@ -92,8 +94,8 @@ def weighted_moments(
         Not negative, and broadcast to x: a weight of 2 counts a value twice.
     name : optional
         Ignored.
-    keep_dims : bool, default: False
-        Whether reduced axes stay, with extent 1.
+    keep_dims, keepdims : bool, optional
+        Whether reduced axes stay, with extent 1; by default they do not. Both are one argument.
 
     Returns
     -------
@@ -107,15 +109,17 @@ def weighted_moments(
     """
     data, reduced = _reduction(x, axes)
     weights = _broadcast(checks.as_array(frequency_weights, "frequency_weights"), data, "frequency_weights")
-    return _mean_and_variance(_moments(data, reduced, np.ascontiguousarray(weights)), data, reduced, keep_dims)
+    found = _moments(data, reduced, np.asarray(weights, order="C"))
+    return _mean_and_variance(found, data, reduced, _keeps(keep_dims, keepdims))
 
 
 def sufficient_statistics(
     x: ArrayLike,
     axes: int | Sequence[int],
     shift: ArrayLike | None = None,
-    keep_dims: bool = False,
+    keep_dims: bool | None = None,
     name: str | None = None,
+    keepdims: bool | None = None,
 ) -> tuple[int, Array, Array, Array | None]:
     """Return count, sum and sum of squares over axes: ``tf.nn.sufficient_statistics``.
 
@@ -127,8 +131,8 @@ def sufficient_statistics(
         The axes that are reduced.
     shift : array_like, optional
         Taken off the data first; broadcast to x.
-    keep_dims : bool, default: False
-        Whether reduced axes stay, with extent 1.
+    keep_dims, keepdims : bool, optional
+        Whether reduced axes stay, with extent 1; by default they do not. Both are one argument.
     name : optional
         Ignored.
 
@@ -152,8 +156,8 @@ def sufficient_statistics(
     if given is not None:
         data = np.subtract(data.astype(np.float64), _broadcast(given, data, "shift"), dtype=np.float64)
     found = _moments(data, reduced)
-    count = int(found.count)
-    mean, m2 = (_kept(v, data, reduced, keep_dims) for v in (found.mean, found.m2))
+    count, keep = int(found.count), _keeps(keep_dims, keepdims)
+    mean, m2 = (_kept(v, data, reduced, keep) for v in (found.mean, found.m2))
     return count, count * mean, m2 + count * mean**2, given
 
 
@@ -176,7 +180,8 @@ def normalize_moments(
     Returns
     -------
     mean, variance : ndarray
-        Of the dtype of mean_ss. The variance is not negative.
+        Of the dtype of mean_ss. What rounding of the sums may have made of a variance near 0 is 0; it is negative only
+        for sums that no data has, as in TensorFlow.
 
     Raises
     ------
@@ -186,8 +191,11 @@ def normalize_moments(
     if not np.all(np.asarray(counts) > 0):
         raise ValueError(must("counts", "be positive", counts))
     first, second = np.asarray(mean_ss), np.asarray(variance_ss)
-    shifted = first.astype(np.float64) / counts
-    variance = np.maximum(second.astype(np.float64) / counts - shifted**2, 0)
+    shifted, square = first.astype(np.float64) / counts, second.astype(np.float64) / counts
+    variance = square - shifted**2
+    # Each term may have added a rounding to the sums.
+    rounding = np.finfo(np.result_type(first, second, np.float16)).eps * counts * (abs(square) + shifted**2)
+    variance = np.where((variance < 0) & (variance >= -rounding), 0, variance)
     mean = shifted if shift is None else shifted + np.asarray(shift)
     return mean.astype(first.dtype), variance.astype(first.dtype)
 
@@ -384,6 +392,15 @@ def _reduction(x: ArrayLike, axes: Any) -> tuple[Array, tuple[int, ...]]:
     if len(set(reduced)) != len(reduced):
         raise ValueError(must("axes", "name each axis once", repr(axes)))
     return data, tuple(sorted(reduced))
+
+
+def _keeps(keep_dims: bool | None, keepdims: bool | None) -> bool:
+    """Return whether reduced axes stay: TensorFlow 1.14 gave the argument a second name."""
+    if keepdims is None:
+        return bool(keep_dims)
+    if keep_dims is not None:
+        raise ValueError(must("keep_dims", "be None where keepdims is given", keep_dims))
+    return keepdims
 
 
 def _moments(data: Array, reduced: tuple[int, ...], weights: Array | None = None) -> Moments:

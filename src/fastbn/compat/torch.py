@@ -48,6 +48,12 @@ def _is_layer(module: Any) -> bool:
     return named and all(hasattr(module, name) for name in ("eps", "running_mean", "running_var"))
 
 
+def _activation(module: Any) -> Any:
+    """Return what a module of `fastbn.torch`, which need not be there, applies to its result."""
+    ours = any(kind.__module__ == "fastbn.torch.modules" for kind in type(module).__mro__)
+    return module.activation if ours else None
+
+
 def _kept(momentum: Any) -> float | None:
     """Return the share of the old value for PyTorch's momentum, which is that of the new one."""
     return None if momentum is None else other_share(checks.real(momentum, "momentum", 0.0, 1.0, "in [0, 1]"))
@@ -73,7 +79,7 @@ def from_torch(
     ----------
     source : mapping or module
         A state dict of tensors or arrays, for which PyTorch need not be installed; or a live module: a batch norm, or
-        with ``prefix`` a model that has one.
+        with ``prefix`` a model that has one. Modules of `fastbn.torch` with an activation give a layer with it.
     prefix : str, default: ""
         Where the layer is in ``source``: "layer1.0.bn1" for names such as "layer1.0.bn1.weight".
     eps : float, optional
@@ -109,7 +115,7 @@ def from_torch(
         module = _submodule(source, prefix)
         eps = _weights.chosen(eps, module.eps)
         momentum = _weights.chosen(momentum, getattr(module, "momentum", _MOMENTUM))
-        given |= {"epsilon": eps, "momentum": _kept(momentum)}
+        given |= {"epsilon": eps, "momentum": _kept(momentum), "activation": _activation(module)}
         state = dict(module.state_dict())
         if not state:  # neither affine nor tracking
             return BatchNorm(module.num_features, center=False, scale=False, track=False, **given)
