@@ -67,14 +67,14 @@ parity: .venv-parity/.parity $(if $(PARITY_TF),.venv-parity-tf/.parity) ## compa
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=torch,keras,jax,flax,onnx,onnxruntime,sklearn \
 	    KERAS_BACKEND=torch \
 	    .venv-parity/bin/pytest $(PARITY_OTHERS) tests/test_converters.py tests/test_converter_messages.py tests/test_pages.py $(PYTEST_ARGS)
-	.venv-parity/bin/pytest tests/test_sklearn_scaler.py -k "onnx or tensors" $(PYTEST_ARGS)
+	.venv-parity/bin/pytest tests/test_sklearn_interop.py -k "onnx or tensors or dispatch" $(PYTEST_ARGS)
 ifneq ($(PARITY_TF),)
 	FASTBN_PARITY_EXAMPLES=$(PARITY_EXAMPLES) FASTBN_PARITY_REQUIRE=tensorflow,tf_keras,tf_slim TF_USE_LEGACY_KERAS=1 \
 	    .venv-parity-tf/bin/pytest $(PARITY_TF) $(PYTEST_ARGS)
 endif
 
 # In the environment of `parity`, which has PyTorch. torch.compile needs a C++ compiler; without one its tests fail.
-TORCH_TESTS := $(wildcard tests/test_torch*.py) tests/test_sklearn_scaler.py tests/test_examples.py
+TORCH_TESTS := $(wildcard tests/test_torch*.py) tests/test_sklearn_interop.py tests/test_examples.py
 
 torch: .venv-parity/.parity ## PyTorch's layers: operators, gradients, torch.compile, processes; skorch
 	.venv-parity/bin/python -c 'import torch, skorch'

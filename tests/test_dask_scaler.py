@@ -268,6 +268,8 @@ def test_sparse_blocks(form, rng):
      "sample_weight must be finite and not negative, got other values"),
     (lambda d: BatchNormScaler().fit(d, sample_weight=[0.0] * 10), ValueError,
      "Sample weights must contain at least one non-zero number."),
+    (lambda d: BatchNormScaler().fit(d, sample_weight=[1j] * 10), TypeError,
+     "sample_weight must have a real dtype, got complex128"),
     (lambda d: BatchNormScaler().fit(d[d[:, 0] > 0], sample_weight=[0.0] * 10), ValueError,
      "sample_weight must be a dask array where chunk sizes are unknown, got another"),
     (lambda d: BatchNormScaler().fit(d[d[:, 0] > 0], sample_weight=da.ones(10, chunks=10)), ValueError,
@@ -279,6 +281,20 @@ def test_messages(call, error, message):
     with pytest.raises(error) as raised:
         call(da.ones((10, 3), chunks=(4, 3)))
     assert str(raised.value) == message
+
+
+def test_fit_leaves_parameters_alone():
+    gamma = np.array([1.0, 2.0])
+    scaler = BatchNormScaler(gamma=gamma).fit(da.ones((10, 2), chunks=(4, 2)))
+    assert scaler.gamma is gamma
+
+
+def test_weights_of_nothing_but_missing_values():
+    """It is not the weights that are zero."""
+    x = np.full((10, 2), np.nan)
+    scaler = BatchNormScaler().fit(da.from_array(x, chunks=(4, 2)), sample_weight=np.arange(10))
+    assert scaler.n_samples_seen_ == Plain().fit(x, sample_weight=np.arange(10)).n_samples_seen_ == 0
+    assert np.isnan(scaler.mean_).all()
 
 
 def test_parameters_are_validated_unless_scikit_learn_is_told_not_to():

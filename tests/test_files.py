@@ -166,6 +166,18 @@ def test_only_files_are_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["pipe"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="names of open files")
+def test_a_pipe_by_the_name_of_an_open_file():
+    """As /dev/stdout is one, whose real path is no path."""
+    ends = os.pipe()
+    try:
+        with pytest.raises(OSError, match="Not a regular file"):
+            write(f"/dev/fd/{ends[1]}")
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 def test_threads_that_write_one_file_leave_one_of_the_versions(tmp_path):
     def version(k):
         write_state(tmp_path / "s", "moments", {"k": k}, {"mean": np.full(1000, k, np.float32)})

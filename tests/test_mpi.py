@@ -274,41 +274,6 @@ def test_a_channel_in_which_nothing_counts(rng):
         assert mean[0] != 0.0
 
 
-def test_missing_values_that_are_refused(rng):
-    x = rng.normal(size=(6, 3))
-    x[4, 2] = np.nan
-
-    def work(comm, rank):
-        bn = fastbn.mpi.BatchNorm(3, comm=comm, nan_policy="raise")
-        with pytest.raises(ValueError if rank else RuntimeError) as error:
-            bn(x[3 * rank : 3 * rank + 3], training=True)
-        return str(error.value), bn.batches
-
-    assert run_comms(work, 2) == [
-        ("rank 1 has raised an error in this call, so no rank goes on", 0),
-        ('x must have no NaN with nan_policy="raise", got 1, of them 1 in channel 2', 0),
-    ]
-
-
-def test_weights_that_do_not_fit(rng):
-    x = rng.normal(size=(4, 3))
-
-    def work(comm, rank):
-        bn = fastbn.mpi.BatchNorm(3, comm=comm)
-        with pytest.raises(ValueError if rank else RuntimeError) as error:
-            bn(x, training=True, sample_weight=[1.0, -1.0, 1.0, 1.0] if rank else None)
-        return str(error.value)
-
-    assert run_comms(work, 2)[1] == "sample_weight must be finite and not negative, got -1.0"
-    weight = np.ones((4, 3))
-
-    def overwritten(comm, rank):
-        fastbn.mpi.BatchNorm(comm=comm)(x, training=True, sample_weight=weight, out=weight)
-
-    with pytest.raises(ValueError, match="out must"):
-        run_comms(overwritten, 1)
-
-
 def test_inference_and_frozen_layers_send_nothing(rng):
     x = rng.normal(size=(6, 3))
 
@@ -333,22 +298,6 @@ def test_nothing_changes_where_all_ranks_are_empty():
         return y.shape, bn.batches, bn.moving_variance.tolist()
 
     assert run_comms(work, 2) == [((0, 3), 0, [1.0] * 3)] * 2
-
-
-def test_a_rank_that_raises(rng):
-    x = rng.normal(size=(4, 3))
-
-    def work(comm, rank):
-        bn = fastbn.mpi.BatchNorm(3, comm=comm, dtype="float64")
-        with pytest.raises(TypeError if rank == 1 else RuntimeError):
-            bn(x.astype(int) if rank == 1 else x, training=True)
-        assert not bn.batches
-        bn(x, training=True)  # and on they go
-        with pytest.raises(ValueError if rank == 1 else RuntimeError):
-            bn.backward(x[:2] if rank == 1 else x)
-        return bn.batches
-
-    assert run_comms(work, 2) == [1, 1]
 
 
 def test_copies_and_files_leave_the_communicator_out(tmp_path, rng):
@@ -395,22 +344,6 @@ def test_options_of_the_layer(options, rng):
             np.testing.assert_allclose(r[2][name], value, rtol=1e-12)
 
 
-def test_statistics_that_are_not_finite(rng):
-    x = rng.normal(size=(4, 2))
-    x[1, 1] = np.inf
-
-    def work(comm, rank):
-        bn = fastbn.mpi.BatchNorm(2, comm=comm, on_nonfinite="raise")
-        part = x[2 * rank : 2 * rank + 2].copy()
-        with pytest.raises(ValueError) as error:
-            bn(part, training=True, out=part)
-        np.testing.assert_array_equal(part, x[2 * rank : 2 * rank + 2])
-        return str(error.value), bn.batches
-
-    message = 'x must have finite statistics with on_nonfinite="raise", got others in channel 1'
-    assert run_comms(work, 2) == [(message, 0)] * 2
-
-
 def test_statistics_recomputed_over_all_ranks(rng):
     batches = [rng.normal(5, 2, (8, 3)) for _ in range(4)]
 
@@ -423,29 +356,6 @@ def test_statistics_recomputed_over_all_ranks(rng):
     for mean, variance in run_comms(work, 2):
         np.testing.assert_allclose(mean, whole.mean, rtol=1e-12)
         np.testing.assert_allclose(variance, whole.variance(), rtol=1e-12)
-
-
-def test_messages():
-    with pytest.raises(ValueError) as refused:
-        fastbn.mpi.BatchNorm(virtual_batch_size=8)
-    assert str(refused.value) == "virtual_batch_size must not be given where the batch is that of all ranks, got 8"
-    with pytest.raises(TypeError) as error:
-        fastbn.mpi.BatchNorm(comm=3)
-    assert str(error.value) == "comm must have Get_size() and Allgather(sendbuf, recvbuf), got int"
-    with pytest.raises(ValueError, match="backward must follow a call of the layer"):
-        run_comms(lambda comm, rank: fastbn.mpi.BatchNorm(comm=comm).backward(np.ones(1)), 1)
-
-
-def test_without_mpi4py():
-    """The module needs it only for the default communicator."""
-    program = (
-        "import sys; sys.modules['mpi4py'] = None; import fastbn.mpi, numpy\n"
-        "fastbn.mpi.BatchNorm()(numpy.ones((2, 2)), training=True)"
-    )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    needs = 'mpi4py (pip install "fastbn[mpi]") and an MPI library (Debian: apt-get install openmpi-bin)'
-    assert f"fastbn.mpi needs {needs}: import of mpi4py halted" in run.stderr  # and how the import failed
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

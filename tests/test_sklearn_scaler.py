@@ -10,6 +10,7 @@ import pytest
 import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
+from scaler_cases import DTYPES, assert_alike, table
 
 pytest.importorskip("sklearn", minversion="1.6")
 
@@ -19,27 +20,6 @@ from sklearn.preprocessing import StandardScaler
 
 import fastbn
 from fastbn.sklearn import BatchNormScaler
-
-DTYPES = [np.float32, np.float64]
-
-
-def table(rng, dtype=np.float64, rows=200):
-    x = rng.normal([0, 3, -100, 1e4], [1, 0.1, 5, 1], (rows, 4)).astype(dtype)
-    return np.column_stack([x, np.full(rows, 14.62, dtype)])  # a constant column
-
-
-# What the mean of that table's column at 1e4 deviations may be off, in these, where it is rounded to one float64, as in
-# Moments: twice u = 2^-53 of it, and as much again for values that are centered in other ways.
-ONE_FLOAT64 = 4 * 2.0**-53 * 1e4
-
-
-def assert_alike(ours, theirs, rtol=1e-6):
-    for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
-        a, b = getattr(ours, name), getattr(theirs, name)
-        assert (a is None) == (b is None), name
-        if a is not None:
-            # A variance is no more exact than the mean that it is relative to: sqrt(u) of it here.
-            np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13, err_msg=name)
 
 
 @pytest.mark.parametrize("with_mean", [True, False])
@@ -234,7 +214,7 @@ def test_data_that_are_said_to_be_finite_are_read_once(rng):
 
 def test_arrays_like_those_that_were_seen_take_a_short_way(rng, monkeypatch):
     """It comes to what scikit-learn's checks let through, and everything else goes through them."""
-    import fastbn.sklearn
+    import fastbn.scaling
 
     x = rng.normal(2, 3, (30, 4))
     frozen, names = x.copy(), BatchNormScaler()
@@ -247,8 +227,8 @@ def test_arrays_like_those_that_were_seen_take_a_short_way(rng, monkeypatch):
         checked.append(1)
         return checks(*args, **kwargs)
 
-    checks = fastbn.sklearn.validate_data
-    monkeypatch.setattr(fastbn.sklearn, "validate_data", validate)
+    checks = fastbn.scaling.validate_data
+    monkeypatch.setattr(fastbn.scaling, "validate_data", validate)
     for plain in (x, frozen, np.asfortranarray(x), x[::2]):
         scaler.transform(plain)
     ref.assert_same_bits(scaler.transform(x), wanted)
@@ -357,6 +337,19 @@ def test_range(dtype, rng):
     )
 
 
+@pytest.mark.parametrize("size, gamma", [(1e-42, 1.0), (1e-39, 1.0), (1e-37, 1e20), (1e36, 1e-20)])
+@pytest.mark.parametrize("copy", [True, False])
+def test_scales_that_float32_has_no_place_for(copy, size, gamma, rng):
+    """Data and results have one; only what lies between them has not."""
+    x = (size * rng.normal(size=(40, 3))).astype(np.float32)
+    scaler = BatchNormScaler(copy=copy, gamma=gamma).fit(x)
+    wanted = StandardScaler().fit_transform(x.astype(np.float64)) * gamma
+    y = scaler.transform(x.copy())
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, wanted, rtol=1e-6, atol=1e-6 * gamma)
+    np.testing.assert_allclose(scaler.inverse_transform(y), x, rtol=1e-6, atol=max(1e-6 * size, 2e-45))
+
+
 @pytest.mark.parametrize("name, value, message", [
     ("gamma", [1.0, 2.0], "gamma must be a number or have shape (4,), got (2,)"),
     ("beta", [[1.0]], "beta must be a number or have shape (4,), got (1, 1)"),
@@ -374,104 +367,6 @@ def test_gamma_of_zero_has_no_inverse(rng):
         scaler.inverse_transform(np.ones((2, 2)))
     with pytest.raises(ValueError, match="X must have 2 features, got 3"):
         BatchNormScaler().fit(np.eye(2)).inverse_transform(np.ones((2, 3)))
-
-
-@pytest.mark.parametrize("container", [sparse.csr_array, sparse.csc_array, sparse.csr_matrix, sparse.csc_matrix])
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sparse(dtype, weights, container, rng):
-    dense = np.where(rng.random((300, 5)) < 0.3, rng.normal(2, 1, (300, 5)), 0).astype(dtype)
-    dense[0, 1] = dense[7, 3] = np.nan
-    x, w = container(dense), rng.uniform(0, 2, 300) if weights else None
-    scaler = BatchNormScaler(with_mean=False)
-    for rows in (slice(0, 100), slice(100, 300)):
-        scaler.partial_fit(x[rows], sample_weight=None if w is None else w[rows])
-    plain = BatchNormScaler(with_mean=False).fit(dense, sample_weight=w)
-    np.testing.assert_allclose(scaler.mean_, plain.mean_, rtol=1e-12)
-    np.testing.assert_allclose(scaler.var_, plain.var_, rtol=1e-11)
-    np.testing.assert_allclose(scaler.n_samples_seen_, plain.n_samples_seen_)
-    before = x.copy()
-    y = scaler.transform(x)
-    assert y.format == x.format
-    assert y.dtype == dtype
-    np.testing.assert_allclose(y.toarray(), plain.transform(dense), rtol=1e-5)
-    np.testing.assert_allclose(scaler.inverse_transform(y).toarray(), dense, rtol=1e-5)
-    np.testing.assert_array_equal(x.toarray(), before.toarray())
-
-
-@pytest.mark.parametrize("form", ["csr", "csc"])
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("holes", [False, True])
-def test_sparse_in_blocks(holes, weights, form, rng, monkeypatch):
-    """Blocks may begin and end within a row or column; rows and columns may be empty, and so may everything."""
-    import fastbn.running
-
-    monkeypatch.setattr(fastbn.running, "BLOCK", 7)
-    dense = np.where(rng.random((41, 5)) < 0.3, rng.normal(1e3, 1, (41, 5)), 0)
-    dense[[0, 3, 40]] = dense[:, 2] = 0
-    if holes:
-        dense[5, 1] = dense[6, 3] = dense[7, 4] = np.nan
-    w = rng.integers(0, 3, 41).astype(float) if weights else None
-    for x in (dense, dense * 0 if not holes else np.full((4, 5), np.nan)):
-        given = None if w is None else w[: len(x)] + 1
-        got = fastbn.running.of_sparse(sparse.csr_array(x).asformat(form), given)
-        wanted = fastbn.moments(x, sample_weight=given, nan_policy="omit")
-        np.testing.assert_allclose(got.count, np.broadcast_to(wanted.count, 5), rtol=1e-15)
-        np.testing.assert_allclose(got.mean + got.low, wanted.mean, rtol=1e-14)
-        np.testing.assert_allclose(got.m2, wanted.m2, rtol=1e-12)
-
-
-@pytest.mark.parametrize("form", ["csr", "csc"])
-@pytest.mark.parametrize("holes", [False, True])
-def test_sparse_columns_without_zeros_far_from_zero(holes, form, rng):
-    """What is left of two sums of weights that are the same but for their rounding is no weight of zeros."""
-    x, w = rng.normal(1e6, 1, (300, 4)), rng.uniform(size=300)
-    w[::7] = 0
-    if holes:
-        x[rng.random(x.shape) < 0.1] = np.nan
-    x[::7] = 0  # without weight
-    scaler = BatchNormScaler(with_mean=False).fit(sparse.csr_array(x).asformat(form), sample_weight=w)
-    plain = BatchNormScaler().fit(x, sample_weight=w)
-    np.testing.assert_allclose(scaler.mean_, plain.mean_, rtol=1e-15)
-    np.testing.assert_allclose(scaler.var_, plain.var_, rtol=1e-12)
-
-
-@pytest.mark.parametrize("container", [sparse.csr_array, sparse.csc_array])
-def test_sparse_in_place(container, rng):
-    x = container(np.where(rng.random((30, 4)) < 0.5, rng.normal(2, 1, (30, 4)), 0))
-    scaler = BatchNormScaler(with_mean=False, copy=False).fit(x)
-    wanted = scaler.transform(x, copy=True)
-    data = x.data
-    assert scaler.transform(x).data is data
-    np.testing.assert_array_equal(data, wanted.data)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
-def test_tensors(dtype, rng):
-    """What exports its memory (DLPack) keeps its type, and gives NumPy arrays."""
-    torch = pytest.importorskip("torch")
-    values = rng.integers(0, 50, (40, 3)).astype(dtype)
-    x = torch.from_numpy(values.copy())
-    scaler, plain = BatchNormScaler().fit(x), BatchNormScaler().fit(values)
-    y = scaler.transform(x)
-    assert type(y) is np.ndarray
-    ref.assert_same_bits(y, plain.transform(values))
-    np.testing.assert_array_equal(scaler.var_, plain.var_)
-    np.testing.assert_array_equal(x.numpy(), values)
-
-
-def test_sparse_is_not_centered(rng):
-    x = sparse.csr_array(np.eye(4))
-    with pytest.raises(ValueError, match="Cannot center sparse matrices: pass `with_mean=False`"):
-        BatchNormScaler().fit(x)
-    fitted = BatchNormScaler().fit(np.eye(4))
-    for call in (fitted.transform, fitted.inverse_transform):
-        with pytest.raises(ValueError, match="Cannot center sparse matrices"):
-            call(x)
-    with pytest.raises(ValueError, match=r"beta must be None or 0 for sparse data, got 1\.0"):
-        BatchNormScaler(with_mean=False, beta=1.0).fit(x)
-    scaled = BatchNormScaler(with_mean=False, gamma=2.0).fit(x)
-    np.testing.assert_allclose(scaled.transform(x).toarray(), 2 * np.eye(4) / scaled.scale_)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -527,84 +422,6 @@ def test_the_same_bits_for_any_number_of_threads(rng):
     assert len(set(results)) == 1
 
 
-def test_merging(rng):
-    x = table(rng)
-    a, b = BatchNormScaler(gamma=2.0).fit(x[:70]), BatchNormScaler().fit(x[70:])
-    both = a + b
-    assert both.gamma == 2.0
-    assert_alike(both, BatchNormScaler().fit(x), rtol=1e-11)
-    assert a.n_samples_seen_ == 70
-    assert a.merge(b) is a
-    np.testing.assert_array_equal(a.var_, both.var_)
-    assert a.merge(BatchNormScaler()) is a  # has seen nothing
-    moments = fastbn.moments(x)
-    from_moments = BatchNormScaler().merge(moments)
-    np.testing.assert_array_equal(from_moments.mean_, moments.mean)
-    np.testing.assert_allclose(from_moments.transform(x), BatchNormScaler().fit_transform(x), rtol=0, atol=ONE_FLOAT64)
-    near = x[:, :3]
-    assert BatchNormScaler().fit(near).to_moments() == fastbn.moments(near)
-    with pytest.raises(TypeError):
-        a + 1
-    with pytest.raises(TypeError, match="other must be a BatchNormScaler or Moments, got int"):
-        a.merge(1)
-    with pytest.raises(ValueError, match="other must have 5 features, got 2"):
-        a.merge(BatchNormScaler().fit(np.eye(2)))
-
-
-def test_moments_with_counts_of_each_feature(rng):
-    """Whatever a scaler has seen goes into moments and back."""
-    x, w = table(rng), rng.integers(0, 4, 200).astype(float)
-    x[3, 1] = x[5:9, 2] = np.nan
-    for options in ({"nan_policy": "omit"}, {"nan_policy": "omit", "sample_weight": w}):
-        scaler = BatchNormScaler().fit(x, sample_weight=options.get("sample_weight"))
-        moments, wanted = scaler.to_moments(), fastbn.moments(x, **options)
-        assert moments.count.dtype == wanted.count.dtype
-        np.testing.assert_array_equal(moments.count, wanted.count)
-        np.testing.assert_allclose(moments.mean, wanted.mean, rtol=1e-14)
-        np.testing.assert_allclose(moments.m2, wanted.m2, rtol=1e-12, atol=1e-20)
-        again = BatchNormScaler().merge(moments)
-        np.testing.assert_array_equal(again.n_samples_seen_, scaler.n_samples_seen_)
-        np.testing.assert_allclose(again.transform(x), scaler.transform(x), rtol=0, atol=ONE_FLOAT64)
-    whole = BatchNormScaler().fit(np.eye(3), sample_weight=[1.0, 2.0, 1.0]).to_moments().count
-    assert (type(whole), whole) == (float, 4.0)
-    assert type(BatchNormScaler().fit(np.eye(3)).to_moments().count) is int
-    stream = BatchNormScaler(momentum=0.3).partial_fit(np.eye(3)).partial_fit(np.eye(3))
-    assert stream.to_moments().count == 3 * 0.3 + 3
-
-
-def test_merging_takes_names_over(rng):
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(rng.normal(size=(5, 2)), columns=["a", "b"])
-    merged = BatchNormScaler().merge(BatchNormScaler().fit(frame))
-    assert list(merged.feature_names_in_) == ["a", "b"]
-    with pytest.raises(ValueError, match=r"other must have the features \['a', 'b'\], got \['b', 'a'\]"):
-        merged.merge(BatchNormScaler().fit(frame[["b", "a"]]))
-
-
-def test_a_map_of_jobs_merges(rng):
-    """The recipe for joblib: a scaler per part, then their sum."""
-    joblib = pytest.importorskip("joblib")
-    x = rng.normal(3, 2, (1000, 4)).astype(np.float32)
-    parts = np.array_split(x, 5)
-    fitted = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(BatchNormScaler().fit)(p) for p in parts)
-    total = sum(fitted[1:], start=fitted[0])
-    assert_alike(total, BatchNormScaler().fit(x), rtol=1e-12)
-    jobs = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(fastbn.moments)(p) for p in parts)
-    moments = sum(jobs, start=fastbn.Moments())
-    assert moments.count == 1000
-    np.testing.assert_allclose(moments.mean, total.mean_, rtol=1e-14)
-
-
-def test_as_a_layer(rng):
-    x = table(rng, np.float32)
-    for options in ({}, {"with_mean": False, "gamma": 3.0}, {"with_std": False, "beta": 2.0}, {"epsilon": 0.1}):
-        scaler = BatchNormScaler(**options).fit(x)
-        layer = scaler.to_batch_norm()
-        np.testing.assert_allclose(layer(x), scaler.transform(x), rtol=1e-5, atol=1e-5)
-    assert layer(x).dtype == np.float32
-    assert scaler.to_batch_norm("float32").moving_mean.dtype == np.float32
-
-
 @pytest.mark.parametrize("name", ["with_mean", "with_std"])
 def test_what_is_turned_off_after_fit_is_off(name, rng):
     x = table(rng)
@@ -654,37 +471,3 @@ def test_a_mean_set_by_hand_is_all_of_the_mean(rng):
     assert scaler._running.low[0] != 0
     scaler.mean_ = np.array([2.0])
     assert scaler.transform([[2.0]])[0, 0] == 0
-
-
-def test_to_onnx(tmp_path, rng):
-    """The recipe: a scaler as a layer, and that as an ONNX model."""
-    onnx = pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    compat = pytest.importorskip("fastbn.compat")
-    if not hasattr(compat, "to_onnx"):
-        pytest.skip("this fastbn has no ONNX export")
-    x = table(rng, np.float32)
-    scaler = BatchNormScaler().fit(x)
-    model = compat.to_onnx(scaler.to_batch_norm("float32"), rank=2)
-    onnx.checker.check_model(model)
-    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {session.get_inputs()[0].name: x})
-    np.testing.assert_allclose(y, scaler.transform(x), rtol=1e-3, atol=2e-3)  # the runtime folds: x * a + b
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of other packages
-def test_before_a_network_of_skorch(rng):
-    """The recipe: float32 goes through the pipeline as it is."""
-    torch = pytest.importorskip("torch")
-    skorch = pytest.importorskip("skorch")
-    from sklearn.pipeline import make_pipeline
-
-    x = rng.normal(50, 10, (64, 4)).astype(np.float32)
-    y = (x[:, 0] > 50).astype(np.int64)
-    torch.manual_seed(0)
-    net = skorch.NeuralNetClassifier(
-        torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Softmax(dim=-1)), max_epochs=30, lr=0.5, verbose=0,
-        train_split=None, iterator_train__shuffle=False,
-    )  # fmt: skip
-    assert make_pipeline(BatchNormScaler(), net).fit(x, y).score(x, y) > 0.8

@@ -1,5 +1,6 @@
 """Files larger than memory: any order, any axis, any block size, the same numbers, constant memory."""
 
+import os
 import subprocess
 import sys
 
@@ -149,6 +150,25 @@ def test_headers_that_are_none(tmp_path, header):
     (tmp_path / "x.npy").write_bytes(np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text)
     with pytest.raises(ValueError, match=r"x\.npy has a damaged \.npy header"):
         NpyFile.open(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("shape", [(0, 10**30), (10**100, 0, 3), (2**61, 0, 4), (1,) * 65, (0,) * 65], ids=str)
+def test_shapes_that_no_array_has(tmp_path, shape):
+    with open(tmp_path / "x.npy", "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(4))
+    with pytest.raises(ValueError, match=r"x\.npy has a damaged \.npy header"):
+        NpyFile.open(tmp_path / "x.npy")
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.ones((1000, 4)))
+    arguments = {"block_bytes": 8000, "progress": lambda _: os.truncate(path, 10000)}
+    with pytest.raises(ValueError, match=r"x\.npy became shorter while it was read"):
+        normalize_file(path, tmp_path / "y.npy", np.zeros(4), np.ones(4), **arguments)
+    assert os.listdir(tmp_path) == ["x.npy"]
 
 
 @pytest.mark.parametrize("name", ["mean", "variance", "gamma", "beta"])

@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,7 +30,7 @@ __all__ = ["main"]
 
 # More channels than this are summarized: a terminal is no place for a thousand lines.
 SHOWN_CHANNELS = 8
-ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +106,9 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _say(line: str) -> None:
-    if sys.stderr is not None:  # print would take None for stdout
+    if sys.stderr is None:  # which print would take for stdout
+        return
+    with suppress(OSError):  # full, or a pipe that nobody reads
         print(line, file=sys.stderr)
 
 
@@ -115,8 +117,11 @@ def _terminable() -> Iterator[None]:
     """Let signals unwind the stack, so that temporary files go, instead of ending the process on the spot."""
 
     def stop(signum: int, frame: object) -> NoReturn:
-        for number in previous:  # a terminal that closes sends several: another one must not end the cleaning up
+        # A terminal that closes sends several, people press Ctrl-C twice: another one must not end the cleaning up.
+        for number in previous:
             signal.signal(number, signal.SIG_IGN)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + signum)
 
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
@@ -124,6 +129,8 @@ def _terminable() -> Iterator[None]:
         return
     handlers = {number: signal.getsignal(number) for number in ENDING}
     previous = {n: h for n, h in handlers.items() if h != signal.SIG_IGN}  # what nohup ignores stays ignored
+    if previous.get(signal.SIGINT) is not signal.default_int_handler:  # a program around this one has its own
+        previous.pop(signal.SIGINT, None)
     for number in previous:
         signal.signal(number, stop)
     try:

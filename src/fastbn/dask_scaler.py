@@ -17,6 +17,7 @@ from sklearn.utils.validation import _get_feature_names, check_is_fitted, valida
 from . import sklearn as local
 from .errors import must
 from .running import Running
+from .scaling import dtypes
 
 Array = NDArray[Any]
 
@@ -55,9 +56,10 @@ class BatchNormScaler(local.BatchNormScaler):
             return self
         new: Any = clone(self)
         new.partial_fit(X, y, sample_weight)
-        for name in [n for n in vars(self) if n.endswith("_") or n in ("_running", "_seen", "_weighted")]:
+        for name in _learned(self):
             delattr(self, name)
-        self.__dict__.update(new.__dict__)
+        for name in _learned(new):
+            setattr(self, name, getattr(new, name))
         return self
 
     def partial_fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Self:
@@ -77,17 +79,19 @@ class BatchNormScaler(local.BatchNormScaler):
             self._check_features(X, table, names)
         blocks = table.to_delayed().reshape(-1)
         weights: list[Any] = [None] * len(blocks)
+        weighed: Any = True
         if sample_weight is not None:
             weights = list(_weights(sample_weight, table).to_delayed().reshape(-1))
+            weighed = dask.delayed(any)([dask.delayed(np.any)(weight) for weight in weights])
         part = dask.delayed(_part, pure=False)
         scaler = local.BatchNormScaler(**self.get_params())
         parts = [part(block, weight, scaler) for block, weight in zip(blocks, weights, strict=True)]
         while len(parts) > 1:
             parts = [dask.delayed(_merge)(parts[i : i + MERGED]) for i in range(0, len(parts), MERGED)]
-        (total,) = dask.compute(*parts)
+        total, weighed = dask.compute(*parts, weighed)
         if total is None:  # of a length that was not known
             raise ValueError(must("X", "have at least one sample", f"shape {(0, features)}"))
-        if sample_weight is not None and not total.count.any():
+        if not weighed:
             raise ValueError("Sample weights must contain at least one non-zero number.")
         self.n_features_in_ = features
         if names is not None:
@@ -144,6 +148,11 @@ for _name in ("fit_transform", "transform"):
     setattr(BatchNormScaler, _name, vars(BatchNormScaler)[_name].__wrapped__)
 
 
+def _learned(scaler: Any) -> list[str]:
+    """Return the names of what a scaler has learned."""
+    return [n for n in vars(scaler) if n.endswith("_") or n in ("_running", "_seen", "_weighted")]
+
+
 def _table(X: Any) -> tuple[Any, Array | None]:
     """Return a Dask array with whole rows, and the names of its columns if they are strings."""
     names = None
@@ -173,6 +182,8 @@ def _weights(sample_weight: Any, table: Any) -> Any:
             raise ValueError(must("sample_weight", "be a dask array where chunk sizes are unknown", "another"))
         else:
             sample_weight = da.from_array(np.asarray(sample_weight))
+    if sample_weight.dtype.kind == "c":
+        raise TypeError(must("sample_weight", "have a real dtype", sample_weight.dtype))
     known = not np.isnan(table.shape[0]) and not np.isnan(sample_weight.shape).any()
     if sample_weight.ndim != 1 or (known and sample_weight.shape != table.shape[:1]):
         raise ValueError(must("sample_weight", f"have shape ({table.shape[0]},)", sample_weight.shape))
@@ -194,7 +205,7 @@ def _floating(block: Any) -> Any:
 def _values(frame: Any) -> Array:
     """Return the values of a frame in the type that the base class gives them, and NaN for what is missing."""
     options = {"ensure_all_finite": False, "ensure_min_samples": 0, "ensure_min_features": 0}
-    values: Array = check_array(frame, dtype=local._dtypes(frame), **options)
+    values: Array = check_array(frame, dtype=dtypes(frame), **options)
     return values
 
 

@@ -43,7 +43,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     temporary = os.path.join(folder, f".fastbn-{os.urandom(8).hex()}.tmp")
     name = os.fspath(path)
     try:
-        with _create(temporary, target, name) as file:
+        with _create(temporary, name) as file:
             yield file
             with _naming(name):
                 file.flush()
@@ -78,13 +78,13 @@ class _Temporary(io.FileIO):
             return super().write(data)
 
 
-def _create(temporary: str, target: str, path: str) -> BinaryIO:
-    """Create the temporary file with the permissions of the target; errors name `path`."""
+def _create(temporary: str, path: str) -> BinaryIO:
+    """Create the temporary file with the permissions of a file that it will replace; errors name `path`."""
     with _naming(path):
         if os.path.basename(path) in ("", os.curdir, os.pardir):  # of which realpath leaves no trace
             code = errno.EISDIR if path else errno.ENOENT
             raise OSError(code, os.strerror(code))
-        mode = _mode_of_replaceable(target)
+        mode = _mode_of_replaceable(path)
         file = io.BufferedRandom(_Temporary(temporary, path))
     if mode is not None:
         with contextlib.suppress(PermissionError):
@@ -92,17 +92,17 @@ def _create(temporary: str, target: str, path: str) -> BinaryIO:
     return file
 
 
-def _mode_of_replaceable(target: str) -> int | None:
+def _mode_of_replaceable(path: str) -> int | None:
     """Return the permissions of an existing file, None without one; OSError if it must not be replaced."""
     try:
-        mode = os.stat(target).st_mode
+        mode = os.stat(path).st_mode  # of /dev/stdout, say, the real path may be no path
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "Not a regular file")
-    if not os.access(target, os.W_OK):  # renaming would get around the permissions
+    if not os.access(path, os.W_OK):  # renaming would get around the permissions
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     return stat.S_IMODE(mode)
 

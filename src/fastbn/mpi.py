@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import averages, checks, layer, passes, synchronized
+from . import checks, layer, passes, synchronized
 from . import layout as layouts
 from . import weights as weighting
 from .composite import Batch, refuse_nonfinite
 from .errors import must
-from .kernels import _channels
 from .moments import Moments
 
 Array = NDArray[Any]
@@ -180,6 +179,13 @@ class BatchNorm(layer.BatchNorm):
             found = passes.Statistics(pooled.mean, pooled.variance(self.ddof))
             refuse_nonfinite(found, np.greater(pooled.count, 0), dtype)
 
+        def refuse(x: Array, y: Array | None) -> None:
+            """Raise, before anything is sent, where this rank could not write what it has to."""
+            if arrays is not None and y is not None:
+                checks.apart(y, "out", **self._named(arrays))
+            if arrays is not None and learns:
+                self._refuse_unfit(arrays, x)
+
         y, cache, pooled = synchronized.forward(
             x,
             self._gather,
@@ -197,6 +203,7 @@ class BatchNorm(layer.BatchNorm):
             sample_weight=sample_weight,
             nan_policy=self.nan_policy,
             correction=None if renorm is None else correction,
+            refuse=refuse,
         )
         assert cache is not None
         if arrays is None:
@@ -206,17 +213,14 @@ class BatchNorm(layer.BatchNorm):
         batch = Batch(cache.statistics, variance, pooled.count)
         counts = np.any(batch.counted)
         with self._lock:
-            if self._arrays is None:
-                self._arrays = arrays
+            arrays = self._adopted(arrays)
             if counts and recorder is not None:
-                recorder.take(checks.data(x, "x"), self._arrays.shape, batch)
+                recorder.take(checks.data(x, "x"), arrays.shape, batch)
             elif counts and learns and self._direct:
-                share = averages.share(self.momentum, self.batches)
-                pairs = passes.updated_moving(*self._tracked(), cache.statistics, pooled.count, share, self.ddof)
-                _channels.put(pairs, [(self, self.batches + 1)])
+                self._learn_plainly(arrays, cache.statistics, pooled.count)
             elif counts and learns:
                 with np.errstate(all="ignore"):  # of averages of infinite and NaN
-                    self._learn(self._arrays, batch)
+                    self._learn(arrays, batch)
         self._last.cache = _Pooled(cache, pooled.count, corrected[0] if corrected else None)
         return y
 

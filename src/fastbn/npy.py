@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -24,6 +25,7 @@ __all__ = ["BLOCK_BYTES", "Block", "NpyFile"]
 # Large enough that a block's Python work (about 0.1 ms) vanishes beside reading it (about 10 ms), small
 # enough for any machine: applying holds two blocks.
 BLOCK_BYTES = 32 << 20
+MOST_AXES = 64  # of an array of NumPy's
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ class NpyFile:
             offset = file.tell()
         if dtype.newbyteorder("=") not in (np.float32, np.float64):
             raise TypeError(f"{path} must hold float32 or float64 values, got {dtype}")
-        if any(length < 0 for length in shape):
+        # What no array of NumPy's can be is no shape, whether or not there are values.
+        size_without_zeros = math.prod(length or 1 for length in shape) * dtype.itemsize
+        if any(length < 0 for length in shape) or len(shape) > MOST_AXES or size_without_zeros > sys.maxsize:
             raise ValueError(f"{path} has a damaged .npy header")
         if not shape:
             raise ValueError(f"{path} must hold an array with a channel axis, got a single number")
@@ -141,7 +145,10 @@ class NpyFile:
 
     def read(self, file: IO[bytes], block: Block) -> NDArray[Any]:
         """Map one block of the opened file, in native byte order."""
-        window = np.memmap(file, dtype=self.dtype, mode="r", offset=block.offset, shape=block.shape)
+        try:
+            window = np.memmap(file, dtype=self.dtype, mode="r", offset=block.offset, shape=block.shape)
+        except ValueError as error:  # of mmap, which does not know the name
+            raise ValueError(f"{self.path} became shorter while it was read") from error
         return np.asarray(window).astype(self.dtype.newbyteorder("="), copy=False)
 
 

@@ -180,6 +180,9 @@ def of_sparse(x: Any, weight: Array | None = None) -> Running:
     weight : ndarray of float64, shape (rows,), optional
         Weights of rows.
     """
+    if not x.has_canonical_format:  # entries of one place are one value, their sum
+        x = x.copy()
+        x.sum_duplicates()
     rows, columns = x.shape
     everything = float(rows) if weight is None else float(weight.sum())
     present, lost, sums, rest, m2, stored = np.zeros((6, columns))
@@ -239,8 +242,8 @@ class _Block:
 def _stored(x: Any, weight: Array | None, holes: bool) -> Iterator[_Block]:
     """What is stored in a matrix, in blocks."""
     step = max(BLOCK, x.shape[1])
-    for start in range(0, len(x.data), step):
-        stop = min(start + step, len(x.data))
+    for start in range(0, x.nnz, step):  # arrays may be longer than that
+        stop = min(start + step, x.nnz)
         column, runs, w, gone = x.indices[start:stop], None, None, None
         if x.format == "csc" or weight is not None:
             first, last = np.searchsorted(x.indptr, (start, stop - 1), side="right") - 1

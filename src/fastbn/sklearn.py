@@ -7,28 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 try:
     from scipy import sparse
-    from sklearn import get_config
-    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
-    from sklearn.utils import assert_all_finite, check_array
+    from sklearn import config_context, get_config
+    from sklearn.base import clone
     from sklearn.utils._param_validation import Interval
-    from sklearn.utils.sparsefuncs import inplace_column_scale
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+
+    from .scaling import Scaling
 except ImportError as error:  # pragma: no cover - depends on what is installed
     raise ImportError('fastbn.sklearn needs scikit-learn 1.6 or newer: pip install "fastbn[sklearn]"') from error
 
-from . import kernels, passes
-from . import layout as layouts
 from .errors import must
-from .layer import BatchNorm
-from .moments import Moments, moments
-from .running import Running, finite, of_sparse
+from .moments import Moments
+from .running import Running, of_sparse
 
 Array = NDArray[Any]
 
@@ -48,10 +45,8 @@ except ImportError:  # pragma: no cover - depends on what is installed
 
 __all__ = ["BatchNormScaler"]
 
-DTYPES: Final = [np.float64, np.float32, np.float16]
 
-
-class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class BatchNormScaler(CallbackSupportMixin, Scaling):  # type: ignore[misc, unused-ignore]
     """Standardize features, like scikit-learn's StandardScaler, in one pass and in the type of the data.
 
     ::
@@ -194,14 +189,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         self._check_parameters()
         table: Any = X
         if not self._fits(X):
-            table = validate_data(
-                self,
-                X,
-                accept_sparse=("csr", "csc"),
-                dtype=_dtypes(X),
-                ensure_all_finite=False,
-                reset=not hasattr(self, "_running"),
-            )
+            table = self._validated(X, ensure_all_finite=False, reset=not hasattr(self, "_running"))
         self._refuse_centering(table)
         self._range(table.shape[1])
         context = None
@@ -210,7 +198,8 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
             context.call_on_fit_task_begin(estimator=self, X=table, y=y, metadata={"sample_weight": sample_weight})
         weight = None
         if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, table, dtype=np.float64, ensure_non_negative=True)
+            with config_context(array_api_dispatch=False):  # as for X
+                weight = _check_sample_weight(sample_weight, table, dtype=np.float64, ensure_non_negative=True)
             if not weight.any():  # before scikit-learn 1.9 that is not part of the check
                 raise ValueError("Sample weights must contain at least one non-zero number.")
         self._add(self._statistics(table, weight), weighted=weight is not None)
@@ -227,7 +216,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
     def _statistics(self, table: Any, weight: Array | None) -> Running:
         """Return the statistics of a batch, or raise if it has infinite values."""
         if sparse.issparse(table):
-            self._check_finite(table.data)
+            self._check_finite(table.data[: table.nnz])
             return of_sparse(table, weight)
         if weight is not None and not weight.all():
             self._check_finite(table[weight == 0])  # what the statistics do not show
@@ -235,9 +224,6 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         if suspicious.any():
             self._check_finite(table)
         return part
-
-    def _check_finite(self, values: Array) -> None:
-        assert_all_finite(values, allow_nan=True, estimator_name=type(self).__name__, input_name="X")
 
     def _add(self, part: Running, *, weighted: bool) -> None:
         """Take statistics over, and set the attributes that scikit-learn's users know."""
@@ -269,7 +255,7 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         Parameters
         ----------
         other : BatchNormScaler or Moments
-            Of the same features; it stays as it is. A scaler that has seen nothing changes nothing.
+            Of the same features; it stays as it is. One that has seen nothing changes nothing.
 
         Returns
         -------
@@ -285,6 +271,8 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         """
         self._check_parameters()
         if isinstance(other, Moments):
+            if not other._sized:
+                return self
             part = Running.from_moments(other)
             seen, names = part.count.copy(), None
             weighted = np.asarray(other.count).dtype.kind == "f"
@@ -295,6 +283,8 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
             names = getattr(other, "feature_names_in_", None)
         else:
             raise TypeError(must("other", "be a BatchNormScaler or Moments", type(other).__name__))
+        if not len(part.count):
+            raise ValueError(must("other", "have at least one feature", 0))
         if not hasattr(self, "_running"):
             self.n_features_in_ = len(part.count)
             if names is not None:
@@ -329,170 +319,6 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         running: Running = self._running
         return running.to_moments(weighted=self._weighted)
 
-    def to_batch_norm(self, dtype: str = "float64") -> BatchNorm:
-        """Return a layer whose inference is `transform`: to fold into the next layer, or to export.
-
-        Parameters
-        ----------
-        dtype : {"float32", "float64"}, default: "float64"
-            Of the layer's arrays; results are of the type of its input. In float32 a mean is rounded.
-
-        Returns
-        -------
-        fastbn.BatchNorm
-            With epsilon 0 and ``scale_ ** 2`` for the variance.
-        """
-        check_is_fitted(self)
-        features = self.n_features_in_
-        gamma, beta = self._range(features)
-        mean, deviation = self._learned("mean_", "with_mean", features), self._learned("scale_", "with_std", features)
-        layer = BatchNorm(features, epsilon=0.0, dtype=dtype)
-        layer.load_state_dict(
-            {
-                "gamma": gamma,
-                "beta": beta,
-                "moving_mean": np.zeros(features) if mean is None else mean,
-                "moving_variance": np.ones(features) if deviation is None else deviation**2,
-                "batches": 1,
-            }
-        )
-        return layer
-
-    # -- scaling -----------------------------------------------------------------------------------------------------
-
-    def transform(self, X: ArrayLike, copy: bool | None = None) -> Any:
-        """Standardize X.
-
-        Parameters
-        ----------
-        X : array_like or CSR or CSC matrix of shape (n_samples, n_features)
-            The data.
-        copy : bool, optional
-            In place of the scaler's own copy.
-
-        Returns
-        -------
-        ndarray or sparse matrix of shape (n_samples, n_features)
-            float32 and float16 stay what they are; else float64.
-
-        Raises
-        ------
-        ValueError
-            If with_mean or with_std is True, and `mean_` or `scale_` is None or has another number of features.
-        """
-        copy = self.copy if copy is None else copy
-        table: Any = X
-        if not self._fits(X, writes=not copy):
-            check_is_fitted(self)
-            table = validate_data(self, X, reset=False, **self._checks(X, copy))
-        features = table.shape[1]
-        gamma, beta = self._range(features)
-        deviation = self._learned("scale_", "with_std", features)
-        scale = gamma if deviation is None else gamma / deviation
-        if sparse.issparse(table):
-            return self._scale_sparse(table, scale)
-        mean = self._learned("mean_", "with_mean", features)
-        if mean is None:
-            return self._apply(table, copy, None, scale, beta)
-        return self._apply(table, copy, mean, scale, beta - self._rest(mean) * scale)
-
-    def inverse_transform(self, X: ArrayLike, copy: bool | None = None) -> Any:
-        """Undo `transform`.
-
-        Parameters
-        ----------
-        X : array_like or CSR or CSC matrix of shape (n_samples, n_features)
-            Standardized data.
-        copy : bool, optional
-            In place of the scaler's own copy.
-
-        Returns
-        -------
-        ndarray or sparse matrix of shape (n_samples, n_features)
-            In the original units; float32 and float16 stay what they are, else float64.
-
-        Raises
-        ------
-        ValueError
-            If a gamma is 0, or as in `transform`.
-        """
-        copy = self.copy if copy is None else copy
-        table: Any = X
-        if not self._fits(X, writes=not copy):
-            check_is_fitted(self)
-            table = check_array(X, estimator=self, **self._checks(X, copy))
-        features = getattr(self, "n_features_in_", table.shape[1])
-        if table.shape[1] != features:
-            raise ValueError(must("X", f"have {features} features", table.shape[1]))
-        gamma, beta = self._range(features)
-        if not gamma.all():
-            raise ValueError(must("gamma", "have no zeros in inverse_transform", f"one in feature {gamma.argmin()}"))
-        deviation = self._learned("scale_", "with_std", features)
-        scale = 1 / gamma if deviation is None else deviation / gamma
-        if sparse.issparse(table):
-            return self._scale_sparse(table, scale)
-        mean = self._learned("mean_", "with_mean", features)
-        if mean is None:
-            mean = np.zeros(features)
-        if not beta.any():
-            return self._apply(table, copy, None, scale, mean)
-        return self._apply(table, copy, beta, scale, mean)
-
-    def _learned(self, name: str, switch: str, features: int) -> Array | None:
-        """Return `mean_` or `scale_`, which may have been set by hand; None where the parameter turns it off."""
-        if not getattr(self, switch):
-            return None
-        value = getattr(self, name, None)
-        shape = None if value is None else np.shape(value)
-        if shape != (features,):
-            raise ValueError(must(name, f"have shape ({features},) where {switch} is True", shape))
-        return np.ascontiguousarray(value, np.float64)
-
-    def _rest(self, mean: Array) -> Array:
-        """Return what the rounding of `mean_` left over: nothing where it was set by hand."""
-        if not hasattr(self, "_running"):
-            return np.zeros(len(mean))
-        rest: Array = self._running.low * (mean == self._running.mean)
-        return rest
-
-    def _checks(self, X: Any, copy: bool) -> dict[str, Any]:
-        """Return what scikit-learn is to check: it copies only what will be overwritten and must not be."""
-        is_sparse = sparse.issparse(X)
-        return {
-            "accept_sparse": ("csr", "csc"),
-            "dtype": _dtypes(X),
-            "copy": copy and is_sparse,
-            "force_writeable": is_sparse or not copy,
-            "ensure_all_finite": "allow-nan" if is_sparse else False,
-        }
-
-    def _scale_sparse(self, table: Any, scale: Array) -> Any:
-        self._refuse_centering(table)
-        if (scale != 1).any():
-            inplace_column_scale(table, scale)
-        return table
-
-    def _apply(self, table: Array, copy: bool, mean: Array | None, scale: Array, shift: Array) -> Array:
-        """Return (table - mean) * scale + shift, having looked for infinite values."""
-        # Statistics that are finite show that all values are, or with "omit" all that are not NaN.
-        if not (
-            get_config()["assume_finite"]
-            or finite(moments(table)).all()
-            or finite(moments(table, nan_policy="omit")).all()
-        ):
-            self._check_finite(table)
-        y: Array = layouts.like(table, table.dtype) if copy else table
-        passes.run(
-            kernels.NORMALIZE,
-            (1,),
-            table,
-            out=y,
-            mean=mean,
-            gamma=np.ascontiguousarray(scale),
-            beta=np.ascontiguousarray(shift),
-        )
-        return y
-
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _check_parameters(self) -> None:
@@ -503,46 +329,6 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         if not get_config()["skip_parameter_validation"]:
             self._validate_params()
 
-    def _fits(self, X: Any, *, writes: bool = False) -> bool:
-        """Whether X is an array like those that were seen, of which `validate_data` would find nothing to say.
-
-        It takes 0.2 ms where the caches are full of data: a sixth of a transform of 4 million values.
-        """
-        return (
-            type(X) is np.ndarray
-            and X.ndim == 2
-            and X.dtype in DTYPES
-            and len(X) > 0
-            and hasattr(self, "_running")
-            and X.shape[1] == self.n_features_in_
-            and not hasattr(self, "feature_names_in_")
-            and (X.flags.writeable or not writes)
-        )
-
-    def _refuse_centering(self, table: Any) -> None:
-        if not sparse.issparse(table):
-            return
-        if self.with_mean:
-            raise ValueError("Cannot center sparse matrices: pass `with_mean=False` instead.")
-        if self.beta is not None and np.any(self.beta):
-            raise ValueError(must("beta", "be None or 0 for sparse data", repr(self.beta)))
-
-    def _range(self, features: int) -> tuple[Array, Array]:
-        """Return gamma and beta per feature."""
-        result = []
-        for name, default in (("gamma", 1.0), ("beta", 0.0)):
-            given = getattr(self, name)
-            if given is None:
-                result.append(np.full(features, default))
-                continue
-            value = np.asarray(given, np.float64)
-            if value.shape not in ((), (features,)):
-                raise ValueError(must(name, f"be a number or have shape ({features},)", value.shape))
-            if not np.isfinite(value).all():
-                raise ValueError(must(name, "be finite", repr(given)))
-            result.append(np.broadcast_to(value, (features,)))
-        return result[0], result[1]
-
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn what the scaler can do."""
         tags = super().__sklearn_tags__()
@@ -550,20 +336,6 @@ class BatchNormScaler(CallbackSupportMixin, OneToOneFeatureMixin, TransformerMix
         tags.input_tags.sparse = not self.with_mean
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-
-def _dtypes(X: Any) -> Any:
-    """Return the dtypes that data may have.
-
-    Frames of polars, and arrays of other libraries, scikit-learn would make float64 whatever they hold.
-    """
-    dtypes = getattr(X, "dtypes", None)
-    if dtypes is not None and np.ndim(dtypes) == 1:
-        return np.float32 if {str(t) for t in dtypes} == {"Float32"} else DTYPES
-    if hasattr(X, "__dlpack__") and not isinstance(X, np.ndarray):
-        name = str(X.dtype).rpartition(".")[2]  # torch.float32
-        return next((t for t in DTYPES if np.dtype(t).name == name), DTYPES)
-    return DTYPES
 
 
 def _deviation(variance: Array, mean: Array, count: Array, epsilon: float) -> Array:

@@ -101,6 +101,7 @@ def forward(
     sample_weight: Any = None,
     nan_policy: Any = "propagate",
     correction: Callable[[Moments, Statistics], tuple[Array, Array]] | None = None,
+    refuse: Callable[[Array, Array | None], None] | None = None,
 ) -> tuple[Array, Cache | None, Moments]:
     """Normalize a part of a batch with the statistics of the whole.
 
@@ -123,6 +124,8 @@ def forward(
         Gets the pooled moments and what normalizes (mean and variance), and returns p and q per channel, float64, the
         same on every rank: ``x_hat * p + q`` stands for x_hat then. They are constants in the gradient, whose dgamma is
         that of ``gamma * p``.
+    refuse : callable, optional
+        Gets this rank's x and output as arrays before anything is sent, and may raise.
 
     Returns
     -------
@@ -147,19 +150,25 @@ def forward(
         shape = layouts.channel_shape(data.shape, axes)
         if channels is not None and math.prod(shape) != channels:
             raise ValueError(must("x", f"have {channels} channels", math.prod(shape)))
-        if residual is not None:
-            checks.like(residual, "residual", data)
+        checks.epsilon(epsilon)
+        weight, bias = checks.parameter(gamma, "gamma", shape), checks.parameter(beta, "beta", shape)
+        added = None if residual is None else checks.like(residual, "residual", data)
+        y = None
         if out is not None:
             y = checks.output(out, data.shape, checks.result_dtype(data.dtype))
             checks.in_place_or_apart(y, "out", data, "x")
-            checks.apart(y, "out", **weighting.given(mask, sample_weight))
+            if added is not None:
+                checks.in_place_or_apart(y, "out", added, "residual")
+            checks.apart(y, "out", gamma=weight, beta=bias, **weighting.given(mask, sample_weight))
+        if refuse is not None:
+            refuse(data, y)
         activations.resolved(activation)
         weights = weighting.resolved(mask, sample_weight, nan_policy, data, axes)
         part = moments(data, axis=axes, mask=mask, sample_weight=sample_weight, nan_policy=nan_policy)
         if weights is not None:
             mark = COUNTED if weights.whole else WEIGHTED
         row = to_row(part, mark)
-    except Exception:
+    except BaseException:  # Ctrl-C too: the others would wait, or take what comes next for the answer
         if channels is not None:
             failure = np.zeros(2 * channels + 1)
             failure[0] = FAILED
@@ -179,7 +188,6 @@ def forward(
         check(pooled)
     if correction is not None:
         p, q = correction(pooled, Statistics(pooled.mean, variance))
-        weight, bias = checks.parameter(gamma, "gamma", shape), checks.parameter(beta, "beta", shape)
         beta = ((q if weight is None else q * weight) + (0.0 if bias is None else bias)).reshape(shape)
         gamma = (p if weight is None else p * weight).reshape(shape)
     y, cache = passes.forward(
@@ -255,7 +263,7 @@ def backward(
         else:
             before = gradient.copy() if cache.has_residual else gradient
         sums = local_sums(gradient, x, cache, before)
-    except Exception:
+    except BaseException:
         sent[:] = 0
         sent[0] = FAILED
         gather(sent)
