@@ -31,6 +31,7 @@ ARRAYS = 6  # that a case and its limits hold, as large as x
 CHANNELS = (1, 4, 16, 64, 256, 1024)
 INNER = (1, 7, 49, 196, 784, 3136, 12544)
 MAP_VALUES = 1 << 20  # of an array of the map
+BY_THREADS = (32, 64, 56, 56)
 
 
 def sizes(smallest: float, largest: float) -> Iterator[int]:
@@ -82,7 +83,7 @@ def by_threads(operations: list[str], seconds: float, threads: int) -> list[dict
         set_threads(count)
         for name in operations:
             for layout in ("planar", "interleaved"):
-                times, moved = measured(name, (32, 64, 56, 56), layout, seconds, count, [])
+                times, moved = measured(name, BY_THREADS, layout, seconds, count, [])
                 rows.append({"operation": name, "layout": layout, "threads": count, "moved": moved, "times": times})
                 microseconds = f"{times['fastbn']:,.0f} us, limit {times['limit']:,.0f} us"
                 print(f"{name:9} {layout:11} {count} threads: {microseconds}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -49,6 +50,19 @@ def normal(shape, dtype=np.float32, *, mean=0.0, deviation=1.0, seed=0) -> np.nd
     """Normal data, generated in float64 and rounded once."""
     rng = np.random.default_rng([seed, *shape])
     return (mean + deviation * rng.standard_normal(shape)).astype(dtype)
+
+
+@functools.cache
+def _drawn(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(1_000_003, dtype=np.float32)
+
+
+def many(shape, dtype=np.float32, *, seed=0) -> np.ndarray:
+    """Normal data for a large array: a million values over and over, since drawing all takes longer than its test.
+
+    They are a prime number, so that neither rows nor planes repeat.
+    """
+    return np.resize(_drawn(seed), shape).astype(dtype, copy=False)
 
 
 def parameters(channels: int, dtype=np.float32, seed=0) -> tuple[np.ndarray, np.ndarray]:

@@ -284,6 +284,7 @@ def test_sweep_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sweep, "set_threads", lambda threads: None)
     monkeypatch.setattr(sweep, "MAP_VALUES", 1 << 10)
+    monkeypatch.setattr(sweep, "BY_THREADS", (2, 3, 4, 5))
     monkeypatch.setattr(sweep, "measure", once)
     results = sweep.run(list(sweep.PARTS), list(sweep.OPERATIONS), 0.001, 2, (0, 1e-5), ["numpy"])
     assert {r["operation"] for r in results["sizes"]} == set(sweep.OPERATIONS)
@@ -390,27 +391,37 @@ def installed(folder):
         (folder / "fastbn").symlink_to(root)
 
 
+REGRESS = ("--ops", "train", "--cases", "tiny", "--seconds", "0.02", "--pairs", "3", "--threads", "1")
+
+
 def test_regress_compares_two_builds(tmp_path, capfd):
     installed(tmp_path)
-    arguments = ["--ops", "train", "--cases", "tiny", "--seconds", "0.02", "--pairs", "3", "--threads", "1"]
-    assert regress.main([str(tmp_path), "--threshold", "1000", *arguments]) == 0
+    assert regress.main([str(tmp_path), "--threshold", "1000", *REGRESS]) == 0
     printed = capfd.readouterr().out
     assert f"old: {tmp_path.resolve()}" in printed
     assert "| train | tiny | interleaved |" in printed
-    assert regress.main([str(tmp_path), "--threshold", "0.001", "--cold", "0.1", *arguments]) == 1
+    assert regress.main([str(tmp_path), "--threshold", "0.001", "--cold", "0.1", *REGRESS]) == 1
     assert "slower" in capfd.readouterr().out
-    assert (
-        regress.main([str(tmp_path), "--threshold", "1000", *arguments, "--mean", "100", "--cases", "3x4,2x3x2x5"]) == 0
-    )
-    printed = capfd.readouterr().out
-    assert "| train | 3x4 | interleaved |" in printed
-    assert "| train | 2x3x2x5 | planar |" in printed
-    between = ["--threshold", "1000", *arguments, "--between", "--ops", "train,backward,moments"]
-    assert regress.main([str(tmp_path), *between]) == 0
-    assert "| backward | tiny | interleaved |" in capfd.readouterr().out
 
-    assert regress.main([str(tmp_path), "--threshold", "1000", *arguments, "--of", "20"]) == 0
-    assert "| train | tiny | interleaved |" in capfd.readouterr().out
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (
+            ("--mean", "100", "--cases", "3x4,2x3x2x5"),
+            ("| train | 3x4 | interleaved |", "| train | 2x3x2x5 | planar |"),
+        ),
+        (("--between", "--ops", "train,backward,moments"), ("| backward | tiny | interleaved |",)),
+        (("--of", "20"), ("| train | tiny | interleaved |",)),
+    ],
+    ids=lambda value: value[0],
+)
+def test_regress_in_other_places(options, rows, tmp_path, capfd):
+    installed(tmp_path)
+    assert regress.main([str(tmp_path), "--threshold", "1000", *REGRESS, *options]) == 0
+    printed = capfd.readouterr().out
+    assert all(row in printed for row in rows)
 
 
 @pytest.mark.parametrize("layout", ["planar", "interleaved"])

@@ -15,6 +15,7 @@ from fastbn import (
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,
+    denormalize,
     fold,
     moments,
     normalize,
@@ -72,6 +73,8 @@ WRONG = [
     ("momentum", float("nan"), ValueError, "momentum must be .*, got nan"),
     ("momentum", None, ValueError, "batches must be given with momentum=None, got None"),
     ("momentum", "0.9", TypeError, "momentum must be a real number, got '0.9'"),
+    ("momentum", 10**400, ValueError, r"momentum must be in \[0, 1\], got inf"),
+    ("momentum", [[1], [2, 3]], TypeError, r"momentum must be a real number, got \[\[1\], \[2, 3\]\]"),
     ("epsilon", -1e-3, ValueError, "epsilon must be .*, got -0.001"),
     ("epsilon", float("nan"), ValueError, "epsilon must be .*, got nan"),
     ("epsilon", float("inf"), ValueError, "epsilon must be .*, got inf"),
@@ -93,6 +96,7 @@ WRONG = [
     ("ddof", 2, ValueError, "ddof must be 0 or 1, got 2"),
     ("ddof", -1, ValueError, "ddof must be 0 or 1, got -1"),
     ("ddof", 0.5, (TypeError, ValueError), "ddof must be 0 or 1"),
+    ("ddof", np.array([1]), TypeError, r"ddof must be 0 or 1, got array\(\[1\]\)"),
     ("out", np.ones((4, C), f64), TypeError, "out must have dtype float32, got float64"),
     ("out", np.ones((4, C), np.int32), TypeError, "out must have dtype float32, got int32"),
     ("out", np.ones((4, C + 1), f32), ValueError, r"out must have shape \(4, 6\), got \(4, 7\)"),
@@ -107,7 +111,7 @@ WRONG = [
 
 def ids(case):
     name, value = case[:2]
-    shown = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
+    shown = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)[:40]
     return f"{name}={shown}-{case[3][:12]}"
 
 
@@ -252,6 +256,7 @@ UPDATE = [
     ({"ddof": 3, "count": 5}, ValueError, "ddof must be 0 or 1, got 3"),
     ({"ddof": 1, "count": -1}, ValueError, "count must be"),
     ({"ddof": 1, "count": "many"}, TypeError, "count must be"),
+    ({"momentum": None, "batches": np.array([1])}, TypeError, r"batches must be an integer, got array\(\[1\]\)"),
     ({"ddof": 1, "count": -1.5}, ValueError, "count must be finite and at least 0, got -1.5"),
 ]
 
@@ -279,6 +284,11 @@ def test_update_moving_with_one_array_twice():
     assert (both == 1).all()
 
 
+def test_moments_of_what_is_no_array():
+    with pytest.raises(TypeError, match="mean must be convertible to a NumPy array, got list"):
+        Moments.from_dict({"count": 1, "mean": [[1.0], 2.0], "m2": [1.0]})
+
+
 def test_moments_of_other_channels():
     s = Moments(3)
     for other in (lambda: s.update(np.ones((4, 5))), lambda: s.merge(Moments(5)), lambda: s + Moments(2)):
@@ -290,7 +300,7 @@ def test_moments_of_other_channels():
         s + 1
 
 
-@pytest.mark.parametrize("bad", [-1, 0.5, "3"])
+@pytest.mark.parametrize("bad", [-1, 0.5, "3", np.array([3])], ids=str)
 def test_number_of_features(bad):
     for make in (Moments, BatchNorm):
         with pytest.raises((TypeError, ValueError), match="num_features"):
@@ -305,6 +315,9 @@ LAYER = [
     ({"dtype": np.int32}, TypeError, "dtype must be float32 or float64, got int32"),
     ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64, got float16"),
     ({"layout": "HWC"}, ValueError, "layout must be one of"),
+    ({"dtype": "nonsense"}, TypeError, "dtype must be float32 or float64, got 'nonsense'"),
+    ({"renorm": True, "renorm_clipping": {"rmax": [[1], [2, 3]]}}, TypeError, "rmax of renorm_clipping must be a real"),
+    ({"layout": ["NC"]}, TypeError, "layout must be a string or None"),
     ({"axis": "1"}, TypeError, "axis"),
 ]
 
@@ -319,6 +332,46 @@ def test_a_layer_whose_axis_and_layout_disagree():
     """Found at the first call at the latest: whether 2 is -2 depends on the rank."""
     with pytest.raises(ValueError, match="layout"):
         BatchNorm(C, axis=2, layout="NCHW")(np.ones((2, C, 3, 3)), True)
+
+
+def test_the_array_of_other_functions_has_its_own_name():
+    memory, bn = np.zeros((10, C), f32), BatchNorm(C)
+    for undo in (bn.denormalize, lambda y, **options: denormalize(y, np.zeros(C), np.ones(C), **options)):
+        with pytest.raises(ValueError, match="y must have at least 1 dimension, got a scalar"):
+            undo(f32(3))
+        with pytest.raises(ValueError, match="out must be y itself or not share memory with it, got a partial overlap"):
+            undo(memory[1:], out=memory[:-1])
+    with pytest.raises(ValueError, match="y must have 4 dimensions with layout 'NCHW', got 2"):
+        denormalize(memory, np.zeros(C), np.ones(C), layout="NCHW")
+    with pytest.raises(ValueError, match="weight must have at least 1 dimension, got a scalar"):
+        fold(f32(3), None, bn, axis=0)
+
+
+RAGGED = [
+    ("gamma_initializer", lambda bn, x: bn(x)),
+    ("adjustment", lambda bn, x: bn(x, True)),
+    ("gamma_constraint", lambda bn, _: bn.apply_constraints()),
+    ("gamma_regularizer", lambda bn, _: bn.regularization_loss()),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), RAGGED, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_function_that_returns_no_array(name, call):
+    ragged = [[1.0], 2.0]
+    channels = None if name == "gamma_initializer" else C
+    bn = BatchNorm(channels, **{name: lambda *_: (ragged, None) if name == "adjustment" else ragged})
+    with pytest.raises(TypeError, match=f"{name} must be convertible to a NumPy array, got list"):
+        call(bn, cases.normal((4, C)))
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [(BatchNorm().load_state_dict, "state_dict"), (Moments.from_dict, "state"), (BatchNorm.from_config, "config")],
+)
+def test_what_is_no_mapping(read, name):
+    for wrong in (None, 5, ["gamma"]):
+        with pytest.raises(TypeError, match=f"{name} must be a mapping, got {type(wrong).__name__}"):
+            read(wrong)
 
 
 def test_fold_arguments():

@@ -220,3 +220,21 @@ def test_all_of_an_update_or_nothing(options, what):
         step += 1
     assert str(layer.state_dict()) == states[1]
     assert step
+
+
+def test_layers_learn_again_after_an_interrupted_recomputation():
+    x = cases.normal((6, 4))
+    step, ended = 0, False
+    while not ended:
+        layers = BatchNorm(4), BatchNorm(4)
+        ended = interrupt(
+            lambda both=layers: fastbn.recompute_statistics(
+                both, [x], forward=lambda batch: both[1](both[0](batch, True), True)
+            ),
+            step,
+        )
+        step += 1
+        for layer in layers:
+            before = layer.batches
+            layer(x, True)
+            assert layer.batches == before + 1, f"{step} steps"

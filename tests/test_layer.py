@@ -412,16 +412,6 @@ def test_statistics_that_could_not_be_loaded_are_not_saved(bn, name, tmp_path):
     assert (tmp_path / "layer.npz").read_bytes() == before
 
 
-@pytest.mark.parametrize("options", [{}, {"zero_debias": True}], ids=str)
-@pytest.mark.parametrize("name", STATE)
-def test_out_is_none_of_the_layers_arrays(name, options):
-    layer = BatchNorm(4, axis=0, **options)
-    before = getattr(layer, name).copy()
-    with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
-        layer(np.arange(4, dtype=np.float32), True, out=getattr(layer, name))
-    ref.assert_same_bits(getattr(layer, name), before)
-
-
 class Labelled(np.ndarray):
     """An array of a class of its own."""
 

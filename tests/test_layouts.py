@@ -168,6 +168,20 @@ def test_broadcast_inputs_with_zero_strides(along, axis):
     ref.assert_within(batch_norm(x, training=True, axis=axis), expected, tolerance)
 
 
+@pytest.mark.parametrize("along", [0, 1, 2])
+def test_broadcast_inputs_whatever_strides_others_have(along):
+    """The bits are those of x alone, whether or not all is copied because the residual does not fit."""
+    shape = [4, 5, 60]
+    shape[along] = 1
+    x = np.broadcast_to(cases.normal(shape, mean=2), (4, 5, 60))
+    residual = cases.normal((8, 10, 120), seed=1)[::2, ::2, ::2]
+    for axis in range(3):
+        s = moments(x, axis=axis)
+        _, cache = batch_norm_forward(x, residual=residual, training=True, axis=axis)
+        ref.assert_same_bits(cache.statistics.mean, s.mean)
+        ref.assert_same_bits(cache.statistics.variance, s.variance())
+
+
 @pytest.mark.parametrize("dtype", [">f4", ">f8", "<f4", "<f8"])
 def test_byte_order(dtype):
     x = cases.normal((20, 6), np.float64, mean=2).astype(dtype)

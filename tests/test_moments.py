@@ -158,6 +158,14 @@ def test_copies(clone):
     assert s == Moments.from_dict(kept)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol(protocol):
+    """Also of what has seen nothing yet."""
+    seen, fresh = pickle.loads(pickle.dumps([moments(cases.normal((20, 5))), Moments()], protocol))
+    assert seen == moments(cases.normal((20, 5)))
+    assert fresh.merge(seen) == seen
+
+
 def test_dict():
     s = moments(cases.normal((20, 5)))
     d = s.to_dict()

@@ -52,6 +52,15 @@ def test_out_that_is_x_is_allowed():
     assert (y == expected).all()
 
 
+def test_out_that_is_x_whatever_stride_an_axis_of_one_index_has():
+    rows = cases.normal((20, C))
+    x, out = rows[:, None], rows.reshape(20, 1, C)
+    assert x.strides != out.strides
+    expected = batch_norm(x, training=True, axis=(1, 2))
+    assert batch_norm(x, training=True, axis=(1, 2), out=out) is out
+    assert (rows == expected[:, 0]).all()
+
+
 @pytest.mark.parametrize("name", ["gamma", "beta", "moving_mean", "moving_variance"])
 def test_out_that_overlaps_a_parameter(name):
     memory = np.ones(4 * C + C - 1, f32)

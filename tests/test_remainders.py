@@ -131,7 +131,7 @@ def test_around_powers_of_two(dtype):
     for n in (127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025, 4095, 4097):
         check((n, 5), -1, dtype)
         check((3, n), -1, dtype)
-        check((40, n), -1, dtype)
+        check((40 if n < 2048 else 9, n), -1, dtype)
         check((2, 3, n), 1, dtype)
 
 

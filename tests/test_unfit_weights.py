@@ -27,6 +27,20 @@ def test_weights_of_any_size(scale):
     np.testing.assert_allclose(b.m2, a.m2 * scale, rtol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(40,), (40, 3)], ids=str)
+def test_weights_whose_sum_is_no_number(shape):
+    """It would make the moving variance NaN."""
+    mean, variance = cases.moving(3)
+    moving = {"moving_mean": mean.copy(), "moving_variance": variance.copy()}
+    with pytest.raises(ValueError, match=r"sample_weight must have a finite sum, got weights of up to 1e\+308"):
+        batch_norm(cases.normal((40, 3)), sample_weight=np.full(shape, 1e308), training=True, **moving)
+    np.testing.assert_array_equal(moving["moving_mean"], mean)
+    np.testing.assert_array_equal(moving["moving_variance"], variance)
+    one = np.zeros(shape)
+    one[7] = 1e308  # of each channel
+    assert moments(cases.normal((40, 3)), sample_weight=one).count == 1e308
+
+
 SPOILED = [((6, 3, 40), 1), ((70, 5, 7, 7), 1), ((40, 33), -1), ((5000, 3), -1), ((40, 1), -1), ((2, 2, 9001), 1)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -39,7 +40,7 @@ def as_array(value: Any, name: str) -> Array:
             raise TypeError(must(name, "be in main memory", f"an array on DLPack device {tuple(map(int, device))}"))
         try:
             return np.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError) as error:
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 must(name, "be convertible to a NumPy array", f"{type(value).__name__}: {error}")
             ) from error
@@ -169,7 +170,7 @@ def same_memory(a: Array, b: Array) -> bool:
     """Whether two arrays of one shape are the same values at the same places."""
     return a is b or (
         a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-        and a.strides == b.strides
+        and all(s == t for s, t, n in zip(a.strides, b.strides, a.shape) if n > 1)  # of one index any stride will do
         and a.dtype == b.dtype
     )
 
@@ -200,10 +201,12 @@ def in_place_or_apart(out: Array, name: str, source: Array, source_name: str) ->
 def real(value: Any, name: str, low: float, high: float, words: str) -> float:
     """Return a finite number in a closed range as a float."""
     if type(value) is not float:
-        if isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value):
+        if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "ndim", False):
             raise TypeError(must(name, "be a real number", repr(value)))
         try:
             value = float(value)
+        except OverflowError:
+            value = math.inf if value > 0 else -math.inf
         except (TypeError, ValueError):
             raise TypeError(must(name, "be a real number", repr(value))) from None
     if not (low <= value <= high and math.isfinite(value)):
@@ -223,9 +226,7 @@ def momentum(value: Any) -> float:
 
 def ddof(value: Any) -> int:
     """Return 0 or 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(must("ddof", "be 0 or 1", repr(value)))
-    number = operator.index(value)
+    number = _index(value, "ddof", "be 0 or 1")
     if number not in (0, 1):
         raise ValueError(must("ddof", "be 0 or 1", number))
     return number
@@ -255,9 +256,22 @@ def flag(value: Any, name: str) -> bool:
 
 def count(value: Any, name: str = "count") -> int:
     """Return a number of things, 0 or more."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(must(name, "be an integer", repr(value)))
-    number = operator.index(value)
+    number = _index(value, name, "be an integer")
     if number < 0:
         raise ValueError(must(name, "be at least 0", number))
     return number
+
+
+def _index(value: Any, name: str, requirement: str) -> int:
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:  # of arrays too, which have the method
+        pass
+    raise TypeError(must(name, requirement, repr(value)))
+
+
+def mapping(value: Any, name: str) -> None:
+    """Refuse what has no names."""
+    if not isinstance(value, Mapping):
+        raise TypeError(must(name, "be a mapping", type(value).__name__))

@@ -181,15 +181,15 @@ def forward(
         if residual is not None:
             added = checks.like(residual, "residual", x)
             checks.in_place_or_apart(y, "out", added, "residual")
-    if isinstance(y, np.ndarray):  # what passes.forward gets instead of gamma and beta may be other arrays
-        checks.apart(y, "out", gamma=gamma, beta=beta)
+    if y is not None:  # what passes.forward gets instead of gamma and beta may be other arrays
+        checks.apart(checks.as_array(y, "out"), "out", gamma=gamma, beta=beta)
     weight, bias = checks.parameter(gamma, "gamma", shape), checks.parameter(beta, "beta", shape)
     if channels is not None and shape != channels:
         raise ValueError(must("x", f"have {features(channels)} channels", features(shape)))
 
     whole = weighting.resolved(mask, sample_weight, nan_policy, x, axes)
-    if isinstance(y, np.ndarray):
-        checks.apart(y, "out", **weighting.given(mask, sample_weight))
+    if y is not None:
+        checks.apart(checks.as_array(y, "out"), "out", **weighting.given(mask, sample_weight))
     if nan_policy == "raise":
         passes.refuse_nan(x, axes, whole)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import named
+from . import checks, named
 from .errors import must
 
 Array = NDArray[Any]
@@ -71,7 +71,7 @@ def checked(value: Any, name: str) -> Constraint | None:
 
 def projected(constraint: Constraint, w: Array, name: str) -> Array:
     """Return the projection of a parameter, of its shape and dtype."""
-    value = np.asarray(named.resolved(constraint, NAMES)(w))
+    value = checks.as_array(named.resolved(constraint, NAMES)(w), name)
     if value.dtype.kind not in "iuf":
         raise TypeError(must(name, "return real numbers", value.dtype))
     if value.shape != w.shape:

@@ -130,7 +130,7 @@ def _channel_axes(kernel: Array, axis: Any, weight_layout: Any) -> tuple[int, ..
     if (axis is None) == (weight_layout is None):
         raise ValueError("axis or weight_layout must be given, got " + ("neither" if axis is None else "both"))
     if weight_layout is None:
-        return layouts.channel_axes(axis, None, kernel.ndim)
+        return layouts.channel_axes(axis, None, kernel.ndim, "weight")
     checks.one_of(weight_layout, "weight_layout", WEIGHT_LAYOUTS)
     if kernel.ndim != len(weight_layout):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import named
+from . import checks, named
 from .errors import must
 
 Array = NDArray[Any]
@@ -89,7 +89,7 @@ def create(initializer: Initializer, name: str, shape: tuple[int, ...], dtype: n
     """
     if not callable(initializer):
         return np.array(named.resolved(initializer, NAMES)(shape), dtype, order="C")
-    values = np.asarray(initializer(shape, dtype))
+    values = checks.as_array(initializer(shape, dtype), name)
     if values.dtype.kind not in "iuf":
         raise TypeError(must(name, "return real numbers", values.dtype))
     if values.shape != shape:

@@ -1,4 +1,7 @@
-"""The layer: modes, calls and gradients. What it holds is in `parameters`, what outlives it in `persistence`."""
+"""The layer: modes, calls and gradients.
+
+What it holds is in `parameters`, what outlives it in `persistence`, what batches make of it in `learning`.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from . import activation as activations
 from . import averages, checks, composite, constraints, functional, initializers, modes, options, passes, regularizers
 from . import layout as layouts
 from . import weights as weighting
-from .composite import Batch, Composite
+from .composite import Composite
 from .constraints import Constraint
 from .errors import UntrainedWarning, must
 from .initializers import Initializer
-from .kernels import _calls, _channels
+from .kernels import _calls
+from .learning import Learning
 from .parameters import Arrays, parameter_dtype
-from .persistence import Persistent
 from .regularizers import Regularizer
 from .threads import give_lock
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 
-class BatchNorm(Persistent):
+class BatchNorm(Learning):
     """Batch normalization with parameters and moving statistics.
 
     Follows Keras: a layer with ``trainable=False`` infers, whatever ``training`` says.
@@ -215,19 +218,26 @@ class BatchNorm(Persistent):
         self._may_warn = True
         give_lock(self)
         self._last = threading.local()  # the cache of each thread's last call
-        self._recorder: Record | None = None
+        self._given_record: Record | None = None
         self._direct = self._may_be_direct()
         if num_features is not None:
             self.build(num_features)
 
     def _may_be_direct(self) -> bool:
         """Whether a training call is one pass and a plain update; a subclass may decide about modes by itself."""
-        return self._options.plain and self._recorder is None and type(self).mode is BatchNorm.mode
+        return self._options.plain and self._given_record is None and type(self).mode is BatchNorm.mode
 
     def _record(self, record: Record | None) -> None:
         """Add what comes in to a record, and learn nothing; None ends that."""
-        self._recorder = record
+        self._given_record = record
         self._direct = self._may_be_direct()
+
+    @property
+    def _recorder(self) -> Record | None:
+        """What batches are added to, instead of learning from them."""
+        if self._given_record is not None and not self._given_record.wanted:  # Ctrl-C has left it here
+            self._record(None)
+        return self._given_record
 
     # -- calling -----------------------------------------------------------------------------------------------------
 
@@ -301,8 +311,10 @@ class BatchNorm(Persistent):
         if arrays is None:
             axes = layouts.channel_axes(self.axis, self.layout, data.ndim)
             arrays = self._created(layouts.channel_shape(data.shape, axes), checks.parameter_dtype(data.dtype))
-        if isinstance(out, np.ndarray):
-            checks.apart(out, "out", **self._named(arrays))
+        if out is not None:
+            checks.apart(checks.as_array(out, "out"), "out", **self._named(arrays))
+        if mode == "train":
+            self._refuse_unfit(arrays, data)
         if not self._direct and (mode != "inference" or self._recorder is not None):
             trains = training is not None and bool(training)
             return self._call_composite(data, arrays, mode, trains, residual, mask, sample_weight, out)
@@ -335,16 +347,12 @@ class BatchNorm(Persistent):
         if mode == "inference":
             self._warn_if_untrained(mean, variance)
         with self._lock:
-            if self._arrays is None:
-                self._arrays = arrays
+            arrays = self._adopted(arrays)
             count: weighting.Count = layouts.values_per_channel(data.shape, cache.axes)
             if cache.weights is not None and cache.total is not None:
                 count = cache.weights.counts(cache.total)
             if mode == "train" and data.size and np.any(count):
-                kept = self._tracked()
-                share = averages.share(self.momentum, self.batches)
-                pairs = passes.updated_moving(*kept, cache.statistics, count, share, self.ddof)
-                _channels.put(pairs, [(self, self.batches + 1)])
+                self._learn_plainly(arrays, cache.statistics, count)
         self._last.cache = cache
         return y
 
@@ -425,37 +433,14 @@ class BatchNorm(Persistent):
                 nan_policy=self.nan_policy,
             )
             with self._lock:
-                if self._arrays is None:
-                    self._arrays = arrays
+                arrays = self._adopted(arrays)
                 counts = x.size and np.any(batch.counted)
                 if counts and recorder is not None:
-                    recorder.take(x, self._arrays.shape, batch)
+                    recorder.take(x, arrays.shape, batch)
                 elif counts and mode == "train":
-                    self._learn(self._arrays, batch)
+                    self._learn(arrays, batch)
         self._last.cache = last
         return y
-
-    def _learn(self, arrays: Arrays, batch: Batch) -> None:
-        """Take a batch into the moving statistics; the lock is held."""
-        assert arrays.moving_mean is not None
-        assert arrays.moving_variance is not None
-        mean, variance = arrays.moving_mean, arrays.moving_variance
-        chosen = np.broadcast_to(batch.counted, batch.variance.shape)
-        if self._options.on_nonfinite == "skip":
-            chosen = chosen & passes.Statistics(batch.statistics.mean, batch.variance).finite(mean.dtype)
-            if not chosen.any():
-                return
-        taken = None if chosen.all() else chosen
-        if self._renorm is not None:
-            share = averages.share(self.momentum, self.batches)
-            pairs = self._renorm.updated(arrays.extra, mean, variance, batch.statistics, self.epsilon, share, taken)
-        else:
-            debias = self._options.zero_debias
-            share = averages.share(self.momentum, self.batches, zero_debias=bool(debias))
-            pairs = [(mean, averages.blended(mean, batch.statistics.mean, share, taken))]
-            share = averages.share(self.momentum, self.batches, zero_debias=debias is True)
-            pairs.append((variance, averages.blended(variance, batch.variance, share, taken)))
-        _channels.put(pairs, [(self, self.batches + 1)])
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of this thread's last call, and set `grads`.
@@ -487,9 +472,8 @@ class BatchNorm(Persistent):
         else:
             dx, dgamma, dbeta, *others = functional.batch_norm_backward(dy, cache, out=out)
         grads = {"gamma": dgamma if self.scale else None, "beta": dbeta if self.center else None}
+        grads["residual"] = others[0] if others else None
         self.grads = {name: g for name, g in grads.items() if g is not None}
-        if others:
-            self.grads["residual"] = others[0]
         return dx
 
     def _warn_if_untrained(self, mean: Array, variance: Array) -> None:

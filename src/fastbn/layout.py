@@ -17,7 +17,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks
 from .errors import must
 from .kernels import KINDS, Plan, _memory
 
@@ -49,7 +48,7 @@ _SIZES: Final[dict[int, tuple[int, int]]] = {
 }
 
 
-def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
+def channel_axes(axis: Any, layout: str | None, ndim: int, name: str = "x") -> tuple[int, ...]:
     """Return the channel axes of an array, not negative, in the order given.
 
     Parameters
@@ -60,6 +59,8 @@ def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
         A name of `LAYOUTS`.
     ndim : int
         Number of dimensions of the array.
+    name : str
+        Of the array, for messages.
 
     Returns
     -------
@@ -74,19 +75,15 @@ def channel_axes(axis: Any, layout: str | None, ndim: int) -> tuple[int, ...]:
         If an axis is out of range or occurs twice, the layout is unknown or of another rank, or both disagree.
     """
     if ndim == 0:
-        raise ValueError(must("x", "have at least 1 dimension", "a scalar"))
+        raise ValueError(must(name, "have at least 1 dimension", "a scalar"))
     axes = _normalized(_plain(axis), ndim)
     if layout is None:
         return axes
-    if not isinstance(layout, str):
-        raise TypeError(must("layout", "be a string or None", repr(layout)))
-    if layout not in LAYOUTS:
-        raise ValueError(must("layout", "be one of " + ", ".join(LAYOUTS), repr(layout)))
-    named, rank = LAYOUTS[layout]
+    named, rank = _named(layout)
     if rank is not None and ndim != rank:
-        raise ValueError(must("x", f"have {rank} dimensions with layout {layout!r}", ndim))
+        raise ValueError(must(name, f"have {rank} dimensions with layout {layout!r}", ndim))
     if named >= ndim:
-        raise ValueError(must("x", f"have at least {named + 1} dimensions with layout {layout!r}", ndim))
+        raise ValueError(must(name, f"have at least {named + 1} dimensions with layout {layout!r}", ndim))
     channels = (named % ndim,)
     if axes != channels and axis != -1:
         raise ValueError(must("axis", f"agree with layout {layout!r}, whose channel axis is {named}", repr(axis)))
@@ -109,9 +106,17 @@ def plain_axis(axis: Any, layout: Any, x: Any) -> Any:
 def checked_axis(axis: Any, layout: str | None) -> int | tuple[int, ...]:
     """Return an axis as plain ints, checked as far as that goes without an array."""
     plain = _plain(axis)
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(must("layout", "be one of " + ", ".join(LAYOUTS), repr(layout)))
+    if layout is not None:
+        _named(layout)
     return plain
+
+
+def _named(layout: Any) -> tuple[int, int | None]:
+    if not isinstance(layout, str):
+        raise TypeError(must("layout", "be a string or None", repr(layout)))
+    if layout not in LAYOUTS:
+        raise ValueError(must("layout", "be one of " + ", ".join(LAYOUTS), repr(layout)))
+    return LAYOUTS[layout]
 
 
 def _plain(axis: Any) -> Axis:
@@ -139,7 +144,7 @@ def _normalized(axis: Axis, ndim: int) -> tuple[int, ...]:
     axes = []
     for value in given:
         if not -ndim <= value < ndim:
-            raise ValueError(must("axis", f"be in {-ndim} to {ndim - 1} for x of {ndim} dimensions", repr(axis)))
+            raise ValueError(must("axis", f"be in {-ndim} to {ndim - 1} for {ndim} dimensions", repr(axis)))
         axes.append(value % ndim)
     if len(set(axes)) != len(axes):
         raise ValueError(must("axis", "name each axis once", repr(axis)))
@@ -284,14 +289,9 @@ def packed_weights(weights: NDArray[Any], x: NDArray[Any], axes: tuple[int, ...]
 
 
 def packed(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
-    """Return a copy of x, of the same shape, that has a plan: in x's own order of axes if that has one."""
-    copy = x.copy(order="K")
-    if plan(copy.shape, axes, checks.kind(copy.dtype), copy.strides, None, None) is not None:
-        return copy
-    others = tuple(a for a in range(x.ndim) if a not in axes)
-    forward = others + axes
-    moved = np.ascontiguousarray(x.transpose(forward))
-    return moved.transpose(np.argsort(forward))
+    """Return x in memory that has a plan, in the order in which that would walk x; a copy if it is not."""
+    order = _memory_order(x.shape, x.strides, axes)
+    return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
 
 
 def like(x: NDArray[Any], dtype: np.dtype[Any] | None = None) -> NDArray[Any]:

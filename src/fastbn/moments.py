@@ -190,9 +190,10 @@ class Moments:
         TypeError, ValueError
             If a key is missing or unknown, or its value does not fit.
         """
+        checks.mapping(state, "state")
         if set(state) != {"count", "mean", "m2"}:
             raise ValueError(must("state", "have the keys count, mean and m2", ", ".join(map(str, state)) or "none"))
-        shape = np.shape(state["mean"])
+        shape = checks.as_array(state["mean"], "mean").shape
         if len(shape) != 1:
             raise ValueError(must("mean", "have one dimension", f"shape {shape}"))
         result = cls(shape[0])
@@ -208,11 +209,11 @@ class Moments:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle holds."""
-        return self.to_dict() if self._sized else {}
+        return self.to_dict() if self._sized else {"count": 0}  # pickle's first protocols leave an empty one out
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, checked like any other state."""
-        source = self.from_dict(state) if state else type(self)()
+        source = self.from_dict(state) if "mean" in state else type(self)()
         self.__dict__.update(source.__dict__)
 
 
@@ -271,7 +272,7 @@ def moments(
     arguments: dict[str, Any] = {"first": result.mean, "second": result.m2, "total": total}
     if array.size and not run(kernels.MOMENTS, axes, array, weights=weights, **arguments):
         assert weights is not None
-        weights = weights.settled()
+        weights = weights.settled(axes)
         run(kernels.MOMENTS, axes, array, weights=weights, **arguments)
     if weights is None or total is None:
         result.count = layouts.values_per_channel(array.shape, axes)

@@ -141,7 +141,7 @@ def denormalize(
            [5.]])
     """
     data = checks.data(y, "y")
-    axes = layouts.channel_axes(axis, layout, data.ndim)
+    axes = layouts.channel_axes(axis, layout, data.ndim, "y")
     shape = layouts.channel_shape(data.shape, axes)
     center = checks.required(mean, "mean", shape)
     total = checks.required(variance, "variance", shape).astype(np.float64) + checks.epsilon(epsilon)
@@ -151,7 +151,9 @@ def denormalize(
     if (total < 0).any():
         raise ValueError(must("variance", "be at least -epsilon", total.min() - epsilon))
     if out is not None:
-        checks.apart(checks.output(out, data.shape, checks.result_dtype(data.dtype)), "out", mean=center, beta=shift)
+        result = checks.output(out, data.shape, checks.result_dtype(data.dtype))
+        checks.in_place_or_apart(result, "out", data, "y")
+        checks.apart(result, "out", mean=center, beta=shift)
     deviation = np.sqrt(total)
     # Inference itself, around beta, with a deviation of 1.
     return normalize(

@@ -69,7 +69,7 @@ class Options(NamedTuple):
 def _per_channel(value: Any, name: str, default: float, x: Array, axes: tuple[int, ...]) -> Array:
     """Return one number per channel from a scalar, an array of the channels, or one that broadcasts along x."""
     shape = layouts.channel_shape(x.shape, axes)
-    array = np.asarray(default if value is None else value)
+    array = checks.as_array(default if value is None else value, f"{name} of adjustment")
     if array.dtype.kind not in "iuf":
         raise TypeError(must(f"{name} of adjustment", "be real numbers", array.dtype))
     kept = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import checks, constraints, initializers, normalization, regularizers
 from .errors import must
+from .kernels import _channels
 from .options import Adjustment, Options
 from .renorm import Renorm
 
@@ -375,10 +376,10 @@ class Parameters:
         for name in ("gamma", "beta"):
             constraint, array = getattr(self, f"{name}_constraint"), getattr(self, name)
             if constraint is not None and array is not None:
+                checks.writable(array, name)
                 new.append((array, constraints.projected(constraint, array, f"{name}_constraint")))
         with self._lock:
-            for array, value in new:
-                array[...] = value
+            _channels.put(new)
 
 
 def features(shape: tuple[int, ...]) -> int | tuple[int, ...]:
@@ -395,7 +396,7 @@ def feature_shape(num_features: Any) -> tuple[int, ...]:
 def parameter_dtype(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
     try:
         given: np.dtype[Any] = np.dtype(dtype)
-    except SyntaxError:  # of a string with brackets
+    except (SyntaxError, TypeError):  # the former of a string with brackets
         raise TypeError(must(name, "be float32 or float64", repr(dtype))) from None
     if given not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(must(name, "be float32 or float64", given))

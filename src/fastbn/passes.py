@@ -363,7 +363,7 @@ def forward(
             found = batch_statistics(x, axes, values, kernels.TRAIN, weights=weights, total=total, **arguments)
             if found is None:
                 assert weights is not None
-                weights = weights.settled()
+                weights = weights.settled(axes)
                 found = batch_statistics(x, axes, values, kernels.TRAIN, weights=weights, total=total, **arguments)
             elif weights is not None:
                 weights = weights._replace(checked=True)

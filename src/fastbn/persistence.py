@@ -90,6 +90,7 @@ class Persistent(Parameters):
         >>> fastbn.BatchNorm.from_config(fastbn.BatchNorm(3, momentum=0.5).get_config())
         BatchNorm(momentum=0.5)
         """
+        checks.mapping(config, "config")
         unknown = set(config) - set(cls._defaults)
         if unknown:
             raise TypeError(must("config", "hold arguments of a layer", ", ".join(sorted(map(str, unknown)))))
@@ -118,6 +119,7 @@ class Persistent(Parameters):
         ValueError
             If a name is missing or unknown, a shape differs, or a variance is negative.
         """
+        checks.mapping(state_dict, "state_dict")
         needed = {n for n, has in zip(PLAIN_ARRAYS, self._has) if has}
         if self._renorm is not None:
             needed |= set(self._renorm.names)
@@ -137,6 +139,7 @@ class Persistent(Parameters):
         arrays = self._named(target)
         new = {}
         for name in sorted(needed):  # the same message in every process
+            checks.writable(arrays[name], name)
             shape = arrays[name].shape
             value = checks.required(state_dict[name], name, shape).reshape(shape)
             if name in _NOT_NEGATIVE and (value < 0).any():

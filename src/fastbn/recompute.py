@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from . import checks
@@ -79,14 +79,21 @@ def recompute_statistics(
     if checks.flag(progress, "progress"):
         source = _with_progress(source)
 
-    records = [Record() for _ in chosen]
+    wanted = [None]
+    records = [Record(wanted) for _ in chosen]
     if forward is None:
         for batch in source:
             records[0].add(chosen[0], checks.data(batch, "batches"))
     else:
-        with _recording(chosen, records):
+        try:  # no context manager: Ctrl-C could come between its beginning and the block
+            for layer, record in zip(chosen, records):
+                layer._record(record)
             for batch in source:
                 forward(batch)
+        finally:
+            wanted.clear()  # for all layers at once: Ctrl-C may end what follows
+            for layer in chosen:
+                layer._record(None)
     for layer, record in zip(chosen, records):
         if not record.batches:
             raise ValueError(must("batches", "bring values to every layer", f"none for {layer!r}"))
@@ -102,18 +109,6 @@ def _iterable(value: Any, name: str) -> Iterable[Any]:
     if hasattr(value, "shape") or not isinstance(value, Iterable):
         raise TypeError(must(name, "be an iterable", type(value).__name__))
     return value
-
-
-@contextmanager
-def _recording(layers: list[BatchNorm], records: list[Record]) -> Iterator[None]:
-    """Have layers add what they get to records."""
-    try:
-        for layer, record in zip(layers, records):
-            layer._record(record)
-        yield
-    finally:
-        for layer in layers:
-            layer._record(None)
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:

@@ -22,9 +22,16 @@ Array = NDArray[Any]
 
 
 class Record:
-    """What a data set brings to a layer, for `recompute_statistics`."""
+    """What a data set brings to a layer, for `recompute_statistics`.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    wanted : list
+        Of all records of a data set; emptied when that has been gone through, or will not be.
+    """
+
+    def __init__(self, wanted: list[None]) -> None:
+        self.wanted = wanted
         self.moments = Moments()
         self.batches = 0
         self.shape: tuple[int, ...] = ()
@@ -52,7 +59,9 @@ class Record:
         self.batches += 1
 
     def check(self, layer: BatchNorm) -> None:
-        """Refuse statistics that are not finite where the layer does."""
+        """Refuse statistics that are not finite where the layer does, and a layer that cannot take them."""
+        if layer._arrays is not None:
+            layer._refuse_unfit(layer._arrays)
         dtype = self.dtype if layer._arrays is None else layer.moving_mean.dtype
         finite = Statistics(self.moments.mean, self.moments.variance(layer.ddof)).finite(dtype)
         finite |= np.equal(self.moments.count, 0)

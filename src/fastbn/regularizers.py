@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import named
+from . import checks, named
 from .errors import must
 
 Array = NDArray[Any]
@@ -54,7 +54,7 @@ def loss(regularizer: Regularizer | None, w: Array | None, name: str) -> float:
     """Return the penalty on a parameter; 0 without one."""
     if regularizer is None or w is None:
         return 0.0
-    value = np.asarray(named.resolved(regularizer, NAMES)(w))
+    value = checks.as_array(named.resolved(regularizer, NAMES)(w), name)
     if value.ndim or value.dtype.kind not in "iuf":
         raise TypeError(must(name, "return a real number", f"{value.dtype} of shape {value.shape}"))
     return float(value)
@@ -68,7 +68,7 @@ def gradient(regularizer: Regularizer | None, w: Array | None, name: str) -> Arr
         own = getattr(regularizer, "gradient", None)
         if own is None:
             raise TypeError(must(name, "be a name, or have a method gradient(array)", repr(regularizer)))
-        value = np.asarray(own(w))
+        value = checks.as_array(own(w), name)
         if value.shape != w.shape:
             raise ValueError(must(name, f"return a gradient of shape {w.shape}", value.shape))
     else:

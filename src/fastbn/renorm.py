@@ -54,7 +54,7 @@ def clipping(value: Any) -> dict[str, float] | None:
     bounds = {
         key: checks.real(value[key], f"{key} of renorm_clipping", *_RANGES[key])
         for key, none in _NO_BOUND.items()
-        if value.get(key) is not None and not (np.ndim(value[key]) == 0 and value[key] == none)
+        if value.get(key) is not None and (getattr(value[key], "ndim", False) or value[key] != none)
     }
     if bounds.get("rmin", 0.0) > bounds.get("rmax", math.inf):
         raise ValueError(must("renorm_clipping", "have rmin <= rmax", f"{bounds['rmin']} and {bounds['rmax']}"))

@@ -50,10 +50,10 @@ class Weights(NamedTuple):
         """Return sums of `array`, per channel, as int64 counts of values or as sums of the weights given."""
         return total.astype(np.int64) if self.whole else total * self.scale
 
-    def settled(self) -> Weights:
+    def settled(self, axes: tuple[int, ...]) -> Weights:
         """Return unchecked weights as checked ones: scaled, if they have to be; or raise."""
         assert self.array is not None
-        array, scale = _checked(self.array)
+        array, scale = _checked(self.array, self.array.shape, axes)
         return Weights(array, self.omits, scale, False)
 
     def keep_apart(self, out: Array) -> None:
@@ -113,7 +113,7 @@ def resolved(
     weights = spread(_weights(sample_weight), "sample_weight", x.shape, axes)
     if later and kept is None and weights.size == x.size and weights.dtype.kind == "f":
         return Weights(weights, omits, 1.0, False, False)
-    weights, scale = (weights, 1.0) if seen else _checked(weights)
+    weights, scale = (weights, 1.0) if seen else _checked(weights, x.shape, axes)
     if kept is not None:
         weights = np.where(kept, weights, weights.dtype.type(0))
     return Weights(np.broadcast_to(weights, x.shape), omits, scale, False)
@@ -147,8 +147,11 @@ def _weights(value: Any) -> Array:
     return np.require(array, np.float32 if exact else np.float64, "A")
 
 
-def _checked(array: Array) -> tuple[Array, float]:
-    """Return weights that are finite and not negative, scaled, and the power of two they were divided by; or raise."""
+def _checked(array: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[Array, float]:
+    """Return weights that are finite and not negative, scaled, and the power of two they were divided by; or raise.
+
+    They are for data of that shape and channel axes, and are 1 long where they say nothing.
+    """
     if not array.size or array.dtype.kind != "f":
         return array, 1.0
     low, high = _range(array)
@@ -157,7 +160,13 @@ def _checked(array: Array) -> tuple[Array, float]:
     if high == 0 or _SMALL <= high <= _LARGE:
         return array, 1.0
     exponent = math.frexp(high)[1] - 1
-    return np.ldexp(array.astype(np.float64), -exponent), math.ldexp(1.0, exponent)
+    scaled, scale = np.ldexp(array.astype(np.float64), -exponent), math.ldexp(1.0, exponent)
+    others = [a for a in range(len(shape)) if a not in axes]
+    if math.isinf(high * math.prod(shape[a] for a in others)):
+        each = math.prod(shape[a] // array.shape[a] for a in others)
+        if math.isinf(float(scaled.sum(axis=tuple(others)).max()) * each * scale):
+            raise ValueError(must("sample_weight", "have a finite sum", f"weights of up to {high}"))
+    return scaled, scale
 
 
 def _range(array: Array) -> tuple[float, float]:
