@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .cases import EPSILON, LAYOUTS, MOMENTUM, Case
 from .operations import LIBRARIES, OPERATIONS, prepare
@@ -62,6 +64,24 @@ class PeakMemory:
         self.result = self.call()
 
 
+def resident(kind: str) -> float:
+    """Read the process's resident size (VmRSS) or its peak (VmHWM) in MB."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+def extra_memory(call: Callable[[], Any]) -> tuple[Any, float]:
+    """Return the result of a call, and the MB that the process had at its peak beside those it had before."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        raise NotImplementedError("the peak cannot be reset here") from None
+    before = resident("VmRSS")
+    result = call()
+    return result, max(0.0, resident("VmHWM") - before)
+
+
 class ExtraMemory:
     """What one call holds at its peak beside its arguments: temporary arrays, and results it has no output for."""
 
@@ -72,20 +92,25 @@ class ExtraMemory:
         self.case = Case("conv2", layout, "float32")
         self.call = prepare(operation, library, self.case)
 
-    @staticmethod
-    def resident(kind: str) -> float:
-        """Read the process's resident size (VmRSS) or its peak (VmHWM) in MB."""
-        found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found
-        return int(found[1]) / 1024
-
     def track_extra_memory(self, library: str, operation: str, layout: str) -> float:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        except OSError:
-            raise NotImplementedError("the peak cannot be reset here") from None
-        before = self.resident("VmRSS")
-        self.result = self.call()
-        return max(0.0, self.resident("VmHWM") - before)
+        self.result, megabytes = extra_memory(self.call)
+        return megabytes
+
+    track_extra_memory.unit = "MB"  # type: ignore[attr-defined]
+
+
+class ActivationMemory:
+    """The same of gradients of float16, 13 MB an array: behind silu what comes through is kept in float32."""
+
+    params = (["relu", "silu"], LAYOUTS)
+    param_names = ("activation", "layout")
+
+    def setup(self, activation: str, layout: str) -> None:
+        self.case = Case("conv2", layout, "float16")
+        self.call = prepare("backward", "fastbn", self.case, activation=activation)
+
+    def track_extra_memory(self, activation: str, layout: str) -> float:
+        self.result, megabytes = extra_memory(self.call)
+        return megabytes
 
     track_extra_memory.unit = "MB"  # type: ignore[attr-defined]

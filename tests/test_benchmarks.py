@@ -50,7 +50,7 @@ SUITE = [
 ]
 
 
-TESTED_APART = (overhead.ImportTime, overhead.LayerOverhead)
+TESTED_APART = (overhead.ImportTime, overhead.LayerOverhead, overhead.ActivationMemory)
 INSTANCES = [
     pytest.param(suite, name, params, id="-".join((suite.__name__, name, *params)))
     for suite, name in SUITE
@@ -155,6 +155,18 @@ def test_layouts_are_what_they_are_called():
         assert planar.x.shape[planar.axis] == interleaved.x.shape[interleaved.axis] == planar.gamma.size
         assert interleaved.x.strides[interleaved.axis] == interleaved.x.itemsize
         assert planar.x.strides[planar.axis] > planar.x.itemsize
+
+
+@pytest.mark.parametrize(("activation", "layout"), list(itertools.product(*overhead.ActivationMemory.params)))
+def test_activation_memory(activation, layout):
+    bench = overhead.ActivationMemory()
+    bench.setup(activation, layout)
+    assert bench.track_extra_memory(activation, layout) >= 0
+    c, options = bench.case, {"epsilon": cases.EPSILON, "activation": activation}
+    _, cache = fastbn.batch_norm_forward(c.x, gamma=c.gamma, beta=c.beta, axis=c.axis, training=True, **options)
+    for got, wanted in zip(bench.result, fastbn.batch_norm_backward(c.dy, cache), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+        assert got.dtype == wanted.dtype
 
 
 def test_layer_overhead():
