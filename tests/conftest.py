@@ -36,6 +36,14 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(SEED)
 
 
+@pytest.fixture
+def torch_seed() -> None:
+    """The same for PyTorch, whose generator everything draws from."""
+    import torch
+
+    torch.manual_seed(SEED)
+
+
 @pytest.fixture(params=(1, 2, 3), ids=lambda n: f"{n}-threads")
 def thread_count(request: pytest.FixtureRequest):
     """Runs the test once for each number of threads, whatever the machine has."""
