@@ -182,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     folders = [str(Path(f).resolve()) if f else "" for f in (args.new, args.old)]
     found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for pair in range(args.pairs):
-        # Who comes first gets other pages: with 13 to 26 MB that was up to a quarter between two copies of one build.
+        # Who comes first gets what was given back last. With 13 to 26 MB other pages alone were up to a quarter between
+        # two copies of one build, so each gets either in turn.
         first, second = (Build(folder, args.threads) for folder in folders[:: -1 if pair % 2 else 1])
         new, old = (second, first) if pair % 2 else (first, second)
         if pair == 0:
@@ -196,8 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
                     wanted = {"do": "prepare", "entry": name} | about
                     if first.ask(wanted) and second.ask(wanted):
                         rows.append(compare(new, old, args.seconds / args.pairs))
-        new.close()
-        old.close()
+        second.close()
+        first.close()
     print("| operation | case | layout | new, us | new / old | 95 % interval | |")
     print("|---|---|---|---:|---:|---|---|")
     slower = 0
