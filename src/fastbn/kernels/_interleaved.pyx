@@ -100,9 +100,8 @@ cdef void scale(const Form* form, const Strips* x, bint large, Py_ssize_t ahead,
         scale_present(form, x, large, ahead, table, stride, stream)
 
 
-cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, int kind_u, const View* v, Py_ssize_t row,
-                       Py_ssize_t rows, Py_ssize_t column, Py_ssize_t columns, const floating* gates,
-                       floating* buffer) noexcept nogil:
+cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const View* v, Py_ssize_t row, Py_ssize_t rows,
+                Py_ssize_t column, Py_ssize_t columns, const floating* gates, floating* buffer) noexcept nogil:
     """dy, a view, times the derivative of the activation, in the buffer, or where it is kept as it is.
 
     v is a view of x. There is room behind the result for what the derivative is told from.
@@ -112,7 +111,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, int ki
     cdef bint rounds = job.kept.data != NULL and job.kept.data != job.exact.data, dense_w
     cdef bint direct = (job.exact.data != NULL and not rounds and inside and is_native(&job.exact)
                         and dense(job, k, &job.exact))
-    g.data, g.stride = <char*> buffer, whole(columns)
+    g = View(<char*> buffer, whole(columns), native(gates))
     w = u[0]
     if direct:
         g = view(job, k, &job.exact, True, row, rows, column, columns, buffer)
@@ -122,7 +121,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, int ki
                  buffer + STAGED)
         if job.by_output:
             source = &w
-    cdef Strips x = strips(u, source, &w, &g, kind_u, native(gates), rows, whole(columns))
+    cdef Strips x = strips(u, source, &w, &g, rows, whole(columns))
     scale(&job.gate, &x, False, 0, gates + column, k.padded, False)
     if job.exact.data != NULL and not direct:
         carry_rows(job, k, &job.exact, row, rows, column, columns, <floating*> g.data, True)

@@ -98,7 +98,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             v = view(job, k, &job.v, True, t.row, t.rows, 0, k.columns, ub)
         if job.form.third:
             w = view(job, k, &job.w, True, t.row, t.rows, 0, k.columns, ub)
-        x = strips(&u, &v, &w, &y, kind_u, kind, t.rows, k.columns)
+        x = strips(&u, &v, &w, &y, t.rows, k.columns)
         apply_stretch(&job.form, &x, t.column, t.column + t.columns, large, FETCHED if t.columns < k.columns else 0, table,
                       k.padded, job.streams)
         if job.streams:
@@ -123,20 +123,19 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 if direct:
                     y = view(job, k, &job.y, True, t.row + r, rows, t.column + j, n, ub)
                 else:
-                    y.data, y.stride = <char*> ub, whole(n)  # over a staged u
+                    y = View(<char*> ub, whole(n), kind if inside else native(table))  # over a staged u
                     if gathers and direct_u:
                         y.data += away(y.data, u.data, job.y.data + (t.row + r) * n * job.y.size)
                 v = w = u
                 if reads_v:
                     v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
                 if job.gated:
-                    u = gated(job, k, inside, &u, kind_u if direct_u and inside else native(table), &v, t.row + r, rows, t.column + j, n, gates, gb)
+                    u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
                 if job.form.third and weighted:
                     w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 elif job.form.third:
                     w = view(job, k, &job.w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-                x = strips(&u, &v, &w, &y, kind_u if inside and not job.gated else native(table), kind if inside else native(table),
-                           rows, whole(n))
+                x = strips(&u, &v, &w, &y, rows, whole(n))
                 scale(&job.form, &x, large, FETCHED if n < stride else 0,
                       table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:

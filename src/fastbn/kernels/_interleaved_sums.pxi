@@ -82,7 +82,7 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             if job.reads_pair:
                 v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if job.gated:
-                u = gated(job, k, inside, &u, kind_u if direct_u and inside else native(gates), &v, t.row + r, rows, t.column + j, n, gates, gb)
+                u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
                      job.reads_pair and job.omits, k.second_level, step == 0, first + j, second + j, gates)
             j += n

@@ -73,6 +73,7 @@ cdef struct View:
     # Some rows of a piece of columns, in place or staged; the stride is in values.
     char* data
     Py_ssize_t stride
+    int kind  # of the values, but of weights
 
 
 cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint direct, Py_ssize_t row, Py_ssize_t rows,
@@ -82,10 +83,10 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     cdef Py_ssize_t stride = k.positions * operand.outer, m = whole(columns), r, j
     if direct:
         w.data = operand.data + row * stride + column * operand.size
-        w.stride = stride // operand.size
+        w.stride, w.kind = stride // operand.size, operand.kind
         return w
     w.data = <char*> buffer
-    w.stride = m
+    w.stride, w.kind = m, native(buffer)
     carry_rows(job, k, operand, row, rows, column, columns, buffer, False)
     for j in range(columns, m):
         for r in range(rows):
@@ -93,9 +94,9 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
     return w
 
 
-cdef inline Strips strips(const View* u, const View* v, const View* w, const View* y, int kind_u, int kind,
-                          Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
-    """Rows of views, of u of one kind and of all others of another."""
-    cdef Py_ssize_t size = size_of(kind)
-    return Strips(u.data, v.data, w.data, y.data, u.stride * size_of(kind_u), v.stride * size, w.stride * size, y.stride * size,
-                  rows, columns, kind_u, kind)
+cdef inline Strips strips(const View* u, const View* v, const View* w, const View* y, Py_ssize_t rows,
+                          Py_ssize_t columns) noexcept nogil:
+    """Rows of views, of which v and w are of y's kind."""
+    cdef Py_ssize_t size = size_of(y.kind)
+    return Strips(u.data, v.data, w.data, y.data, u.stride * size_of(u.kind), v.stride * size, w.stride * size, y.stride * size,
+                  rows, columns, u.kind, y.kind)

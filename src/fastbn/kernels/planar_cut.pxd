@@ -69,8 +69,8 @@ cdef inline bint ready(const Operand* operand, Py_ssize_t n, int kind) noexcept 
 
 cdef inline bint all_ready(const Job* job, Py_ssize_t n, int kind) noexcept nogil:
     """Whether no run that *apply* is about needs staging."""
-    return (ready(&job.u, n, kind_beside(&job.form, &job.u, kind)) and ready(&job.y, n, kind) and (not job.writes_pair or ready(&job.v, n, kind))
-            and (not job.form.third or ready(&job.w, n, kind)))
+    return (ready(&job.u, n, kind_beside(&job.form, &job.u, kind)) and ready(&job.y, n, kind)
+            and (not job.writes_pair or ready(&job.v, n, kind)) and (not job.form.third or ready(&job.w, n, kind)))
 
 
 cdef inline bint weights_ready(const Job* job, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
