@@ -288,41 +288,29 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch, capsys):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_signal_does_not_end_the_cleaning_up(monkeypatch):
-    cleaned = []
+@pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_second_signal_does_not_end_the_cleaning_up(name, code, monkeypatch, capsys):
+    number, cleaned = getattr(signal, name), []
 
     def interrupted(_):
         try:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(number)
         finally:
-            signal.raise_signal(signal.SIGHUP)
-            signal.raise_signal(signal.SIGTERM)
+            for another in (number, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(another)
             cleaned.append(True)
 
     monkeypatch.setattr(cli, "_info", interrupted)
-    before = signal.getsignal(signal.SIGHUP)
-    with pytest.raises(SystemExit) as caught:
-        main(["info"])
-    assert caught.value.code == 129
+    before = signal.getsignal(number)
+    if name == "SIGINT":  # which is told
+        assert main(["info"]) == code
+        assert capsys.readouterr().err == "fastbn: error: interrupted\n"
+    else:
+        with pytest.raises(SystemExit) as caught:
+            main(["info"])
+        assert caught.value.code == code
     assert cleaned
-    assert signal.getsignal(signal.SIGHUP) == before
-
-
-def test_a_second_ctrl_c_does_not_end_the_cleaning_up(monkeypatch, capsys):
-    cleaned = []
-
-    def interrupted(_):
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            signal.raise_signal(signal.SIGINT)
-            cleaned.append(True)
-
-    monkeypatch.setattr(cli, "_info", interrupted)
-    assert main(["info"]) == 130
-    assert capsys.readouterr().err == "fastbn: error: interrupted\n"
-    assert cleaned
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) == before
 
 
 def test_a_reader_that_leaves_early():

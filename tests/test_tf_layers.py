@@ -227,9 +227,9 @@ def test_an_unknown_layer(x):
 WRONG = [
     ({"axis": 5}, ValueError, "axis must be in -2 to 1 .*, got 5"),
     ({"axis": [1, 1]}, ValueError, r"axis must name each axis once, got \(1, 1\)"),
-    ({"axis": 1.0}, TypeError, "axis must be an int or a list of ints, got 1.0"),
-    ({"axis": [0.5]}, TypeError, "axis must be an int or a list of ints, got 0.5"),
-    ({"axis": True}, TypeError, "axis must be an int or a list of ints, got True"),
+    ({"axis": 1.0}, TypeError, "axis must be an int or a tuple of ints, got 1.0"),
+    ({"axis": [0.5]}, TypeError, r"axis must be an int or a tuple of ints, got \[0.5\]"),
+    ({"axis": True}, TypeError, "axis must be an int or a tuple of ints, got True"),
     ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
     ({"momentum": None}, TypeError, "momentum must be a real number, got None"),
     ({"epsilon": -1.0}, ValueError, "epsilon must be finite and at least 0, got -1.0"),

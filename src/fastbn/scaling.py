@@ -57,10 +57,7 @@ class Scaling(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: i
             If with_mean or with_std is True, and `mean_` or `scale_` is None or has another number of features.
         """
         copy = self.copy if copy is None else copy
-        table: Any = X
-        if not self._fits(X, writes=not copy):
-            check_is_fitted(self)
-            table = self._validated(X, reset=False, **self._checks(X, copy))
+        table = self._table(X, copy, reset=False)
         features = table.shape[1]
         gamma, beta = self._range(features)
         deviation = self._learned("scale_", "with_std", features)
@@ -93,10 +90,7 @@ class Scaling(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: i
             If a gamma is 0, or as in `transform`.
         """
         copy = self.copy if copy is None else copy
-        table: Any = X
-        if not self._fits(X, writes=not copy):
-            check_is_fitted(self)
-            table = self._validated(X, names=False, **self._checks(X, copy))
+        table = self._table(X, copy, names=False)
         features = getattr(self, "n_features_in_", table.shape[1])
         if table.shape[1] != features:
             raise ValueError(must("X", f"have {features} features", table.shape[1]))
@@ -168,14 +162,19 @@ class Scaling(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: i
         rest: Array = self._running.low * (mean == self._running.mean)
         return rest
 
-    def _checks(self, X: Any, copy: bool) -> dict[str, Any]:
-        """Return what scikit-learn is to check: it copies only what will be overwritten and must not be."""
+    def _table(self, X: Any, copy: bool, **options: Any) -> Any:
+        """Return X as `_validated` does. It copies only what will be overwritten and must not be."""
+        if self._fits(X, writes=not copy):
+            return X
+        check_is_fitted(self)
         is_sparse = sparse.issparse(X)
-        return {
-            "copy": copy and is_sparse,
-            "force_writeable": is_sparse or not copy,
-            "ensure_all_finite": "allow-nan" if is_sparse else False,
-        }
+        return self._validated(
+            X,
+            copy=copy and is_sparse,
+            force_writeable=is_sparse or not copy,
+            ensure_all_finite="allow-nan" if is_sparse else False,
+            **options,
+        )
 
     def _scale_sparse(self, table: Any, scale: Array) -> Any:
         self._refuse_centering(table)

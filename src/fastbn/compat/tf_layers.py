@@ -7,7 +7,6 @@ The parts of TensorFlow around it that its users need are here under their own n
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import checks, modes
+from .. import layout as layouts
 from .. import renorm as renorms
 from ..errors import must
 from . import _graph, _scopes, _warnings
@@ -177,7 +177,7 @@ class BatchNormalization(LayerVariables):
         _scope: str | VariableScope | None = None,
         _reuse: Reuse = None,
     ) -> None:
-        self.axis = _plain_axes(axis)
+        self.axis = layouts.checked_axis(axis, None)
         self.momentum = checks.momentum(momentum)
         self.epsilon = checks.epsilon(epsilon)
         self.center = checks.flag(center, "center")
@@ -377,17 +377,6 @@ def set_renorm_scheme(scheme: str) -> None:
         If it is neither.
     """
     _graph.graph().renorm_scheme = checks.one_of(scheme, "scheme", renorms.SCHEMES)
-
-
-def _plain_axes(axis: Any) -> int | tuple[int, ...]:
-    if isinstance(axis, list | tuple):
-        return tuple(_plain_axes(a) for a in axis)  # type: ignore[misc]
-    try:
-        if isinstance(axis, bool | np.bool_):
-            raise TypeError
-        return operator.index(axis)
-    except TypeError:
-        raise TypeError(must("axis", "be an int or a list of ints", repr(axis))) from None
 
 
 def batch_normalization(
