@@ -51,6 +51,7 @@ ENTRIES = {
     "train-residual-relu": Entry("train", reads=2, options=lambda case: {"residual": case.dy, "activation": "relu"}),
     "backward-relu": Entry("backward", reads=2, options=lambda case: {"activation": "relu"}),
     "inference-silu": Entry("inference", options=lambda case: {"activation": "silu"}),
+    "inference-silu-float16": Entry("inference", dtype="float16", options=lambda case: {"activation": "silu"}),
     "train-silu": Entry("train", options=lambda case: {"activation": "silu"}),
     "backward-silu": Entry("backward", reads=2, options=lambda case: {"activation": "silu"}),
     "inference-float16": Entry("inference", dtype="float16"),
