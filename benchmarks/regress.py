@@ -10,8 +10,10 @@ each of which counts once, and in which either begins in turn. With `--cold MB` 
 so many MB together, so that none finds its own in a cache: as in a training step, where other layers
 come in between. With `--between` x (dy for a gradient) is copied to its place before each call, and
 moments of the result are taken after it: all three are timed. With `--of N` arrays are the first
-channels of arrays that have N of them. What is printed is how long the new build takes, in times of
-what the other takes: the median over pairs, with a 95 % confidence interval. The exit code is 1 where
+channels of arrays that have N of them. With `--past BYTES` all begin so far behind the beginning of a
+cache line: NumPy's large arrays do 16 bytes behind it, small ones anywhere. What is printed is how
+long the new build takes, in times of what the other takes: the median over pairs, with a 95 %
+confidence interval. The exit code is 1 where
 the whole interval of a row lies above the threshold.
 """
 
@@ -41,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Seconds until threads that wait for work have stopped to look for it: libgomp's look 300,000 times. They do not sleep
 # at once (OMP_WAIT_POLICY=passive), as no user's do: waking them took 100 us, and hid what a build does in between.
 ASLEEP = 0.03
+LINE = 64  # bytes
 
 
 class Build:
@@ -96,6 +99,17 @@ def take_channels(case: Case, channels: int) -> None:
         getattr(case, name)[...] = given
 
 
+def behind_lines(case: Case, past: int) -> None:
+    """Let the arrays of a case begin so many bytes behind the beginning of a cache line."""
+    for name in ("x", "dy", "out"):
+        given = getattr(case, name)
+        raw = np.empty(given.nbytes + LINE + past, np.uint8)
+        begin = -raw.ctypes.data % LINE + past
+        array = raw[begin : begin + given.nbytes].view(given.dtype).reshape(given.shape)
+        array[...] = given
+        setattr(case, name, array)
+
+
 def serve(folder: str) -> None:
     """Answer messages on standard input, one JSON line each."""
     builds.use(folder)
@@ -115,6 +129,8 @@ def serve(folder: str) -> None:
                 cases = [case] + [copy.deepcopy(case) for _ in range(copies - 1)]
                 for c in cases if message["of"] else ():
                     take_channels(c, message["of"])
+                for c in cases if message["past"] is not None else ():
+                    behind_lines(c, message["past"])
                 prepared = [prepare(entry.operation, "fastbn", c, **entry.options(c)) for c in cases]
                 if message["between"]:
                     pairs = zip(prepared, cases, strict=True)
@@ -175,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cold", type=float, default=0, metavar="MB", help="of arrays to go round")
     parser.add_argument("--between", action="store_true", help="time what writes x, and reads the result, too")
     parser.add_argument("--of", type=int, default=0, metavar="CHANNELS", help="arrays are the first of so many")
+    parser.add_argument("--past", type=int, metavar="BYTES", help="from the beginning of a cache line to arrays")
     parser.add_argument("--mean", type=float, default=1, help="of x, whose deviation is 1")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(arguments)
@@ -194,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
                     rows = found.setdefault((name, case, layout), [])
                     about = {"shape": shape, "layout": layout}
                     about |= {"cold": args.cold, "between": args.between, "of": args.of, "mean": args.mean}
+                    about |= {"past": args.past}
                     wanted = {"do": "prepare", "entry": name} | about
                     if first.ask(wanted) and second.ask(wanted):
                         rows.append(compare(new, old, args.seconds / args.pairs))

@@ -437,6 +437,7 @@ def test_regress_compares_two_builds(tmp_path, capfd):
         ),
         (("--between", "--ops", "train,backward,moments"), ("| backward | tiny | interleaved |",)),
         (("--of", "20"), ("| train | tiny | interleaved |",)),
+        (("--past", "16"), ("| train | tiny | interleaved |",)),
     ],
     ids=lambda value: value[0],
 )
@@ -456,6 +457,16 @@ def test_channels_of_wider_arrays(layout):
     assert np.array_equal(case.out, plain.out)
     assert case.x.base.size == 4 * 7 * 5 * 2
     assert np.count_nonzero(case.out.base) == plain.out.size
+
+
+@pytest.mark.parametrize("past", [0, 16, 60])
+def test_arrays_behind_the_beginning_of_a_line(past):
+    plain, case = (cases.Case((4, 3), "interleaved", "float32") for _ in range(2))
+    regress.behind_lines(case, past)
+    assert {getattr(case, name).ctypes.data % regress.LINE for name in ("x", "dy", "out")} == {past}
+    assert np.array_equal(case.x, plain.x)
+    assert np.array_equal(case.dy, plain.dy)
+    assert operations.prepare("train", "fastbn", case)()[0] is case.out
 
 
 @pytest.mark.parametrize(("operation", "given"), [("train", "x"), ("backward", "dy")])

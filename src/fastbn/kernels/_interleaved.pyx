@@ -25,8 +25,8 @@ from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
 from .interleaved_cut cimport (
-    APIECE, CHUNK, FETCHED, PIECE, SHARE, SHIFTED, STAGED, STEP, STRETCHES, Cut, Grid, Tile, cut, cut_group, table_length, tile_of,
-    whole,
+    APIECE, CHUNK, FETCHED, PIECE, SHARE, SHIFTED, STAGED, STEP, STRETCHES, Cut, Grid, Tile, begin_of, cut, cut_group,
+    largest_group, table_length, tile_of, whole,
 )
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
@@ -34,9 +34,9 @@ from .job cimport (
 )
 from .kinds cimport DOUBLE, size_of
 from .lanes cimport (
-    BENT, CLIPPED, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form, Strips, apply_rows, is_weighted, moved,
+    BENT, CLIPPED, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, WIDE, Form, Strips, apply_rows, is_weighted, moved,
 )
-from .lines cimport GATHERED, aligned, away, end_line, fence, fetch_lines, line, stream_lines
+from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
 from .packs cimport LANES
@@ -298,17 +298,16 @@ cdef inline void take_numbers(Job* job, const Cut* k, const Room* room, double* 
         job.total = parts + 2 * k.sums.blocks * k.columns if room.numbers == 0 else numbers + 2 * step
 
 
-cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, const Room* room, double* parts, floating* table,
-                   floating* gated) noexcept nogil:
-    """All steps of a group of channels, or of those that are left."""
-    cdef Py_ssize_t c1 = min(c0 + g.group, job.channels)
+cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, Py_ssize_t c1, const Room* room, double* parts,
+                   floating* table, floating* gated) noexcept nogil:
+    """All steps of a group of channels."""
     cdef Job own = channels_of(job, c0, c1)
-    cdef Cut last
+    cdef Cut other
     own.threads = 1
     own.interruptible = False
-    if c1 - c0 < g.group:
-        last = cut_group(&own, g, c1 - c0)
-        g = &last
+    if c1 - c0 != g.group:
+        other = cut_group(&own, g, c1 - c0)
+        g = &other
     take_numbers(&own, g, room, parts)
     if gated != NULL:
         own.exact = in_room(&own, gated, own.channels)
@@ -323,12 +322,12 @@ cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts
     cdef int threads = job.threads
     if threads == 1:
         for i in range(groups):
-            do_group(job, k, i * k.group, room, parts, table, gated)
+            do_group(job, k, begin_of(job, k, i), begin_of(job, k, i + 1), room, parts, table, gated)
         return DONE
     for share in prange(threads, schedule="static", num_threads=threads):
         for i in range(groups * share // threads, groups * (share + 1) // threads):
-            do_group(job, k, i * k.group, room, parts + share * numbers, table + share * tables,
-                     gated + share * room.gated)
+            do_group(job, k, begin_of(job, k, i), begin_of(job, k, i + 1), room, parts + share * numbers,
+                     table + share * tables, gated + share * room.gated)
     return DONE
 
 
@@ -345,9 +344,11 @@ cdef int do_job(const Job* given, floating* typed) noexcept nogil:
         k = cut(&own)
     if k.group < job.channels:
         shares = job.threads
+        own = channels_of(&job, 0, largest_group(&job, &k))
+        g = cut_group(&own, &k, own.channels)
+        room = room_of(&own, &g, True, sizeof(floating))
         own = channels_of(&job, 0, k.group)
         g = cut_group(&own, &k, k.group)
-        room = room_of(&own, &g, True, sizeof(floating))
     else:
         room = room_of(&job, &k, False, sizeof(floating))
     parts_size = ((room.parts + room.numbers) * shares + LANES) * sizeof(double)

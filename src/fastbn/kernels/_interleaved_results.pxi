@@ -10,10 +10,25 @@ cdef inline bint lies_well(const Job* job, const Cut* k) noexcept nogil:
     return (<size_t> job.y.data % (LANES * job.y.size) == 0 and k.positions * job.y.outer % (LANES * job.y.size) == 0)
 
 
+cdef inline Py_ssize_t in_line(const Operand* operand) noexcept nogil:
+    """Bytes from the beginning of a line to an operand."""
+    return <Py_ssize_t> (<size_t> operand.data % LINE)
+
+
+cdef inline bint waits(const Job* job, const Cut* k) noexcept nogil:
+    """Whether it is a gradient to whose lines it is worth to shift packs, though nothing is stored past the caches.
+
+    Loads wait for stores in two lines where rows are taken together, TALL ones; of fewer columns it is worth it where loads are
+    shifted to lines as well. Of 16 bits it is no use.
+    """
+    return job.writes_pair and job.y.size >= 4 and (k.columns >= WIDE or (in_line(&job.u) == in_line(&job.y) and in_line(&job.v) == in_line(&job.y)))
+
+
 cdef bint is_shifted(const Job* job, const Cut* k) noexcept nogil:
-    """Whether all rows are one stretch of memory, not in place, and y is large and lies otherwise: see `apply_stretch`."""
+    """Whether all rows are one stretch of memory, not in place, and y is large, or waits, and lies otherwise: see
+    `apply_stretch`."""
     cdef int kind = kind_of_results(job)
-    return ((job.streams or k.rows * k.columns * job.y.size >= SHIFTED) and k.columns % LANES == 0
+    return ((job.streams or waits(job, k) or k.rows * k.columns * job.y.size >= SHIFTED) and k.columns % LANES == 0
             and not lies_well(job, k) and not is_in_place(job) and not job.gated and not is_weighted(job.form.bend)
             and <size_t> job.y.data % job.y.size == 0
             and is_stretch(job, k, &job.u, kind_beside(&job.form, &job.u, kind)) and is_stretch(job, k, &job.y, kind)
@@ -50,6 +65,18 @@ cdef void apply_stretch(const Form* form, const Strips* x, Py_ssize_t c0, Py_ssi
     apply_part(form, x, 1, LANES, last, columns - LANES, False, 0, table + columns - LANES, stride, False)
 
 
+cdef inline Py_ssize_t to_line(const Job* job, const Cut* k, const Tile* t) noexcept nogil:
+    """Columns of a tile before a line of y begins in every row, of gradients that stay in the caches and wait; else 0.
+
+    Two packs more in a row cost less than that. The first and the last overlap others, which in place would be computed twice.
+    """
+    cdef Py_ssize_t past = (in_line(&job.y) + t.column * job.y.size) % LINE
+    if (job.streams or k.large or not waits(job, k) or t.columns < 2 * LANES or is_in_place(job)
+            or k.positions * job.y.outer % LINE or past % job.y.size):
+        return 0
+    return (LINE - past) // job.y.size % LANES
+
+
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,
                       const floating* gates) noexcept nogil:
     cdef Tile t = tile_of(k, &k.results, task)
@@ -78,6 +105,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     if job.form.third and not weighted and not in_stretches(job, k, &job.w):
         most = PIECE
     cdef Py_ssize_t j, r, rows, n, step, high = k.results.step, start = 0, stop = t.columns
+    cdef Py_ssize_t shift = to_line(job, k, &t) if direct_u and direct_y and not job.gated and (direct_v or not reads_v) else 0
     cdef bint streams = job.streams and lies_well(job, k)
     # Rows that lie otherwise, where something is staged, are put together in a tile, if they are one stretch of memory.
     cdef bint gathers = (job.streams and not streams and most == CHUNK and k.columns <= GATHERED // 4 and t.columns == k.columns
@@ -85,7 +113,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
                           and (direct_w or not job.form.third))
     cdef bint inside, direct, large = k.large and job.y.kind == kind
-    cdef bint overlaps = False  # the last lanes, those before
+    cdef bint overlaps = False  # the last lanes those before, or the first those that follow
     cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
     cdef Strips x
@@ -110,6 +138,9 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     if unstaged and not gathers:
         high = t.rows  # nothing is staged but columns that are left over, after all others
         stop = width
+    if shift:  # the first lanes, then all from there
+        overlaps = True
+        stop = LANES
     while start < t.columns:
         for step in range((t.rows + high - 1) // high):
             r = step * high
@@ -143,13 +174,17 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 elif not direct:
                     carry_rows(job, k, &job.y, t.row + r, rows, t.column + j, n, ub, True)
                 j += n
+        if shift:
+            overlaps = False
+            start, stop, shift = shift, shift + (t.columns - shift) // LANES * LANES, 0
+            width = stop
+            continue
         start, stop = stop, t.columns
         if start < stop:  # columns are left over
             high = STEP
-            if (width > 0 and job.y.data != job.u.data and (not reads_v or job.y.data != job.v.data)
-                    and job.y.data != job.w.data):
+            if width > 0 and not is_in_place(job):
                 overlaps = True
-                start, high = stop - LANES, t.rows
+                start, high = stop - LANES, t.rows if unstaged else STEP
     end_line(&left)
     if streams or gathers:
         fence()
