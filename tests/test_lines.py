@@ -72,6 +72,23 @@ def test_results_at_any_place_of_a_line(shape, form, dtype):
                 assert (raw == GUARD).all()
 
 
+@pytest.mark.parametrize("form", ["plain", "per sample", "per value"])
+@pytest.mark.parametrize("shape", [(13_000, 256), (6_500, 512), (6_400, 520)], ids=str)
+def test_results_beyond_the_caches_at_any_place_of_a_line(shape, form):
+    """Those are stored past them, by whole lines."""
+    x, dy, gamma, beta = inputs(shape, np.float32)
+    x, options = options_of(form, x)
+    _, cache = fastbn.batch_norm_forward(x, gamma=gamma, beta=beta, training=True, **options)
+    expected = dy.copy()
+    fastbn.batch_norm_backward(expected, cache, out=expected)
+    for place in (0, 4, 15):
+        raw, dx = at(place, dy)
+        fastbn.batch_norm_backward(dy, cache, out=dx)
+        ref.assert_same_bits(dx, expected, f"dx at {place}")
+        dx[...] = GUARD
+        assert (raw == GUARD).all()
+
+
 @pytest.mark.parametrize("form", ["plain", "per sample"])
 @pytest.mark.parametrize("place", [0, 4, 15])
 def test_in_place_at_any_place_of_a_line(form, place):

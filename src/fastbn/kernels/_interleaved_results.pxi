@@ -107,9 +107,11 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef Py_ssize_t j, r, rows, n, step, high = k.results.step, start = 0, stop = t.columns
     cdef Py_ssize_t shift = to_line(job, k, &t) if direct_u and direct_y and not job.gated and (direct_v or not reads_v) else 0
     cdef bint streams = job.streams and lies_well(job, k)
-    # Rows that lie otherwise, where something is staged, are put together in a tile, if they are one stretch of memory.
-    cdef bint gathers = (job.streams and not streams and most == CHUNK and k.columns <= GATHERED // 4 and t.columns == k.columns
-                         and k.columns % LANES == 0 and not is_in_place(job) and is_stretch(job, k, &job.y, kind))
+    # Rows that lie otherwise, where something is staged, are put together in a tile, if they are one stretch of memory. Longer
+    # ones only with weights: others, which are shifted to lines if they can be, gain nothing.
+    cdef bint gathers = (job.streams and not streams and most == CHUNK and t.columns == k.columns
+                         and k.columns <= (GATHERED if weighted else GATHERED // 4) and k.columns % LANES == 0
+                         and not is_in_place(job) and is_stretch(job, k, &job.y, kind))
     cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
                           and (direct_w or not job.form.third))
     cdef bint inside, direct, large = k.large and job.y.kind == kind
