@@ -243,7 +243,8 @@ cdef int do_steps(const Job* job, const Cut* k, double* parts, floating* tables)
         tabulate(&gate, k, 0, job.channels, gates)
         behind = behind_gate(job)
         rest = &behind
-    if job.applies and is_shifted(rest, k):  # packs of coefficients shall begin with lines where those of y do
+    # Packs of coefficients shall begin with lines where those of y do.
+    if job.applies and (is_shifted(rest, k) or is_late(rest, k)):
         table += <Py_ssize_t> (<size_t> job.y.data % (LANES * job.y.size)) // job.y.size
     if job.reduces:
         status = do_blocks(job, k, parts, table, gates)

@@ -65,16 +65,20 @@ cdef void apply_stretch(const Form* form, const Strips* x, Py_ssize_t c0, Py_ssi
     apply_part(form, x, 1, LANES, last, columns - LANES, False, 0, table + columns - LANES, stride, False)
 
 
-cdef inline Py_ssize_t to_line(const Job* job, const Cut* k, const Tile* t) noexcept nogil:
-    """Columns of a tile before a line of y begins in every row, of gradients that stay in the caches and wait; else 0.
+cdef bint is_late(const Job* job, const Cut* k) noexcept nogil:
+    """Whether packs of a gradient that stays in the caches and waits, not in place, begin where a line of y does in every row.
 
-    Two packs more in a row cost less than that. The first and the last overlap others, which in place would be computed twice.
+    Two packs more in a row, before and behind them, cost less than that.
     """
-    cdef Py_ssize_t past = (in_line(&job.y) + t.column * job.y.size) % LINE
-    if (job.streams or k.large or not waits(job, k) or t.columns < 2 * LANES or is_in_place(job)
-            or k.positions * job.y.outer % LINE or past % job.y.size):
+    return (not job.streams and not k.large and waits(job, k) and not is_in_place(job) and k.positions * job.y.outer % LINE == 0
+            and <size_t> job.y.data % job.y.size == 0)
+
+
+cdef inline Py_ssize_t to_line(const Job* job, const Cut* k, const Tile* t) noexcept nogil:
+    """Columns of a tile before the first of such packs, or 0. The first pack and the last overlap others."""
+    if t.columns < 2 * LANES or not is_late(job, k):
         return 0
-    return (LINE - past) // job.y.size % LANES
+    return (LINE - (in_line(&job.y) + t.column * job.y.size) % LINE) // job.y.size % LANES
 
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,

@@ -75,12 +75,17 @@ cdef inline void walk_on(const Weights* w, Walk* walk) noexcept nogil:
         walk.at += w.major - w.repeat * w.minor
 
 
+cdef inline mark one_of(const Weights* w, mark x) noexcept nogil:
+    """A weight of one byte. Of a mask every byte but 0 is 1, as in NumPy: what was viewed as bool may hold others."""
+    return x != 0 if w.marks else x
+
+
 cdef inline double weight_at(const Weights* w, const char* x) noexcept nogil:
     if w.kind == DOUBLE:
         return (<const double*> x)[0]
     if w.kind == FLOAT:
         return (<const float*> x)[0]
-    return (<const mark*> x)[0]
+    return one_of(w, (<const mark*> x)[0])
 
 
 cdef inline void take_weights(const Weights* w, const char* x, Py_ssize_t sx, Py_ssize_t n, weight* y) noexcept nogil:
@@ -107,10 +112,10 @@ cdef inline void take_weights(const Weights* w, const char* x, Py_ssize_t sx, Py
                 y[i] = <weight> (<const float*> (x + i * sx))[0]
     elif sx == 1:
         for i in range(n):
-            y[i] = (<const mark*> x)[i]
+            y[i] = one_of(w, (<const mark*> x)[i])
     else:
         for i in range(n):
-            y[i] = (<const mark*> x)[i * sx]
+            y[i] = one_of(w, (<const mark*> x)[i * sx])
 
 
 # -- what is staged: plain loops, which compilers vectorize; nothing in them is rounded -------------------------------
