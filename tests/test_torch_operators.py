@@ -239,6 +239,18 @@ def test_recorded_by_make_fx_and_fake_tensors():
     assert y.stride() == last.stride()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("training", (False, True))
+def test_recorded_before_dispatch(training, dtype):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = ft.BatchNorm2d(3).to(dtype).train(training)
+    graph = make_fx(model, pre_dispatch=True)(torch.randn(4, 3, 8, 8, dtype=dtype))
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    torch.testing.assert_close(graph(x), model(x))
+    assert f"fastbn.batch_norm_{'train' if training else 'eval'}" in graph.code
+
+
 @pytest.mark.parametrize("training", (False, True))
 def test_recorded_by_jit_trace(training):
     model = ft.BatchNormReLU2d(3).train(training)

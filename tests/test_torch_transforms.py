@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -33,6 +36,42 @@ def test_transforms_of_torch_func():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         assert torch.autograd.forward_ad.unpack_dual(bn(dual)).tangent is not None
+
+
+COMPILED = """
+import sys, torch, fastbn.torch
+torch.manual_seed(0)
+x, tangent = torch.randn(5, 3), torch.randn(5, 3)
+bn = {"ours": fastbn.torch, "theirs": torch.nn}[sys.argv[1]].BatchNorm1d(3, track_running_stats=False)
+for name, transformed in {
+    "grad": torch.func.grad(lambda x: bn(x).pow(3).sum()),
+    "jacrev": torch.func.jacrev(lambda x: bn(x)),
+    "vmap": lambda x: torch.vmap(lambda z: bn(z))(torch.stack((x, x))),
+    "jvp": lambda x: torch.func.jvp(bn, (x,), (tangent,))[1],
+}.items():
+    expected = transformed(x)
+    try:
+        result = torch.compile(transformed, backend="aot_eager", fullgraph=True)(x)
+        print(name, torch.allclose(result, expected, atol=1e-5))
+    except RuntimeError as error:
+        print(name, type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_transforms():
+    """Gradients failed, and tangents were 0. PyTorch 2.13 compiles jvp for none.
+
+    Models that PyTorch compiles after transforms lose their gradients, its own too: hence processes.
+    """
+    command = [sys.executable, "-c", COMPILED]
+    told = {
+        who: subprocess.run([*command, who], capture_output=True, text=True, timeout=300, check=False).stdout
+        for who in ("ours", "theirs")
+    }
+    assert told["ours"] == told["theirs"]
+    assert told["ours"].splitlines()[:3] == ["grad True", "jacrev True", "vmap True"]
+    assert len(told["ours"].splitlines()) == 4
 
 
 @pytest.mark.parametrize("way", ("functional", "legacy", "escaped"))

@@ -209,3 +209,14 @@ def test_attributes_of_other_kinds():
         module.num_batches_tracked = torch.tensor(4)
         module(x)
     assert plain.num_batches_tracked == fast.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("training", (1, 0, np.True_, np.False_), ids=repr)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_training_flag_that_is_no_bool(training, dtype):
+    x = batch((4, 3, 5, 6), dtype)[:, :, ::2]  # of strides that take the full way
+    plain, fast = nn.BatchNorm2d(3).to(dtype), ft.BatchNorm2d(3).to(dtype)
+    plain.training = fast.training = training
+    close(fast(x), plain(x))
+    close(fast.running_mean, plain.running_mean)
+    assert fast.num_batches_tracked == plain.num_batches_tracked == int(training)

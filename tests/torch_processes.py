@@ -106,6 +106,20 @@ def check_errors():
             ft.SyncBatchNorm(3, **options)(torch.zeros(2, 3))
 
 
+def check_statistics_that_are_not_tracked():
+    """Evaluation without statistics is of a rank's own batch, and training without tracking leaves them alone."""
+    x = torch.arange(12.0).reshape(4, 3) * (RANK + 1)
+    if RANK == 0:  # alone: nobody has to make the same call
+        alone = ft.SyncBatchNorm(3, track_running_stats=False).eval()
+        torch.testing.assert_close(alone(x), F.batch_norm(x, None, None, training=True))
+    sync = ft.SyncBatchNorm(3)
+    y = sync(x)
+    before = copy.deepcopy(sync.state_dict())
+    sync.track_running_stats = False
+    assert torch.equal(sync(x), y)
+    assert all(map(torch.equal, sync.state_dict().values(), before.values()))
+
+
 def check_views_that_negate():
     x, dy = (torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(i)) for i in range(2))
     results = []
@@ -178,6 +192,7 @@ def main() -> None:
     check_sync(uneven, torch.bfloat16, last=False)
     check_exact()
     check_errors()
+    check_statistics_that_are_not_tracked()
     check_views_that_negate()
     check_second_derivative_is_refused()
     check_group()

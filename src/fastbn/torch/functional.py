@@ -15,6 +15,7 @@ There are four:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Final, NamedTuple
 
@@ -31,6 +32,8 @@ from . import _eager, bridge, derivatives, operators
 # How PyTorch says what goes on around a call. There is no public way to ask for these.
 _transforms = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
+# make_fx(pre_dispatch=True) has a stack of modes of its own.
+_is_pre_dispatch = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
 _trace = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched=True, jacobian(vectorize=True)
 _TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -126,15 +129,11 @@ def dispatch(
     if residual is not None and not fits(residual, x):
         z = dispatch(x, running_mean, running_var, weight, bias, training, momentum, eps, None, None, batches)
         return activated(z + residual, activation)
-    if torch.compiler.is_compiling():
-        return _by_operators(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
-        )
-    if _transforms() is not None or _forward_ad._current_level >= 0:
+    if _is_transformed():  # compiled or not: operators would lose tangents
         return _pytorch(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
-    if _modes() or _trace() is not None:
+    if torch.compiler.is_compiling() or _modes() or _is_pre_dispatch() or _trace() is not None:
         return _by_operators(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, batches
         )
@@ -196,6 +195,11 @@ def takes(
         if sized and tensor.shape != x.shape[1:2]:
             return False
     return True
+
+
+@torch.compiler.assume_constant_result  # asked while torch.compile traces, and it is as then whenever the code runs
+def _is_transformed() -> bool:
+    return _transforms() is not None or _forward_ad._current_level >= 0
 
 
 def _is_here(x: Any) -> bool:
@@ -335,8 +339,9 @@ def gradient(
     """Return the gradients of x, weight, bias, residual and None; by operators where they may be differentiated."""
     call: Kept = ctx.call
     result: tuple[Tensor, Tensor, Tensor, Tensor]
-    transformed = _transforms() is not None or _forward_ad._current_level >= 0 or _is_batched(dy)
-    if transformed or torch.is_grad_enabled() or _modes():
+    # Compiled autograd sees through PyTorch's own operations as transforms do.
+    transformed = torch.compiler.is_compiling() or _is_transformed() or _is_batched(dy)
+    if transformed or torch.is_grad_enabled() or _modes() or _is_pre_dispatch():
         name, slope = operators.encoded(call.activation)
         mean, variance = (torch.from_numpy(values) for values in call.statistics)
         arguments = dy, x, mean, variance, y, weight, bias, residual, call.eps, name, slope, call.frozen
@@ -371,6 +376,7 @@ _eager.connect(
     is_grad_enabled=torch.is_grad_enabled,
     transforms=_transforms,
     modes=_modes,
+    is_pre_dispatch=_is_pre_dispatch,
     trace=_trace,
     forward_ad=_forward_ad,
     # Without `Function.apply`, which only looks for transforms.

@@ -55,7 +55,7 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
         if type(input) is not torch.Tensor and isinstance(input, fx.Proxy) and _root(input) is not self:
             return _leaf(self, input, residual)
         self._check_input_dim(input)
-        running_mean, running_var, training = self.running_mean, self.running_var, self.training
+        running_mean, running_var, training = self.running_mean, self.running_var, bool(self.training)
         momentum, batches = self.momentum, None
         if training:
             if not self.track_running_stats:

@@ -101,8 +101,8 @@ class SyncBatchNorm(_Fast):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize a part of a batch."""
-        batch = self.training or self.running_mean is None
-        if not batch or isinstance(input, torch.fx.Proxy) or self._world() == 1:
+        # Without training one process may be alone at it, evaluating: also where statistics are missing.
+        if not self.training or isinstance(input, torch.fx.Proxy) or self._world() == 1:
             return super().forward(input)
         return self._synchronized(input)
 
@@ -114,10 +114,11 @@ class SyncBatchNorm(_Fast):
     @torch.compiler.disable
     def _synchronized(self, input: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(input)
-        running_mean, running_var = (self.running_mean, self.running_var) if self.training else (None, None)
+        tracks = self.track_running_stats
+        running_mean, running_var = (self.running_mean, self.running_var) if tracks else (None, None)
         momentum = 0.0 if self.momentum is None else self.momentum
         self._check(input, running_mean, running_var, momentum)
-        if self.training and self.num_batches_tracked is not None:
+        if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
