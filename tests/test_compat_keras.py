@@ -220,6 +220,30 @@ def test_inputs_are_cast_to_the_policy(policy, given, result, rng):
     assert layer.backward(np.ones((8, 3))).dtype == result
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.int64])
+def test_integers_are_not_rounded_by_a_mixed_policy(dtype):
+    """Keras casts floating point inputs; integers it normalizes as float32, and rounds the result."""
+    data = np.array([[3001, 10], [3003, 20], [3008, 65535]], dtype)
+    mixed, plain = (BatchNormalization(dtype=policy) for policy in ("mixed_float16", "float32"))
+    for training in (True, False):
+        np.testing.assert_array_equal(mixed(data, training), plain(data, training).astype(np.float16))
+    np.testing.assert_array_equal(mixed.get_weights(), plain.get_weights())
+    for layer, kind in ((mixed, np.float16), (plain, np.float32)):
+        layer(data, training=True)
+        assert layer.backward(np.ones((3, 2))).dtype == kind
+    assert mixed(np.float16(data / 2), training=True).dtype == np.float16  # what it keeps follows the last call
+    assert mixed.backward(np.ones((3, 2))).dtype == np.float16
+    again = pickle.loads(pickle.dumps(mixed))
+    np.testing.assert_array_equal(again(data), mixed(data))
+
+
+def test_numbers_of_configurations_are_named():
+    """Keras takes an array for a constant."""
+    wrong = {"class_name": "Constant", "config": {"value": [1.0, 2.0]}}
+    with pytest.raises(TypeError, match=r"^value of beta_initializer must be a real number, got \[1\.0, 2\.0\]$"):
+        BatchNormalization(beta_initializer=wrong)
+
+
 def test_bfloat16_policy(x):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     assert BatchNormalization(dtype="mixed_bfloat16")(x, training=True).dtype == ml_dtypes.bfloat16

@@ -396,3 +396,24 @@ def test_no_reset_inside_of_a_scope():
         pytest.raises(ValueError, match="reset_default_graph must be called outside of every variable_scope, got 'a'"),
     ):
         tf.reset_default_graph()
+
+
+def test_dtype_none_is_float32():
+    """As in TensorFlow; NumPy takes None for float64."""
+    assert tf.get_variable("a", 3, None, "zeros").dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [2.7, "3", (2.0,), (None,), True])
+def test_shapes_are_integers(shape):
+    with pytest.raises(TypeError, match=r"^shape must be an int or a sequence of ints, got "):
+        tf.get_variable("a", shape, initializer="zeros")
+    assert not tf.global_variables()
+
+
+def test_channels_must_be_known_to_build():
+    layer = tf.BatchNormalization(axis=1)
+    message = r"^input_shape must say how many channels there are on axis 1, got \(3, None\)$"
+    with pytest.raises(ValueError, match=message):
+        layer.build((3, None))
+    layer.build((None, 3))
+    assert layer.gamma.shape == (3,)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["PendingUpdatesWarning", "StateError", "UntrainedWarning", "must"]
+import sys
+import warnings
+
+__all__ = ["PendingUpdatesWarning", "StateError", "UntrainedWarning", "must", "warn"]
 
 
 class UntrainedWarning(UserWarning):
@@ -20,3 +23,11 @@ class StateError(ValueError):
 def must(name: str, requirement: str, got: object) -> str:
     """Return the message for an argument that is not what it must be."""
     return f"{name} must {requirement}, got {got}"
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called the library, however deep the call went in it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastbn."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

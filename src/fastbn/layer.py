@@ -6,7 +6,6 @@ What it holds is in `parameters`, what outlives it in `persistence`, what batche
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,12 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import activation as activations
-from . import averages, checks, composite, constraints, functional, initializers, modes, options, passes, regularizers
+from . import checks, composite, constraints, functional, initializers, modes, options, passes, regularizers
 from . import layout as layouts
 from . import weights as weighting
 from .composite import Composite
 from .constraints import Constraint
-from .errors import UntrainedWarning, must
+from .errors import UntrainedWarning, must, warn
 from .initializers import Initializer
 from .kernels import _calls
 from .learning import Learning
@@ -174,7 +173,7 @@ class BatchNorm(Learning):
     ) -> None:
         self.axis = layouts.checked_axis(axis, layout)
         self.layout = layout
-        self.momentum = averages.momentum(momentum)
+        self.momentum = momentum
         self.epsilon = checks.epsilon(epsilon)
         self.center = checks.flag(center, "center")
         self.scale = checks.flag(scale, "scale")
@@ -479,11 +478,10 @@ class BatchNorm(Learning):
     def _warn_if_untrained(self, mean: Array, variance: Array) -> None:
         if self._may_warn and not self.batches and not mean.any() and (variance == 1).all() and mean.size:
             self._may_warn = False
-            warnings.warn(
+            warn(
                 f"{self!r} normalizes with moving statistics that no batch has reached: mean 0, variance 1. "
                 "Call it with training=True first, or load a state.",
                 UntrainedWarning,
-                stacklevel=3,
             )
 
 

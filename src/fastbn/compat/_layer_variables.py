@@ -59,23 +59,28 @@ class LayerVariables:
             raise ValueError(must("the layer", "be called before it has a scope", "one that was not"))
         return self._scope.name
 
-    def build(self, input_shape: Sequence[int], dtype: DTypeLike | None = None) -> None:
+    def build(self, input_shape: Sequence[int | None], dtype: DTypeLike | None = None) -> None:
         """Make the variables, or find them; the first call does that by itself.
 
         Parameters
         ----------
-        input_shape : sequence of ints
-            Shape of the inputs.
+        input_shape : sequence of ints or None
+            Shape of the inputs; only the number of channels must be known.
         dtype : {"float32", "float64"}, optional
             For a layer that has none of its own.
 
         Raises
         ------
         ValueError
-            If an axis or a virtual_batch_size does not fit, or a variable exists that must not, or the reverse.
+            If an axis or a virtual_batch_size does not fit, the number of channels is unknown, or a variable exists
+            that must not, or the reverse.
         """
+        shape = tuple(input_shape)
+        if any(shape[axis] is None for axis in layouts.channel_axes(self.axis, None, len(shape))):
+            raise ValueError(must("input_shape", f"say how many channels there are on axis {self.axis}", shape))
+        known = tuple(0 if extent is None else extent for extent in shape)
         with _graph.graph().attempt():
-            self._build(tuple(input_shape), np.dtype(np.float32) if dtype is None else np.dtype(dtype))
+            self._build(known, np.dtype(np.float32) if dtype is None else np.dtype(dtype))
 
     def _build(self, input_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         axes = layouts.channel_axes(self.axis, None, len(input_shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ Array = NDArray[Any]
 def get_variable(
     name: str,
     shape: int | Sequence[int] | None = None,
-    dtype: DTypeLike = np.float32,
+    dtype: DTypeLike | None = np.float32,
     initializer: Initializer | None = None,
     regularizer: Regularizer | None = None,
     trainable: bool = True,
@@ -45,8 +46,8 @@ def get_variable(
         Name in this scope, such as ``"gamma"`` inside of ``variable_scope("batch_normalization", reuse=True)``.
     shape : int or sequence of ints, optional
         Needed for a new variable; that of an existing one must agree.
-    dtype : {"float32", "float64"}
-        Of a new variable.
+    dtype : {"float32", "float64"}, optional
+        Of a new variable; None is float32.
     initializer : str, array or callable
         Of a new variable: "zeros" or "ones", an array, or a function of (shape, dtype), which may come from a class
         that was not called.
@@ -75,9 +76,7 @@ def get_variable(
     keys = [GraphKeys.GLOBAL_VARIABLES] if collections is None else collection_names(collections, "collections")
     if trainable:
         keys = [*keys, GraphKeys.TRAINABLE_VARIABLES]
-    wanted = None if shape is None else tuple(np.atleast_1d(np.asarray(shape, dtype=np.int64)).tolist())
-    if shape is not None and np.ndim(shape) == 1 and not len(wanted or ()):
-        wanted = ()
+    wanted = None if shape is None else _extents(shape)
     with home.lock:
         existing = home.variables.get(full)
         if existing is not None:
@@ -98,7 +97,7 @@ def get_variable(
             raise ValueError(must("shape", f"be given for {full!r}, which is new", "None"))
         if initializer is None:
             raise ValueError(must("initializer", f"be given for {full!r}, which is new", "None"))
-        kind: np.dtype[Any] = np.dtype(dtype)
+        kind: np.dtype[Any] = np.dtype(np.float32 if dtype is None else dtype)  # NumPy's None is float64
         if kind not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(must("dtype", "be float32 or float64", kind))
         penalty = regularizers.checked(regularizer, f"regularizer of {full}")
@@ -118,6 +117,16 @@ def get_variable(
         if penalized:
             home.add(GraphKeys.REGULARIZATION_LOSSES, RegularizationLoss(variable))
     return variable
+
+
+def _extents(shape: Any) -> tuple[int, ...]:
+    """Return a shape from an integer or several."""
+    try:
+        if isinstance(shape, bool):
+            raise TypeError
+        return tuple(map(operator.index, [shape] if hasattr(shape, "__index__") and not np.ndim(shape) else shape))
+    except TypeError:
+        raise TypeError(must("shape", "be an int or a sequence of ints", repr(shape))) from None
 
 
 def _fitting(value: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

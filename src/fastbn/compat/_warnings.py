@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-
-from ..errors import PendingUpdatesWarning, UntrainedWarning
+from ..errors import PendingUpdatesWarning, UntrainedWarning, warn
 from ._graph import Update, Variable
 
 
@@ -17,7 +14,7 @@ def at_inference(moving_mean: Variable, moving_variance: Variable) -> None:
         for variable in new:
             variable._warned = True
         if new:
-            _warn(
+            warn(
                 f"{new[0].name} is used, and {len(new[0]._pending)} updates of it wait in a collection. Carry them out "
                 'after each training call: `for update in get_collection("update_ops"): update()`.',
                 PendingUpdatesWarning,
@@ -29,7 +26,7 @@ def at_inference(moving_mean: Variable, moving_variance: Variable) -> None:
         and _untouched(moving_mean, moving_variance)
     ):
         moving_mean._warned = True
-        _warn(
+        warn(
             f"{moving_mean.name} and {moving_variance.name} are used, which no batch has reached: mean 0, variance 1. "
             "Call with training=True first, with the same variables, or restore them.",
             UntrainedWarning,
@@ -40,7 +37,7 @@ def repeated(update: Update) -> None:
     """Warn where an update that was carried out is called again while newer ones wait."""
     waiting = len(update.variable._pending)
     if waiting:
-        _warn(
+        warn(
             f"{update.name} was carried out before, and {waiting} newer updates of {update.variable.name} wait. Ask "
             'get_collection("update_ops") again after each training call.',
             PendingUpdatesWarning,
@@ -55,11 +52,3 @@ def _waited_for(variable: Variable) -> bool:
 
 def _untouched(mean: Variable, variance: Variable) -> bool:
     return bool(mean.value.size) and not mean.value.any() and bool((variance.value == 1).all())
-
-
-def _warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line that called the library, however deep the call went in it."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastbn."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)

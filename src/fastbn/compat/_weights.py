@@ -102,10 +102,16 @@ def mapping(value: Any, name: str) -> Mapping[str, Any]:
     return value
 
 
+def text(value: Any, name: str) -> str:
+    """Return a prefix, a scope or a path."""
+    if not isinstance(value, str):
+        raise TypeError(must(name, "be a string", repr(value)))
+    return value
+
+
 def below(state: Mapping[str, Any], prefix: str, separator: str) -> dict[str, Any]:
     """Return what is below a prefix, without it."""
-    if not isinstance(prefix, str):
-        raise TypeError(must("prefix", "be a string", repr(prefix)))
+    text(prefix, "prefix")
     start = prefix if not prefix or prefix.endswith(separator) else prefix + separator
     return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
 
@@ -184,11 +190,11 @@ def layer(arrays: Mapping[str, Any], names: Mapping[str, str], batches: int = 0,
 
 
 def batches(value: Any, name: str) -> int:
-    """Return a counter of batches from a number or an array of one."""
+    """Return a counter of batches from a number or an array of one, which a conversion may have made a float."""
     if value is None:
         return 0
     number = array(value, name)
-    if number.size != 1 or number.dtype.kind not in "iu" or number.item() < 0:
+    if number.size != 1 or number.item() < 0 or not float(number.item()).is_integer():
         raise ValueError(must(name, "be one integer, at least 0", number.tolist()))
     return int(number.item())
 

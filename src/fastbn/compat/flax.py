@@ -57,9 +57,10 @@ def from_flax(
     Parameters
     ----------
     source : mapping or nnx.BatchNorm
-        Variables of linen, ``{"params": ..., "batch_stats": ...}``, nested, of which other collections are left out;
-        the state of nnx, nested, or as a pure dict; or a live ``nnx.BatchNorm``. For dicts of arrays flax need not be
-        installed.
+        Variables of linen, ``{"params": ..., "batch_stats": ...}``, nested or flat as
+        ``flax.traverse_util.flatten_dict`` makes them (with tuples, or ``sep="/"``), of which other collections are
+        left out; the state of nnx, nested, or as a pure dict; or a live ``nnx.BatchNorm``. For dicts of arrays flax
+        need not be installed.
     path : str, default: ""
         Where the layer is: "Block_0/BatchNorm_0".
     module : linen.BatchNorm or nnx.BatchNorm, optional
@@ -79,7 +80,7 @@ def from_flax(
     Raises
     ------
     TypeError
-        If ``source`` is none of these, or a value is not an array of real numbers.
+        If ``source`` or ``module`` is none of these, or a value is not an array of real numbers.
     ValueError
         If there is no layer at ``path``, a name is missing or unknown, a shape differs, or a variance is negative; if
         the order of several axes depends on the number of axes of the data, as that of (1, -2) does.
@@ -107,6 +108,8 @@ def from_flax(
         raise TypeError(must("source", "be variables of linen, or a layer or state of nnx", type(source).__name__))
     found = _weights.taken(state, path, "/", ("mean", "var"), ("scale", "bias"), everything)
     given: dict[str, Any] = {"momentum": momentum, "epsilon": epsilon, "axis": axis}
+    if module is not None and not all(hasattr(module, name) for name in given):
+        raise TypeError(must("module", "be a BatchNorm of flax", type(module).__name__))
     for name, value in given.items():
         given[name] = _weights.chosen(value, _DEFAULTS[name] if module is None else getattr(module, name))
     if isinstance(given["axis"], Sequence):
@@ -134,23 +137,26 @@ def _sorted(axes: Sequence[int], name: str) -> tuple[int, ...]:
 
 def _merged(source: Mapping[Any, Any]) -> dict[str, Any]:
     """Return all entries by path, with the two collections of linen brought together, and without its others."""
-    if "batch_stats" in source or set(source) == {"params"}:
+    paths = _paths(source, "")
+    roots = {path.split("/", 1)[0] for path in paths} | {k for k, v in source.items() if isinstance(v, Mapping)}
+    if "batch_stats" in roots or roots == {"params"}:
         merged: dict[str, Any] = {}
-        for collection in (source[name] for name in ("params", "batch_stats") if name in source):
-            if not isinstance(collection, Mapping):
-                raise TypeError(must("source", "have mappings as params and batch_stats", type(collection).__name__))
-            merged |= _paths(collection, "")
+        for name in ("params", "batch_stats"):
+            if name in paths:
+                raise TypeError(must("source", "have mappings as params and batch_stats", type(paths[name]).__name__))
+            merged |= _weights.below(paths, name, "/")
         return merged
-    return _paths(source, "")
+    return paths
 
 
 def _paths(tree: Mapping[Any, Any], start: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
+        name = "/".join(map(str, key)) if isinstance(key, tuple) else key
         if isinstance(value, Mapping):
-            found |= _paths(value, f"{start}{key}/")
+            found |= _paths(value, f"{start}{name}/")
         else:
-            found[f"{start}{key}"] = value
+            found[f"{start}{name}"] = value
     return found
 
 
@@ -179,6 +185,7 @@ def from_flax_many(source: Mapping[Any, Any], path: str = "", **arguments: Any) 
     """
     if not isinstance(source, Mapping):
         raise TypeError(must("source", "be variables of linen or a state of nnx", type(source).__name__))
+    _weights.text(path, "path")
     merged = _merged(source)
     paths = [name[: -len("var")].rstrip("/") for name in merged if name == "var" or name.endswith("/var")]
     layers = [p for p in paths if _weights.path(p, "mean", "/") in merged]
@@ -224,6 +231,7 @@ def to_flax(bn: BatchNorm, layer: Any = None, *, path: str = "", api: Literal["l
     """
     api_ = checks.one_of(api, "api", ("linen", "nnx"))
     _check_for_flax(bn)
+    _weights.text(path, "path")
     state = _state(bn)
     if layer is not None:
         if path:

@@ -7,6 +7,7 @@ those of TensorFlow 2 but for several axes, fused kernels and virtual batches. A
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -28,6 +29,15 @@ _numbers = itertools.count()
 def _next_name() -> str:
     number = next(_numbers)
     return f"batch_normalization_{number}" if number else "batch_normalization"
+
+
+class _Last(threading.local):
+    """The type of data that the core layer had in this thread's last call; a copy of the layer begins anew."""
+
+    dtype: str | None = None
+
+    def __reduce__(self) -> Any:
+        return _Last, ()
 
 
 class BatchNormalization(Arguments):
@@ -147,6 +157,7 @@ class BatchNormalization(Arguments):
         if renorm and self._renorm_clipping is None:
             self._renorm_clipping = {}
         self._ndim: int | None = None
+        self._last = _Last()
 
     @property
     def core(self) -> BatchNorm:
@@ -308,7 +319,7 @@ class BatchNormalization(Arguments):
         Parameters
         ----------
         inputs : array_like
-            The batch, cast to `compute_dtype`.
+            The batch. What is floating point is cast to `compute_dtype`, integers to `variable_dtype`.
         training : bool, optional
             Whether to normalize with, and learn from, this batch. None means False.
         mask : array_like of bool, optional
@@ -335,9 +346,11 @@ class BatchNormalization(Arguments):
             weights = _mask(mask, x.shape)
             if self._core.mode(training) == "train":  # otherwise there are no statistics that it could be for
                 options["mask"] = weights
-        y = self._core(_cast(x, self.compute_dtype), training, **options)
-        self._ndim = x.ndim
-        return y
+        # A mixed policy would round integers before they are normalized.
+        dtype = self.variable_dtype if x.dtype.kind in "iub" else self.compute_dtype
+        y = self._core(_cast(x, dtype), training, **options)
+        self._ndim, self._last.dtype = x.ndim, dtype
+        return _cast(y, self.compute_dtype)
 
     call = __call__
 
@@ -354,7 +367,9 @@ class BatchNormalization(Arguments):
         ndarray
             dx, of `compute_dtype`. Penalties of regularizers take no part.
         """
-        return self._core.backward(_cast(checks.as_array(dy, "dy"), self.compute_dtype))
+        given = _cast(checks.as_array(dy, "dy"), self.compute_dtype)
+        dx = self._core.backward(_cast(given, self._last.dtype or self.compute_dtype))
+        return _cast(dx, self.compute_dtype)
 
     @property
     def grads(self) -> dict[str, Array]:

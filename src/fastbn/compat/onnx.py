@@ -181,7 +181,7 @@ def _chosen(model: Any, node: Any) -> Any:
         if len(nodes) != 1:
             raise ValueError(must("node", "name one BatchNormalization; from_onnx_many takes several", labels))
         return nodes[0]
-    if isinstance(node, int) and not isinstance(node, bool):
+    if isinstance(node, int | np.integer) and not isinstance(node, bool):
         if not 0 <= node < len(nodes):
             raise ValueError(must("node", f"be less than {len(nodes)}, the number of BatchNormalization nodes", node))
         return nodes[node]

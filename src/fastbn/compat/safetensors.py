@@ -94,6 +94,8 @@ def save_safetensors(
     TypeError
         If ``arrays`` is not a mapping of names to arrays of real numbers, at most as wide as float64, or ``metadata``
         not one of strings.
+    ValueError
+        If an array has the name ``__metadata__``, which the format keeps for itself.
     OSError
         If the file cannot be written.
     """
@@ -108,6 +110,10 @@ def save_safetensors(
     for name, value in plain.items():
         if value.dtype.kind == "f" and value.dtype.itemsize > 8:
             raise TypeError(must(name, "have a dtype that the format knows", value.dtype))
+        if name == "__metadata__":  # where the header keeps them
+            raise ValueError(must("arrays", "have other names than the header's", repr(name)))
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(must("metadata", "be a mapping of strings to strings", repr(metadata)))
     for key, text in (metadata or {}).items():
         if not all(isinstance(word, str) for word in (key, text)):
             raise TypeError(must("metadata", "be a mapping of strings to strings", f"{key!r}: {text!r}"))

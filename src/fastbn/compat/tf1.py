@@ -18,7 +18,7 @@ all others                           left out: an optimizer's (gamma/Adam), aver
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -71,7 +71,7 @@ def from_tf1(
     *,
     momentum: float = 0.99,
     epsilon: float = 1e-3,
-    axis: int | tuple[int, ...] = -1,
+    axis: int | Sequence[int] = -1,
     ddof: int = 0,
     renorm_clipping: Mapping[str, float] | None = None,
     renorm_momentum: float = 0.99,
@@ -91,7 +91,7 @@ def from_tf1(
         The share that is kept; `tf.contrib.layers` calls it ``decay``, 0.999 by default there.
     epsilon : float, default: 1e-3
         The fused kernels took at least 1.001e-5.
-    axis : int or tuple of ints, default: -1
+    axis : int or sequence of ints, default: -1
         The channel axis, 1 for "NCHW". Several axes where the layer had a list.
     ddof : {0, 1}, default: 0
         1 goes on as the fused kernels did: for inputs of rank 4, and in `tf.contrib.layers` also of rank 2.
@@ -124,6 +124,7 @@ def from_tf1(
     >>> from_tf1({f"batch_normalization/{n}:0": ones for n in names}, "batch_normalization").gamma
     array([1., 1., 1.], dtype=float32)
     """
+    axes: Any = tuple(axis) if isinstance(axis, list) else axis  # TensorFlow's layer took a list
     everything = _by_name(variables)
     scope = _checked_scope(everything, scope)
     state = _weights.below(everything, scope, "/")
@@ -147,18 +148,15 @@ def from_tf1(
     batches = 0
     if debiased:
         del found["moving_mean/biased"]  # the mean times its weight, which follows from the other two
-        step = _weights.array(found.pop("moving_mean/local_step"), _weights.path(scope, "moving_mean/local_step", "/"))
-        if step.size != 1 or step.item() < 0 or step.item() != int(step.item()):
-            raise ValueError(
-                must(_weights.path(scope, "moving_mean/local_step", "/"), "be one integer, at least 0", step.tolist())
-            )
-        batches, arguments["zero_debias"] = int(step.item()), "mean"
+        step = found.pop("moving_mean/local_step")
+        batches = _weights.batches(step, _weights.path(scope, "moving_mean/local_step", "/"))
+        arguments["zero_debias"] = "mean"
     names = {name: _weights.path(scope, name, "/") for name in found}
     arrays = {
-        name: _weights.flat(_weights.array(value, names[name]), names[name], axis) for name, value in found.items()
+        name: _weights.flat(_weights.array(value, names[name]), names[name], axes) for name, value in found.items()
     }
     return _weights.layer(
-        arrays, names, batches, momentum=momentum, epsilon=epsilon, axis=axis, ddof=ddof, dtype=dtype, **arguments
+        arrays, names, batches, momentum=momentum, epsilon=epsilon, axis=axes, ddof=ddof, dtype=dtype, **arguments
     )
 
 
@@ -178,9 +176,7 @@ def _debias(state: Mapping[str, Any], scope: str) -> dict[str, Any]:
 def _checked_scope(everything: Mapping[str, Any], scope: str) -> str:
     """Return the scope of one layer."""
     scopes = _scopes(everything)
-    if not isinstance(scope, str):
-        raise TypeError(must("scope", "be a string", repr(scope)))
-    scope = scope.rstrip("/")
+    scope = _weights.text(scope, "scope").rstrip("/")
     if scope in scopes:
         return scope
     inside = [s for s in scopes if not scope or s.startswith(scope + "/")]
@@ -223,6 +219,6 @@ def from_tf1_many(variables: Any, scope: str = "", **arguments: Any) -> dict[str
         As in `from_tf1`.
     """
     everything = _by_name(variables)
-    scope = scope.rstrip("/")
+    scope = _weights.text(scope, "scope").rstrip("/")
     inside = [s for s in _scopes(everything) if not scope or s == scope or s.startswith(scope + "/")]
     return {found: from_tf1(everything, found, **arguments) for found in inside}

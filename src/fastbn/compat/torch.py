@@ -190,6 +190,7 @@ def from_torch_many(
     TypeError, ValueError
         As in `from_torch`.
     """
+    _weights.text(prefix, "prefix")
     if _is_module(source):
         names = [name for name, module in source.named_modules() if _is_layer(module)]
     else:
@@ -240,6 +241,7 @@ def to_torch(bn: BatchNorm, module: Any = None, *, prefix: str = "") -> Any:
     """
     state = _weights.state_of(bn)
     _weights.one_axis(bn, "PyTorch")
+    _weights.text(prefix, "prefix")
     if "beta" in state and "gamma" not in state:
         state["gamma"] = np.ones_like(state["beta"])
     result: dict[str, Array] = {theirs: state[ours] for ours, theirs in _NAMES.items() if ours in state}
