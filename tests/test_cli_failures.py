@@ -51,6 +51,18 @@ def test_wrong_usage(command, tmp_path, data, monkeypatch, capsys):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["apply", "m.npz", "x.npy", "-o", "y.npy", "--epsilon", "small"], "--epsilon: invalid float value: 'small'"),
+        (["demo", "--seed", "0.5"], "--seed: invalid int value: '0.5'"),
+    ],
+)
+def test_what_is_no_number_is_named(command, complaint, capsys):
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith(f"error: argument {complaint}\n")
+
+
 def test_an_output_linked_to_the_input_is_refused(tmp_path, data, capsys):
     path, x = data
     os.symlink(path, tmp_path / "link.npy")
@@ -250,12 +262,29 @@ def test_a_full_standard_output_is_named(tmp_path, data, unbuffered):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
-def test_complaints_that_nobody_can_read(tmp_path, data):
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["apply", "--help"]], ids=" ".join)
+def test_help_that_nobody_can_read(command):
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        options = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "env": environment}
+        done = subprocess.run([*COMMAND, *command], check=False, **options)
+    assert (done.returncode, done.stderr) == (1, "fastbn: error: standard output: No space left on device\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_complaints_that_nobody_can_read(tmp_path, data, unbuffered):
     """The exit code is what it would be."""
     path, _ = data
-    for parts, code in (["stats", path, "-o", path], 2), (["stats", tmp_path / "no.npy", "-o", tmp_path / "m"], 1):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for parts, code in (
+        (["stats", path], 2),
+        (["stats", path, "-o", path], 2),
+        (["stats", tmp_path / "no.npy", "-o", tmp_path / "m"], 1),
+    ):
         with open("/dev/full", "w") as full:
-            assert subprocess.run([*COMMAND, *args(*parts)], stderr=full, check=False).returncode == code
+            command = [*COMMAND, *args(*parts)]
+            assert subprocess.run(command, stderr=full, check=False, env=environment).returncode == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -313,8 +342,9 @@ def test_a_second_signal_does_not_end_the_cleaning_up(name, code, monkeypatch, c
     assert signal.getsignal(number) == before
 
 
-def test_a_reader_that_leaves_early():
-    with subprocess.Popen([*COMMAND, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize("command", ["info", "--help"])
+def test_a_reader_that_leaves_early(command):
+    with subprocess.Popen([*COMMAND, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         errors = process.stderr.read()
         assert process.wait(60) == 0

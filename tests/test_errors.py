@@ -80,6 +80,9 @@ WRONG = [
     ("epsilon", float("inf"), ValueError, "epsilon must be .*, got inf"),
     ("epsilon", None, TypeError, "epsilon must be a real number, got None"),
     ("epsilon", 1j, TypeError, "epsilon must be a real number, got 1j"),
+    ("epsilon", np.complex64(1j), TypeError, "epsilon must be a real number, got np.complex64"),
+    ("epsilon", np.array(1 + 0j), TypeError, "epsilon must be a real number, got array"),
+    ("momentum", np.timedelta64(1), TypeError, "momentum must be a real number, got np.timedelta64"),
     ("axis", 2, ValueError, "axis must be in -2 to 1 .*, got 2"),
     ("axis", -3, ValueError, "axis must be in -2 to 1 .*, got -3"),
     ("axis", (0, 0), ValueError, r"axis must name each axis once, got \(0, 0\)"),
@@ -315,6 +318,7 @@ LAYER = [
     ({"dtype": np.int32}, TypeError, "dtype must be float32 or float64, got int32"),
     ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64, got float16"),
     ({"layout": "HWC"}, ValueError, "layout must be one of"),
+    ({"dtype": [("a", "f4"), ("a", "f4")]}, TypeError, "dtype must be float32 or float64, got "),
     ({"dtype": "nonsense"}, TypeError, "dtype must be float32 or float64, got 'nonsense'"),
     ({"renorm": True, "renorm_clipping": {"rmax": [[1], [2, 3]]}}, TypeError, "rmax of renorm_clipping must be a real"),
     ({"layout": ["NC"]}, TypeError, "layout must be a string or None"),
@@ -326,6 +330,17 @@ LAYER = [
 def test_layer_options(wrong, error, message):
     with pytest.raises(error, match=message):
         BatchNorm(C, **wrong)
+
+
+@pytest.mark.parametrize(("wrong", "error"), [(1.5, ValueError), (-0.1, ValueError), ("0.9", TypeError)])
+def test_a_momentum_that_is_assigned(wrong, error):
+    """It is checked then: the next update would extrapolate, and the layer's file could not be loaded."""
+    bn = BatchNorm(C, momentum=0.5)
+    with pytest.raises(error, match="momentum must be"):
+        bn.momentum = wrong
+    assert bn.momentum == 0.5
+    bn.momentum = None
+    assert bn.get_config()["momentum"] is None
 
 
 def test_a_layer_whose_axis_and_layout_disagree():

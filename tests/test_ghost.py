@@ -295,6 +295,17 @@ def test_adjustment_follows_renormalization():
     np.testing.assert_allclose(both.backward(dy), alone.backward(dy * SCALE), rtol=1e-10, atol=1e-13)
 
 
+def test_adjustment_where_all_axes_are_of_channels():
+    """What is of the parameters' shape is that, also if x has the same shape with its axes in another order."""
+    x = cases.normal((3, 3), np.float64)
+    shift = np.arange(9.0).reshape(3, 3)
+    bn = BatchNorm(axis=(1, 0), adjustment=lambda _: (None, shift), dtype=np.float64)
+    np.testing.assert_array_equal(bn(x, True), shift.T)
+    bn = BatchNorm((3, 3), axis=(1, 0), dtype=np.float64)
+    bn.beta = shift
+    np.testing.assert_array_equal(bn(x, True), shift.T)
+
+
 def test_several_channel_axes():
     shape = (6, 3, 4, 2)
     x = cases.normal(shape, np.float64)

@@ -95,3 +95,30 @@ def test_out_of_another_library_is_none_of_them_either(name, options):
         layer(np.arange(4, dtype=np.float32), True, out=Exported(out), mask=mask[:4])
     assert str(layer.state_dict()) == before
     assert mask.all()
+
+
+@pytest.mark.parametrize("options", [{}, {"renorm": True}], ids=str)
+def test_a_negative_variance_is_refused_before_it_is_too_late(options, tmp_path):
+    """No state with one is loaded, so a copy or a file of such a layer would be lost."""
+    bn = BatchNorm(C, **options)
+    with pytest.raises(ValueError, match=r"moving_variance must not be negative, got -1\.0"):
+        bn.moving_variance = [1.0, -1.0, 2.0]
+    ref.assert_same_bits(bn.moving_variance, np.ones(C, np.float32))
+    bn.moving_mean = [1.0, -1.0, 2.0]
+    for name in ("moving_variance", *(n for n in bn.renorm_state if n.endswith("stddev"))):
+        bn = BatchNorm(C, **options)
+        dict(bn.renorm_state, moving_variance=bn.moving_variance)[name][1] = -1
+        with pytest.raises(ValueError, match=f"{name} must not be negative in a layer that is saved, got -1"):
+            bn.save(tmp_path / "layer.npz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int64])
+def test_a_state_of_another_type_builds_a_layer_that_has_its_own(dtype):
+    """As one that is built takes it."""
+    state = {name: np.arange(C).astype(dtype) for name in STATE}
+    for bn in (BatchNorm(C, dtype="float32"), BatchNorm(dtype="float32")):
+        bn.load_state_dict(state)
+        ref.assert_same_bits(bn.moving_variance, np.arange(C, dtype=np.float32))
+    with pytest.raises(TypeError, match=f"moving_mean must be float32 or float64, got {np.dtype(dtype)}"):
+        BatchNorm().load_state_dict(state)

@@ -317,6 +317,15 @@ def test_copies_and_files_leave_the_communicator_out(tmp_path, rng):
     np.testing.assert_array_equal(fastbn.BatchNorm.load(tmp_path / "bn.npz").moving_mean, bn.moving_mean)
 
 
+def test_the_warning_is_at_the_line_of_the_call(rng):
+    def work(comm, rank):
+        with pytest.warns(fastbn.UntrainedWarning) as caught:
+            fastbn.mpi.BatchNorm(3, comm=comm)(rng.normal(size=(5, 3)))
+        return caught[0].filename
+
+    assert run_comms(work, 1) == [__file__]
+
+
 @pytest.mark.filterwarnings("ignore::fastbn.UntrainedWarning")
 @pytest.mark.parametrize("options", [
     {"momentum": None}, {"zero_debias": True, "momentum": 0.9}, {"on_nonfinite": "skip"}, {"track": False}, {"ddof": 1},

@@ -206,7 +206,8 @@ def test_speedups_without_a_bar(ax):
         ("scaling", [[[1]], {}], {}, r"threads must be one-dimensional and not empty, got shape \(1, 1\)"),
         ("scaling", [[1], {"a": 2}], {}, r"times\['a'\] must have shape \(1,\), got \(\)"),
         ("speedups", [[[1]]], {"rows": [1, 2], "columns": [1]}, r"grid must have shape \(2, 1\), got \(1, 1\)"),
-        ("speedups", [[[1]]], {"rows": [1], "columns": [1], "most": 1}, "most must be above 1, got 1"),
+        ("speedups", [[[1]]], {"rows": [1], "columns": [1], "most": 1}, "most must be above 1 and finite, got 1"),
+        ("speedups", [[[1]]], {"rows": [1], "columns": [1], "most": np.inf}, "above 1 and finite, got inf"),
     ],
 )
 def test_messages(name, arguments, options, message, ax):

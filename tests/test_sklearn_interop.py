@@ -30,6 +30,40 @@ def test_tensors(dtype, rng):
     np.testing.assert_array_equal(x.numpy(), values)
 
 
+@pytest.mark.parametrize("kinds, wanted", [
+    (("float32", "Float32"), np.float32), (("Float32", "float16"), np.float32), (("Float32", "Float64"), np.float64),
+    (("float32[pyarrow]", "float32[pyarrow]"), np.float32), (("halffloat[pyarrow]", "halffloat[pyarrow]"), np.float16),
+    (("float32[pyarrow]", "float16"), np.float32), (("float32[pyarrow]", "int8"), np.float64),
+], ids=str)  # fmt: skip
+def test_columns_of_pandas_keep_their_type(kinds, wanted, rng):
+    """Nullable and Arrow columns, too, and NaN is what is missing in them."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    values = rng.integers(0, 50, (40, 2)).astype(wanted)
+    frame = pandas.DataFrame(values, columns=["a", "b"]).astype(dict(zip("ab", kinds, strict=True)))
+    if kinds[0] != "float32":
+        frame.iloc[3, 0] = pandas.NA
+        values[3, 0] = np.nan
+    y = BatchNormScaler().fit_transform(frame)
+    assert y.dtype == wanted
+    tolerance = 4 * np.finfo(wanted).eps
+    np.testing.assert_allclose(y, BatchNormScaler().fit_transform(values), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kinds, wanted", [
+    (("Float16", "Float16"), np.float16), (("Float16", "Float32"), np.float32), (("Float32", "Int8"), np.float64),
+], ids=str)  # fmt: skip
+def test_columns_of_polars_keep_their_type(kinds, wanted, rng):
+    polars = pytest.importorskip("polars", minversion="1.36")
+    values = rng.integers(0, 50, (40, 2)).astype(wanted)
+    frame = polars.DataFrame({n: values[:, i].tolist() for i, n in enumerate("ab")})
+    frame = frame.cast({n: getattr(polars, kind) for n, kind in zip("ab", kinds, strict=True)})
+    y = BatchNormScaler().fit_transform(frame)
+    assert y.dtype == wanted
+    tolerance = 4 * np.finfo(wanted).eps
+    np.testing.assert_allclose(y, BatchNormScaler().fit_transform(values), rtol=tolerance, atol=tolerance)
+
+
 def test_as_a_layer(rng):
     x = table(rng, np.float32)
     for options in ({}, {"with_mean": False, "gamma": 3.0}, {"with_std": False, "beta": 2.0}, {"epsilon": 0.1}):

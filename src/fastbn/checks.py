@@ -24,6 +24,7 @@ BFLOAT16_BITS: Final = np.dtype([("bfloat16", np.uint16)])
 _KINDS[BFLOAT16_BITS] = KINDS["bfloat16"]
 _RESULTS: Final = {np.dtype(t): np.dtype(np.float32) for t in (np.uint8, np.int8)}
 _DLPACK_CPU: Final = 1
+_NOT_REAL: Final = (bool, np.bool_, str, bytes, np.complexfloating, np.timedelta64)  # of what float() takes
 
 
 def as_array(value: Any, name: str) -> Array:
@@ -201,7 +202,7 @@ def in_place_or_apart(out: Array, name: str, source: Array, source_name: str) ->
 def real(value: Any, name: str, low: float, high: float, words: str) -> float:
     """Return a finite number in a closed range as a float."""
     if type(value) is not float:
-        if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "ndim", False):
+        if isinstance(value, _NOT_REAL) or getattr(value, "ndim", False):
             raise TypeError(must(name, "be a real number", repr(value)))
         try:
             value = float(value)
@@ -236,6 +237,12 @@ def not_zero(array: Array, name: str, where: str) -> None:
     """Refuse a parameter that something is divided by."""
     if not array.all():
         raise ValueError(must(name, f"have no zeros {where}", f"one in channel {int(np.argmin(array != 0))}"))
+
+
+def not_negative(array: Array, name: str, where: str = "") -> None:
+    """Refuse negative numbers; NaN is none."""
+    if (array < 0).any():
+        raise ValueError(must(name, f"not be negative{where}", array[array < 0].min()))
 
 
 def one_of(value: Any, name: str, words: tuple[str, ...]) -> str:

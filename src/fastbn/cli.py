@@ -15,8 +15,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from .moments import Moments
 from .npy import NpyFile
 
 __all__ = ["main"]
+
+N = TypeVar("N", int, float)
 
 # More channels than this are summarized: a terminal is no place for a thousand lines.
 SHOWN_CHANNELS = 8
@@ -47,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     try:
-        args = _parser().parse_args(argv)
-    except SystemExit as request:  # argparse has printed the help, the version or the complaint
-        return int(request.code or 0)
-    try:
+        try:
+            args = _parser().parse_args(argv)
+        except SystemExit as request:  # argparse has printed the help, the version or the complaint
+            _flush()
+            _say()
+            return int(request.code or 0)
         with _terminable(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.run(args)
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", code=130)
     except BrokenPipeError:  # the reader (head, less) has seen enough
-        _drop_output()
+        _drop(sys.stdout)
     except OSError as error:
         return _complain(error if error.filename is None else f"{error.filename or repr('')}: {error.strerror}")
     except (ValueError, TypeError, ImportError, MemoryError) as error:
@@ -76,13 +80,13 @@ def _printing() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        _drop_output()
+        _drop(sys.stdout)
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
-def _drop_output() -> None:
+def _drop(output: TextIO) -> None:
     """Send what is left to print nowhere: the flush at the interpreter's exit would fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
 
 
 @_printing()
@@ -105,11 +109,14 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"fastbn: warning: {message}")
 
 
-def _say(line: str) -> None:
+def _say(line: str = "") -> None:
+    """Write a line to stderr, and what others have left there."""
     if sys.stderr is None:  # which print would take for stdout
         return
-    with suppress(OSError):  # full, or a pipe that nobody reads
-        print(line, file=sys.stderr)
+    try:
+        print(line, end="\n" if line else "", file=sys.stderr, flush=True)
+    except OSError:  # full, or a pipe that nobody reads
+        _drop(sys.stderr)
 
 
 @contextmanager
@@ -205,17 +212,25 @@ def _output_options(parser: argparse.ArgumentParser, metavar: str) -> None:
 
 
 def _epsilon(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = _number(int, text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
+
+
+def _number(kind: type[N], text: str) -> N:
+    """Return a number; argparse's own complaint would name the function that it calls."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
 
 
 def _refuse_overwriting(output: str, *inputs: str) -> None:

@@ -73,7 +73,7 @@ def _per_channel(value: Any, name: str, default: float, x: Array, axes: tuple[in
     if array.dtype.kind not in "iuf":
         raise TypeError(must(f"{name} of adjustment", "be real numbers", array.dtype))
     kept = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
-    if array.ndim == x.ndim and array.shape == kept:  # channel axes in the order of x
+    if array.ndim == x.ndim and array.shape == kept != shape:  # channel axes in the order of x
         array = array.transpose(*axes, *(a for a in range(x.ndim) if a not in axes)).reshape(shape)
     if array.shape not in ((), shape):
         raise ValueError(must(f"{name} of adjustment", f"have shape {shape}", array.shape))

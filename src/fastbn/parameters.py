@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, constraints, initializers, normalization, regularizers
+from . import averages, checks, constraints, initializers, normalization, regularizers
 from .errors import must
 from .kernels import _channels
 from .options import Adjustment, Options
@@ -29,6 +29,7 @@ class Arrays(NamedTuple):
 
 
 PLAIN_ARRAYS = Arrays._fields[:4]
+NOT_NEGATIVE = ("moving_variance", "moving_stddev", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight")
 
 
 class Parameters:
@@ -40,11 +41,21 @@ class Parameters:
     center: bool
     scale: bool
     dtype: np.dtype[Any] | None
+    _momentum: float | None
     _trainable: bool
     _arrays: Arrays | None
     _options: Options
     _renorm: Renorm | None
     _lock: threading.Lock
+
+    @property
+    def momentum(self) -> float | None:
+        """Share of the old moving value that is kept; None for the mean of all batches."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = averages.momentum(value)
 
     @property
     def trainable(self) -> bool:
@@ -231,7 +242,7 @@ class Parameters:
 
     @property
     def moving_variance(self) -> Array:
-        """Moving variance, initially 1. Assigning writes into the array."""
+        """Moving variance, initially 1. Assigning writes into the array; no number may be negative."""
         return self._tracked()[1]
 
     @moving_variance.setter
@@ -244,6 +255,8 @@ class Parameters:
             raise ValueError(must(name, "not be set in a layer built without it", "an array"))
         if value is not target:  # `layer.gamma -= step` has written already
             source = checks.required(value, name, target.shape)
+            if name in NOT_NEGATIVE:
+                checks.not_negative(source, name)
             with self._lock:
                 target[...] = source.reshape(target.shape)
 
@@ -396,7 +409,7 @@ def feature_shape(num_features: Any) -> tuple[int, ...]:
 def parameter_dtype(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
     try:
         given: np.dtype[Any] = np.dtype(dtype)
-    except (SyntaxError, TypeError):  # the former of a string with brackets
+    except (SyntaxError, TypeError, ValueError):  # of a string with brackets, and of fields of one name
         raise TypeError(must(name, "be float32 or float64", repr(dtype))) from None
     if given not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(must(name, "be float32 or float64", given))

@@ -11,7 +11,7 @@ import numpy as np
 from . import checks, state
 from .errors import StateError, must
 from .kernels import _channels
-from .parameters import PLAIN_ARRAYS, Parameters, feature_shape, features, parameter_dtype
+from .parameters import NOT_NEGATIVE, PLAIN_ARRAYS, Parameters, feature_shape, features, parameter_dtype
 
 _BY_NAME = (
     "beta_initializer",
@@ -23,7 +23,6 @@ _BY_NAME = (
     "beta_constraint",
     "gamma_constraint",
 )
-_NOT_NEGATIVE = ("moving_variance", "moving_stddev", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight")
 # The arguments that layers had in version 0.1.0.
 _FIRST = {"axis", "layout", "momentum", "epsilon", "center", "scale", "ddof", "dtype", "trainable", "name"}
 
@@ -32,7 +31,6 @@ class Persistent(Parameters):
     """The part of `BatchNorm` that can be written down, and comes back."""
 
     ddof: int
-    momentum: float | None
     activation: str | tuple[str, float] | None
     nan_policy: Literal["propagate", "omit", "raise"]
     name: str | None
@@ -135,15 +133,15 @@ class Persistent(Parameters):
             if named is None:  # neither parameters nor statistics: there is nothing to build
                 return
             first = checks.as_array(state_dict[named], named)
-            target = self._created(feature_shape(first.shape), parameter_dtype(first.dtype, named))
+            target = self._created(feature_shape(first.shape), self.dtype or parameter_dtype(first.dtype, named))
         arrays = self._named(target)
         new = {}
         for name in sorted(needed):  # the same message in every process
             checks.writable(arrays[name], name)
             shape = arrays[name].shape
             value = checks.required(state_dict[name], name, shape).reshape(shape)
-            if name in _NOT_NEGATIVE and (value < 0).any():
-                raise ValueError(must(name, "not be negative", value.min()))
+            if name in NOT_NEGATIVE:
+                checks.not_negative(value, name)
             with np.errstate(over="ignore"):
                 new[name] = value.astype(arrays[name].dtype)
         with self._lock:
@@ -162,7 +160,7 @@ class Persistent(Parameters):
         Raises
         ------
         ValueError
-            If the layer is not built, or its statistics are not finite.
+            If the layer is not built, its statistics are not finite, or a variance is negative.
         TypeError
             If one of its arguments is a function, which no file can hold.
         OSError
@@ -177,6 +175,8 @@ class Persistent(Parameters):
         for name in sorted(set(arrays) - {"gamma", "beta"}):
             if not np.isfinite(arrays[name]).all():  # `load` would refuse it
                 raise ValueError(must(name, "be finite in a layer that is saved", "NaN or infinity"))
+            if name in NOT_NEGATIVE:
+                checks.not_negative(arrays[name], name, " in a layer that is saved")
         state.write_state(path, "batch_norm", fields, arrays)
 
     @classmethod

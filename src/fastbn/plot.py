@@ -385,7 +385,7 @@ def speedups(
     Raises
     ------
     ValueError
-        If shapes do not fit, or `most` is not above 1.
+        If shapes do not fit, or `most` is not above 1, or infinite.
 
     Examples
     --------
@@ -397,8 +397,8 @@ def speedups(
     cells = np.asarray(grid, dtype=np.float64)
     if cells.shape != (len(rows), len(columns)):
         raise ValueError(must("grid", f"have shape {(len(rows), len(columns))}", cells.shape))
-    if not most > 1:
-        raise ValueError(must("most", "be above 1", most))
+    if not 1 < most < np.inf:
+        raise ValueError(must("most", "be above 1 and finite", most))
     ax = _axes(ax)
     norm = colors.LogNorm(1 / most, most)
     image = ax.imshow(cells, norm=norm, cmap="RdBu", aspect="auto", origin="lower")

@@ -23,6 +23,10 @@ from .running import Running, finite
 Array = NDArray[Any]
 
 DTYPES: Final = [np.float64, np.float32, np.float16]
+# Columns that stay small, by what pandas, polars and Arrow call their types.
+SMALL: Final = dict.fromkeys(("float32", "Float32", "float[pyarrow]"), np.float32) | dict.fromkeys(
+    ("float16", "Float16", "halffloat[pyarrow]"), np.float16
+)
 
 
 class Scaling(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -249,7 +253,10 @@ class Scaling(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: i
             if given is None:
                 result.append(np.full(features, default))
                 continue
-            value = np.asarray(given, np.float64)
+            value = np.asarray(given)
+            if value.dtype.kind == "c":  # of which only the real part would count
+                raise TypeError(must(name, "have a real dtype", value.dtype))
+            value = value.astype(np.float64)
             if value.shape not in ((), (features,)):
                 raise ValueError(must(name, f"be a number or have shape ({features},)", value.shape))
             if not np.isfinite(value).all():
@@ -264,11 +271,12 @@ class Scaling(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: i
 def dtypes(X: Any) -> Any:
     """Return the dtypes that data may have.
 
-    Frames of polars, and arrays of other libraries, scikit-learn would make float64 whatever they hold.
+    Frames of polars, Arrow's columns and arrays of other libraries scikit-learn would make float64 whatever they hold.
     """
     dtypes = getattr(X, "dtypes", None)
     if dtypes is not None and np.ndim(dtypes) == 1:
-        return np.float32 if {str(t) for t in dtypes} == {"Float32"} else DTYPES
+        names = {str(t) for t in dtypes}
+        return np.result_type(*map(SMALL.get, names)) if names and names <= SMALL.keys() else DTYPES
     if hasattr(X, "__dlpack__") and not isinstance(X, np.ndarray):
         name = str(X.dtype).rpartition(".")[2]  # torch.float32
         return next((t for t in DTYPES if np.dtype(t).name == name), DTYPES)
