@@ -82,7 +82,7 @@ WRONG = [
     ("epsilon", 1j, TypeError, "epsilon must be a real number, got 1j"),
     ("epsilon", np.complex64(1j), TypeError, "epsilon must be a real number, got np.complex64"),
     ("epsilon", np.array(1 + 0j), TypeError, "epsilon must be a real number, got array"),
-    ("momentum", np.timedelta64(1), TypeError, "momentum must be a real number, got np.timedelta64"),
+    ("momentum", np.timedelta64(1, "s"), TypeError, "momentum must be a real number, got np.timedelta64"),
     ("axis", 2, ValueError, "axis must be in -2 to 1 .*, got 2"),
     ("axis", -3, ValueError, "axis must be in -2 to 1 .*, got -3"),
     ("axis", (0, 0), ValueError, r"axis must name each axis once, got \(0, 0\)"),

@@ -21,7 +21,8 @@ cdef inline bint waits(const Job* job, const Cut* k) noexcept nogil:
     Loads wait for stores in two lines where rows are taken together, TALL ones; of fewer columns it is worth it where loads are
     shifted to lines as well. Of 16 bits it is no use.
     """
-    return job.writes_pair and job.y.size >= 4 and (k.columns >= WIDE or (in_line(&job.u) == in_line(&job.y) and in_line(&job.v) == in_line(&job.y)))
+    return (job.writes_pair and job.y.size >= 4
+            and (k.columns >= WIDE or in_line(&job.u) == in_line(&job.v) == in_line(&job.y)))
 
 
 cdef bint is_shifted(const Job* job, const Cut* k) noexcept nogil:
