@@ -36,7 +36,7 @@ from .kinds cimport DOUBLE, size_of
 from .lanes cimport (
     BENT, CLIPPED, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, WIDE, Form, Strips, apply_rows, is_weighted, moved,
 )
-from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, line, stream_lines
+from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, in_line, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
 from .packs cimport LANES
@@ -299,9 +299,10 @@ cdef inline void take_numbers(Job* job, const Cut* k, const Room* room, double* 
         job.total = parts + 2 * k.sums.blocks * k.columns if room.numbers == 0 else numbers + 2 * step
 
 
-cdef void do_group(const Job* job, const Cut* g, Py_ssize_t c0, Py_ssize_t c1, const Room* room, double* parts,
-                   floating* table, floating* gated) noexcept nogil:
+cdef void do_group(const Job* job, const Cut* g, Py_ssize_t group, const Room* room, double* parts, floating* table,
+                   floating* gated) noexcept nogil:
     """All steps of a group of channels."""
+    cdef Py_ssize_t c0 = begin_of(job, g, group), c1 = begin_of(job, g, group + 1)
     cdef Job own = channels_of(job, c0, c1)
     cdef Cut other
     own.threads = 1
@@ -323,12 +324,11 @@ cdef int do_groups(const Job* job, const Cut* k, const Room* room, double* parts
     cdef int threads = job.threads
     if threads == 1:
         for i in range(groups):
-            do_group(job, k, begin_of(job, k, i), begin_of(job, k, i + 1), room, parts, table, gated)
+            do_group(job, k, i, room, parts, table, gated)
         return DONE
     for share in prange(threads, schedule="static", num_threads=threads):
         for i in range(groups * share // threads, groups * (share + 1) // threads):
-            do_group(job, k, begin_of(job, k, i), begin_of(job, k, i + 1), room, parts + share * numbers,
-                     table + share * tables, gated + share * room.gated)
+            do_group(job, k, i, room, parts + share * numbers, table + share * tables, gated + share * room.gated)
     return DONE
 
 

@@ -10,11 +10,6 @@ cdef inline bint lies_well(const Job* job, const Cut* k) noexcept nogil:
     return (<size_t> job.y.data % (LANES * job.y.size) == 0 and k.positions * job.y.outer % (LANES * job.y.size) == 0)
 
 
-cdef inline Py_ssize_t in_line(const Operand* operand) noexcept nogil:
-    """Bytes from the beginning of a line to an operand."""
-    return <Py_ssize_t> (<size_t> operand.data % LINE)
-
-
 cdef inline bint waits(const Job* job, const Cut* k) noexcept nogil:
     """Whether it is a gradient to whose lines it is worth to shift packs, though nothing is stored past the caches.
 
@@ -22,7 +17,7 @@ cdef inline bint waits(const Job* job, const Cut* k) noexcept nogil:
     shifted to lines as well. Of 16 bits it is no use.
     """
     return (job.writes_pair and job.y.size >= 4
-            and (k.columns >= WIDE or in_line(&job.u) == in_line(&job.v) == in_line(&job.y)))
+            and (k.columns >= WIDE or in_line(job.u.data) == in_line(job.v.data) == in_line(job.y.data)))
 
 
 cdef bint is_shifted(const Job* job, const Cut* k) noexcept nogil:
@@ -79,7 +74,7 @@ cdef inline Py_ssize_t to_line(const Job* job, const Cut* k, const Tile* t) noex
     """Columns of a tile before the first of such packs, or 0. The first pack and the last overlap others."""
     if t.columns < 2 * LANES or not is_late(job, k):
         return 0
-    return (LINE - (in_line(&job.y) + t.column * job.y.size) % LINE) // job.y.size % LANES
+    return (LINE - (in_line(job.y.data) + t.column * job.y.size) % LINE) // job.y.size % LANES
 
 
 cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const floating* table,

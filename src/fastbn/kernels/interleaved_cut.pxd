@@ -1,7 +1,7 @@
 """How the interleaved driver cuts: rows of whole lanes, and blocks of rows by the shape alone."""
 from .caches cimport is_lean, is_roomy
 from .job cimport Job, summed
-from .lines cimport LINE
+from .lines cimport LINE, in_line
 from .packs cimport LANES
 
 cdef enum:
@@ -176,7 +176,7 @@ cdef inline Py_ssize_t past_line(const Job* job) noexcept nogil:
 
     And of 16 bits, whose channels that are left over are staged in sums: 49 x 512 took 1.2 times.
     """
-    cdef Py_ssize_t past = <Py_ssize_t> (<size_t> job.y.data % LINE)
+    cdef Py_ssize_t past = in_line(job.y.data)
     if job.y.size < 4 or job.inner > 1 or job.y.channel != job.y.size or job.y.outer % LINE or past % job.y.size:
         return 0
     return past // job.y.size

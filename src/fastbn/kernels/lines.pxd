@@ -17,6 +17,11 @@ cdef enum:
     PAGE = 4096     # bytes of a page
 
 
+cdef inline Py_ssize_t in_line(const char* x) noexcept nogil:
+    """Bytes from the beginning of a line to x."""
+    return <Py_ssize_t> (<size_t> x % LINE)
+
+
 cdef inline floating* aligned(floating* buffer) noexcept nogil:
     """The first of the next LANES places of a buffer at which no pack will lie in two lines of a cache."""
     return <floating*> ((<size_t> buffer + LINE - 1) // LINE * LINE)

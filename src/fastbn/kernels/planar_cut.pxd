@@ -3,7 +3,7 @@ from .caches cimport is_lean, is_roomy, own_cache
 from .job cimport Job, Operand, behind_gate, kind_beside, summed
 from .kinds cimport DOUBLE
 from .lanes cimport is_weighted
-from .lines cimport GATHERED, LINE
+from .lines cimport GATHERED, LINE, in_line
 from .packs cimport ABREAST, LANES
 
 cdef enum:
@@ -58,7 +58,7 @@ cdef struct Cut:
 
 cdef inline bint shares_lines(const Operand* operand, Py_ssize_t cut, Py_ssize_t length) noexcept nogil:
     """Whether runs of that length, of planes that are cut so, start or end within a line of a cache."""
-    cdef Py_ssize_t places = <Py_ssize_t> (<size_t> operand.data % LINE) | operand.outer | operand.channel
+    cdef Py_ssize_t places = in_line(operand.data) | operand.outer | operand.channel
     return (places | (cut | length) * operand.size) % LINE != 0
 
 
