@@ -372,7 +372,7 @@ class BatchNorm(Learning):
             if self._arrays is not arrays:
                 return None
             result = _calls.forward(
-                x, gamma, beta, mean, variance, train, self.momentum, self.epsilon, axis, self.ddof, True, out,
+                x, gamma, beta, mean, variance, train, self._momentum, self.epsilon, axis, self.ddof, True, out,
                 True, True, passes.team, passes.SERIAL, mask, sample_weight, self.nan_policy, bent, residual,
                 self if train else None,
             )  # fmt: skip

@@ -155,15 +155,8 @@ def _from_config(argument: str, name: Any, config: Any, value: Any) -> Any:
             raise ValueError(must(f"{name} of {argument}", "have no entry " + repr(key), repr(given)))
     if config.get("axis", 0) not in (0, -1, [0], [-1], (0,), (-1,)):  # of a parameter, which has one
         raise ValueError(must(f"axis of {argument}", "be 0 or -1", config["axis"]))
-    numbers = [_number(config.get(key, default), f"{key} of {argument}") for key, default in known.numbers]
+    numbers = (config.get(key, default) for key, default in known.numbers)
     return _CHECKS[kind_of(argument)]((known.name, *numbers), argument)
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(must(name, "be a real number", repr(value))) from None
 
 
 def write(argument: str, value: Any) -> Any:

@@ -28,19 +28,19 @@ cnp.import_array()
 
 include "_tensors.pxi"
 
-cdef object is_grad_enabled, transforms, modes, is_pre_dispatch, trace, forward_ad, apply_function
+cdef object is_grad_enabled, transforms, modes, function_modes, is_pre_dispatch, trace, forward_ad, apply_function
 cdef object get_num_threads, get_torch_threads, resolve, gradient_any, types
 cdef Py_ssize_t serial, values_per_thread
 
 
 def connect(**given):
     """Take what of PyTorch and of fastbn calls need; without `api` every call is left to the full way."""
-    global api, Tensor, TensorParameter, is_grad_enabled, transforms, modes, is_pre_dispatch, trace, forward_ad
-    global apply_function
+    global api, Tensor, TensorParameter, is_grad_enabled, transforms, modes, function_modes, is_pre_dispatch
+    global trace, forward_ad, apply_function
     global get_num_threads, get_torch_threads, resolve, gradient_any, types, serial, values_per_thread
     Tensor, TensorParameter = given["tensor"], given["parameter"]
     is_grad_enabled, transforms, modes = given["is_grad_enabled"], given["transforms"], given["modes"]
-    is_pre_dispatch = given["is_pre_dispatch"]
+    function_modes, is_pre_dispatch = given["function_modes"], given["is_pre_dispatch"]
     trace, forward_ad, apply_function = given["trace"], given["forward_ad"], given["apply"]
     get_num_threads, get_torch_threads = given["get_num_threads"], given["get_torch_threads"]
     resolve, gradient_any, types = given["resolved"], given["gradient"], given["types"]
@@ -75,7 +75,7 @@ cdef class Call:
 
 cdef bint quiet() except -1:
     """Whether nobody transforms, records or traces calls."""
-    return (transforms() is None and modes() == 0 and not is_pre_dispatch() and trace() is None
+    return (transforms() is None and modes() == 0 and (function_modes() == 0 or not is_pre_dispatch()) and trace() is None
             and forward_ad._current_level < 0)
 
 

@@ -32,7 +32,8 @@ from . import _eager, bridge, derivatives, operators
 # How PyTorch says what goes on around a call. There is no public way to ask for these.
 _transforms = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
-# make_fx(pre_dispatch=True) has a stack of modes of its own.
+# make_fx(pre_dispatch=True) has a stack of modes of its own, and one on that of functions, which is asked in no time.
+_function_modes = torch._C._len_torch_function_stack
 _is_pre_dispatch = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
 _trace = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched=True, jacobian(vectorize=True)
@@ -376,6 +377,7 @@ _eager.connect(
     is_grad_enabled=torch.is_grad_enabled,
     transforms=_transforms,
     modes=_modes,
+    function_modes=_function_modes,
     is_pre_dispatch=_is_pre_dispatch,
     trace=_trace,
     forward_ad=_forward_ad,
