@@ -209,9 +209,9 @@ def shaped(name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
     return shape, BOTH if len(shape) > 2 else ROWS
 
 
-def cases_of(wanted: str) -> Cases:
+def cases_of(wanted: str, named: Cases = CASES) -> Cases:
     """Return the cases of a list of names and shapes; of none, all that have a name."""
-    known = CASES | {name: shaped(name) for name in wanted.split(",") if re.fullmatch(r"\d+(x\d+)+", name)}
+    known = named | {name: shaped(name) for name in wanted.split(",") if re.fullmatch(r"\d+(x\d+)+", name)}
     return {name: known[name] for name in names(wanted, known, "case")}
 
 

@@ -13,8 +13,7 @@ moments of the result are taken after it: all three are timed. With `--of N` arr
 channels of arrays that have N of them. With `--past BYTES` all begin so far behind the beginning of a
 cache line: NumPy's large arrays do 16 bytes behind it, small ones anywhere. What is printed is how
 long the new build takes, in times of what the other takes: the median over pairs, with a 95 %
-confidence interval. The exit code is 1 where
-the whole interval of a row lies above the threshold.
+confidence interval. The exit code is 1 where the whole interval of a row lies above the threshold.
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
                     rows = found.setdefault((name, case, layout), [])
                     about = {"shape": shape, "layout": layout}
                     about |= {"cold": args.cold, "between": args.between, "of": args.of, "mean": args.mean}
-                    about |= {"past": args.past}
+                    about["past"] = args.past
                     wanted = {"do": "prepare", "entry": name} | about
                     if first.ask(wanted) and second.ask(wanted):
                         rows.append(compare(new, old, args.seconds / args.pairs))

@@ -20,19 +20,18 @@ import numpy as np
 import fastbn
 
 from .cases import Case
+from .compare import BOTH, ROWS, Cases, cases_of
 from .table import turn
 
-SHAPES = {
-    "dense": (1024, 512),
-    "rows": (16384, 64),
-    "many rows": (65536, 64),
-    "conv2": (32, 64, 56, 56),
-    "conv3": (32, 256, 28, 28),
-    "conv5": (32, 512, 7, 7),
-    "large": (128, 64, 56, 56),
+CASES = {
+    "dense": ((1024, 512), ROWS),
+    "rows": ((16384, 64), ROWS),
+    "many rows": ((65536, 64), ROWS),
+    "conv2": ((32, 64, 56, 56), BOTH),
+    "conv3": ((32, 256, 28, 28), BOTH),
+    "conv5": ((32, 512, 7, 7), BOTH),
+    "large": ((128, 64, 56, 56), BOTH),
 }
-CASES = [("dense", "interleaved"), ("rows", "interleaved"), ("many rows", "interleaved")]
-CASES += [(name, layout) for name in ("conv2", "conv3", "conv5", "large") for layout in ("interleaved", "planar")]
 FORMS = (
     "weights per sample",
     "mask per sample",
@@ -94,14 +93,13 @@ def measure(forms: dict[str, Callable[[], Any]], rounds: int, seconds: float) ->
     return found
 
 
-def rows(names: list[str], rounds: int, seconds: float, fresh: bool) -> list[dict[str, Any]]:
+def rows(cases: Cases, rounds: int, seconds: float, fresh: bool) -> list[dict[str, Any]]:
     """What was measured, a row for each array and operation."""
     found = []
-    for name, layout in CASES:
-        if name in names:
-            case = Case(SHAPES[name], layout, "float32")
-            for operation, forms in calls(case, fresh).items():
-                about = {"operation": operation, "shape": list(SHAPES[name]), "layout": layout}
+    for shape, layouts in cases.values():
+        for layout in layouts:
+            for operation, forms in calls(Case(shape, layout, "float32"), fresh).items():
+                about = {"operation": operation, "shape": list(shape), "layout": layout}
                 found.append(about | measure(forms, rounds, seconds))
     return found
 
@@ -109,13 +107,13 @@ def rows(names: list[str], rounds: int, seconds: float, fresh: bool) -> list[dic
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weights", description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")
+    parser.add_argument("--cases", default="", metavar="A,B", help=", ".join(CASES) + ", or shapes")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=0.02, help="of one call in one round")
     parser.add_argument("--fresh", action="store_true", help="results are new arrays, instead of out=")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    found = rows(options.cases, options.rounds, options.seconds, options.fresh)
+    found = rows(cases_of(options.cases, CASES), options.rounds, options.seconds, options.fresh)
     if options.json:
         print(json.dumps(found, indent=1))
         return

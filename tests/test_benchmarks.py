@@ -350,10 +350,10 @@ def test_costs_of_weights_are_those_of_different_sums(fresh):
 
 
 def test_costs_of_weights_are_printed(capsys):
-    weights.main(["--cases", "conv5", "--rounds", "2", "--seconds", "0.001"])
+    weights.main(["--cases", "3x4,conv5", "--rounds", "2", "--seconds", "0.001"])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 6
-    assert [row.split(" | ")[0] for row in printed[2:]] == ["| train", "| backward"] * 2
+    assert len(printed) == 8
+    assert [row.split(" | ")[0] for row in printed[2:]] == ["| train", "| backward"] * 3
     assert all(float(cell) > 0.1 for row in printed[2:] for cell in row.strip("| ").split(" | ")[4:])
     weights.main(["--cases", "dense", "--rounds", "1", "--seconds", "0.001", "--fresh", "--json"])
     assert {*weights.FORMS} < {*json.loads(capsys.readouterr().out)[0]}
