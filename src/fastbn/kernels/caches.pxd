@@ -29,3 +29,8 @@ cdef inline bint is_lean() noexcept nogil:
     thread works on stays there, if all threads together take a part of it only.
     """
     return own_cache < LEAN
+
+
+cdef inline bint is_middling() noexcept nogil:
+    """Whether cores have neither much nor little of their own: 1 MB, beside a last level that a few cores share."""
+    return not is_roomy() and not is_lean()

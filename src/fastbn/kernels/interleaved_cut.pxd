@@ -1,5 +1,5 @@
 """How the interleaved driver cuts: rows of whole lanes, and blocks of rows by the shape alone."""
-from .caches cimport is_lean, is_roomy
+from .caches cimport is_lean, is_middling, is_roomy
 from .job cimport Job, summed
 from .lines cimport LINE, in_line
 from .packs cimport LANES
@@ -15,7 +15,7 @@ cdef enum:
     LARGE = 13 << 21   # bytes of operands and result: more are in no cache,
     LEAN_PAIR = 1 << 22  # or of gradients, where cores are lean, not in a near one when results come
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
-    HALF = 512         # of other sums, and of other results
+    HALF = 512         # of other sums that are in the caches, and of other results
     PIECE = 64         # columns staged at a time, each down its rows; along rows it is up to CHUNK
     APIECE = 4         # columns side by side at least that are staged along a row,
     STRETCHES = CHUNK // APIECE + 2  # and stretches of as many in CHUNK columns, the first and the last cut short
@@ -98,7 +98,9 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
 cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t most, Py_ssize_t results_height) noexcept nogil:
     """Both grids: sums of so many rows and columns at most, and results of so many rows."""
     cdef Py_ssize_t operands = 2 if job.reads_pair else 1
-    cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if job.reads_pair else HALF))
+    # Rows of one operand, too, are better walked whole, or where they come from memory in longer pieces, fewer together.
+    cdef bint long_pieces = job.reads_pair or (is_middling() and (k.far or k.columns <= CHUNK))
+    cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if long_pieces else HALF))
     k.sums = grid(k, height, chunk, operands, LEAST if summed(job) > 1 and k.far else 2 * LEAST)
     k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair and job.u.size >= 4 else CHUNK), operands, LEAST)
 

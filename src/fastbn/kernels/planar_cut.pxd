@@ -1,5 +1,5 @@
 """How the planar driver cuts: parts by the shape alone, tasks and pieces of results also by the caches and the threads."""
-from .caches cimport is_lean, is_roomy, own_cache
+from .caches cimport is_lean, is_middling, is_roomy, own_cache
 from .job cimport Job, Operand, behind_gate, kind_beside, summed
 from .kinds cimport DOUBLE
 from .lanes cimport is_weighted
@@ -15,10 +15,12 @@ cdef enum:
     FETCHED_RUN = 2048      # values; shorter runs end before the processor's own prefetching has paid
     FUSED_RUN = 4096        # values of operands that channels taken together for the fused pass have side by side, if they can,
     NEAR_FUSED_RUN = 16384  # or of each of them where the cores' own caches hold all,
+    CUT_FUSED_RUN = 960     # at least, where a core's own cache does not hold that many,
     SHORT_FUSED_RUN = 1536  # and that short runs have at least, or they are not fused; where cores are lean twice as many
     BACK = 1 << 15          # values of neighbouring images that are applied in the order of memory, after later ones
     NEAR = 1 << 11          # bytes that sums fetch in advance, since what the processor fetches by itself ends with every page,
-    AFTER = 1 << 13         # or to a second level cache
+    AFTER = 1 << 13         # or to a second level cache, or of long runs,
+    NEXT = 2                # or runs
     SHORT_RUN = 96          # values; what is around the loops takes long where channels of so few are taken a few at a time
     SMALL = 1 << 20         # bytes of an operand that are near enough whatever the way
     SMALL_PAIR = 1 << 22    # the same of two operands
@@ -104,10 +106,11 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
         # cores 256 x 32 x 16 x 16, eight: 470 and 680.
         return (job.inner < SMALL_RUN and bytes > SMALL
                 and job.channels // (2 * job.threads) * job.inner < SHORT_FUSED_RUN * (2 if is_lean() else 1))
-    # A channel is many runs of middling length (big NCHW training 1.92 limits against 2.08, conv2 backward 2.22 against 2.25
-    # with and 2.86 without fetching by hand);
+    # A channel is many runs of middling length, and what is summed is not all that comes from memory (64 x 256 x 56 x 56,
+    # training 0.85 and 16 x 64 x 56 x 56, gradient 0.80 the other way; 12 x 64 x 56 x 56 1.10 and 1.21, and with a residual
+    # 32 x 64 x 56 x 56 1.11);
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
-        return True
+        return not job.streams or job.form.third or job.u.size < 4
     # or all is in the last level cache still when it is read again, and there the order of memory is worth more than the
     # second level to short runs (32 x 1024 x 7 x 7, gradient 1.13 and 1.02, in a loop and cold, the other way), and to all
     # (16 x 256 x 28 x 28, training 1.24 and 0.87) but gradients whose operands are dy and x alone (0.76 and 0.91): weights as
@@ -133,6 +136,24 @@ cdef inline Py_ssize_t near_cache(const Job* job) noexcept nogil:
     return max(own_cache, min(<Py_ssize_t> SHARE, SHARED // <Py_ssize_t> job.threads)) if is_lean() else own_cache
 
 
+cdef inline void set_fetching(const Job* job, Cut* k, Py_ssize_t bytes) noexcept nogil:
+    """What sums fetch in advance, where more than that of the channel that follows."""
+    cdef Py_ssize_t run = k.length * job.u.size, near
+    k.second_level = is_roomy() and summed(job) == 1 and bytes > OWN
+    if is_roomy():
+        near = AFTER if k.second_level else NEAR
+        if run < near:
+            k.ahead = (near + run - 1) // run
+        elif run <= 4 * near:
+            k.ahead = ABREAST if k.abreast else 1
+        elif not k.ahead:
+            k.near = near
+    elif is_middling() and (job.inner < FETCHED_RUN or (k.segments == 1 and job.streams)):
+        k.ahead = NEXT if job.u.size >= 4 else 1  # all runs that are staged next are fetched at once
+    elif is_middling() and k.segments > 1 and bytes > SHARED and job.u.size >= 4:
+        k.near = AFTER
+
+
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t itemsize = job.u.size
@@ -141,7 +162,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Py_ssize_t bytes = job.channels * channel_bytes
     # What is not in the cores' own caches, or in the one they share.
     cdef bint far = is_roomy() and bytes > job.threads * own_cache or is_lean() and bytes > SHARED
-    cdef Py_ssize_t tile_bytes, row_bytes, near
+    cdef Py_ssize_t tile_bytes, row_bytes, fit
     # The first four decide about parts, so they depend on the shape alone.
     k.segments = (job.inner + TILE - 1) // TILE
     k.length = (job.inner + k.segments - 1) // k.segments
@@ -152,6 +173,10 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if k.segments == 1:
         k.group = min(min(<Py_ssize_t> GROUP, job.channels), (LONG_RUN + job.inner - 1) // job.inner)
     k.span = min(job.channels // (2 * job.threads), max(<Py_ssize_t> 1, fused_run(operands, far) // job.inner))
+    if is_middling() and job.streams and channel_bytes * k.span > own_cache:
+        fit = own_cache // channel_bytes
+        if fit * job.inner * operands >= CUT_FUSED_RUN:
+            k.span = fit
     if k.span > 1:  # threads have as many tasks as one another
         k.spans = (job.channels + k.span * job.threads - 1) // (k.span * job.threads) * job.threads
         k.span = (job.channels + k.spans - 1) // k.spans
@@ -165,15 +190,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if k.fused and is_roomy():
         k.abreast = ABREAST > 1 and not far
         k.ahead = 1 if job.inner < TILE and not k.abreast else 0
-    k.second_level = is_roomy() and operands == 1 and bytes > OWN
-    if is_roomy():
-        near = AFTER if k.second_level else NEAR
-        if k.length * itemsize < near:
-            k.ahead = (near + k.length * itemsize - 1) // (k.length * itemsize)
-        elif k.length * itemsize <= 4 * near:
-            k.ahead = ABREAST if k.abreast else 1
-        elif not k.ahead:
-            k.near = near
+    set_fetching(job, &k, bytes)
     tile_bytes = k.images * k.length * itemsize
     row_bytes = tile_bytes * k.segments
     if k.fused:
