@@ -99,6 +99,11 @@ cdef inline bint weighs_each(const Job* job) noexcept nogil:
     return is_weighted(job.form.bend) and job.form.third and not job.weights.marks and job.weights.channel != 0
 
 
+cdef inline bint sums_weights(const Job* job) noexcept nogil:
+    """Whether sums read weights as large as x beside it."""
+    return summed(job) > 1 and not job.reads_pair
+
+
 cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     """Whether it is better to walk memory in its order twice than to take some channels of it at a time."""
     cdef bint pair = summed(job) > 1
@@ -111,7 +116,7 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     # training 0.85 and 16 x 64 x 56 x 56, gradient 0.80 the other way; 12 x 64 x 56 x 56 1.10 and 1.21, and with a residual
     # 32 x 64 x 56 x 56 1.11);
     if FETCHED_RUN <= job.inner <= TILE and job.outer > 8:
-        return not job.streams or job.form.third or job.u.size < 4
+        return not job.streams or job.form.third or job.u.size < 4 or sums_weights(job)
     # or all is in the last level cache still when it is read again, and there the order of memory is worth more than the
     # second level to short runs (32 x 1024 x 7 x 7, gradient 1.13 and 1.02, in a loop and cold, the other way), and to all
     # (16 x 256 x 28 x 28, training 1.24 and 0.87) but gradients whose operands are dy and x alone (0.76 and 0.91): weights as
@@ -165,7 +170,8 @@ cdef inline void set_fetching(const Job* job, Cut* k, Py_ssize_t bytes) noexcept
         elif not k.ahead:
             k.near = near
     elif is_middling() and (job.inner < FETCHED_RUN or (k.segments == 1 and job.streams)):
-        k.ahead = NEXT if job.u.size >= 4 else 1  # all runs that are staged next are fetched at once
+        # Of what is staged next all runs are fetched at once.
+        k.ahead = 1 if job.u.size < 4 or sums_weights(job) else NEXT
     elif is_middling() and k.segments > 1 and bytes > SHARED and job.u.size >= 4:
         k.near = AFTER
 
