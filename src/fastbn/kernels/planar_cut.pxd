@@ -16,8 +16,8 @@ cdef enum:
     FUSED_RUN = 4096        # values of operands that channels taken together for the fused pass have side by side, if they can,
     NEAR_FUSED_RUN = 16384  # or of each of them where the cores' own caches hold all,
     FEW_SHARE = 4           # or, of few images, as many of these as this part of a core's own cache holds;
-    CUT_FUSED_RUN = 960     # so many at least are fused where a core's own cache does not hold more,
-    SHORT_FUSED_RUN = 1536  # and that short runs have at least, or they are not fused; where cores are lean twice as many
+    CUT_FUSED_RUN = 960     # so many at least are fused where a core's own cache does not hold more;
+    SHORT_FUSED_RUN = 1536  # on roomy cores so many of short runs, or they are not fused; where cores are lean twice as many
     BACK = 1 << 15          # values of neighbouring images that are applied in the order of memory, after later ones
     NEAR = 1 << 11          # bytes that sums fetch in advance, since what the processor fetches by itself ends with every page,
     AFTER = 1 << 13         # or to a second level cache, or of long runs,
@@ -146,15 +146,17 @@ cdef inline Py_ssize_t fused_span(const Job* job, Py_ssize_t operands, Py_ssize_
     """Channels that are taken together for the fused pass; 0 where threads would not have some each."""
     cdef Py_ssize_t most = job.channels // (2 * job.threads), fit
     cdef Py_ssize_t span = min(most, max(<Py_ssize_t> 1, fused_run(operands, far) // job.inner))
-    if is_middling() and job.streams and channel_bytes * span > own_cache:
+    if not is_middling():
+        return span
+    if job.streams:
         fit = own_cache // channel_bytes
-        return fit if fit * job.inner * operands >= CUT_FUSED_RUN else span
-    if is_middling() and not job.streams and job.inner <= TILE:
-        # Of few images more, to sum them side by side: 4 x 64 x 56 x 56, training 0.86, gradient 0.94. Of 16 images of 28 x 28
-        # that took 1.06.
-        fit = min(NEAR_FUSED_RUN // operands // job.inner, own_cache // FEW_SHARE // max(<Py_ssize_t> 1, channel_bytes))
-        return max(span, min(most, fit))
-    return span
+        return fit if fit < span and fit * job.inner * operands >= CUT_FUSED_RUN else span
+    if job.inner > TILE or channel_bytes == 0:
+        return span
+    # Of few images more, to sum them side by side: 4 x 64 x 56 x 56, training 0.86, gradient 0.94. Of 16 images of 28 x 28 that
+    # took 1.06.
+    fit = min(NEAR_FUSED_RUN // operands // job.inner, own_cache // FEW_SHARE // channel_bytes)
+    return max(span, min(most, fit))
 
 
 cdef inline void set_fetching(const Job* job, Cut* k, Py_ssize_t bytes) noexcept nogil:
@@ -169,11 +171,12 @@ cdef inline void set_fetching(const Job* job, Cut* k, Py_ssize_t bytes) noexcept
             k.ahead = ABREAST if k.abreast else 1
         elif not k.ahead:
             k.near = near
-    elif is_middling() and (job.inner < FETCHED_RUN or (k.segments == 1 and job.streams)):
-        # Of what is staged next all runs are fetched at once.
-        k.ahead = 1 if job.u.size < 4 or sums_weights(job) else NEXT
-    elif is_middling() and k.segments > 1 and bytes > SHARED and job.u.size >= 4:
-        k.near = AFTER
+    elif is_middling():
+        if job.inner < FETCHED_RUN or (k.segments == 1 and job.streams):
+            # Of what is staged next all runs are fetched at once.
+            k.ahead = 1 if job.u.size < 4 or sums_weights(job) else NEXT
+        elif k.segments > 1 and bytes > SHARED and job.u.size >= 4:
+            k.near = AFTER
 
 
 cdef inline Cut cut(const Job* job) noexcept nogil:
