@@ -128,6 +128,19 @@ def test_bits_are_those_of_float32_rounded(case, name):
 
 
 @pytest.mark.parametrize("name", HALVES + BYTES)
+@pytest.mark.parametrize("values", [16, 31, 49, 100, 127, 128, 129])
+def test_short_planes_of_every_number_of_images(values, name):
+    """Runs of four images are converted together, as many channels of each as leave room for all; not dy, beside bytes."""
+    dtype = dtype_of(name)
+    for images, channels in ((1, 64), (2, 37), (3, 65), (4, 5), (5, 64), (6, 21), (7, 3), (8, 40), (9, 129)):
+        x = batch((images, channels, values), dtype, seed=images)
+        dy = batch(x.shape, result_of(dtype), seed=100 + images)
+        found, expected = everything(x, dy, 1), everything(as_float32(x), as_float32(dy), 1)
+        for key in ("mean", "variance", "dgamma", "dbeta"):
+            ref.assert_same_bits(found[key], expected[key], f"{key} of {images} x {channels}")
+
+
+@pytest.mark.parametrize("name", HALVES + BYTES)
 def test_rows_of_every_width(name):
     """Rows are staged in whole lanes: as many as fit the width alone overran the buffers (577, 673 or 817 columns)."""
     dtype = dtype_of(name)

@@ -154,7 +154,8 @@ class TestInstructions:
         """Converted, scaled and converted back in one loop, from AVX2 on."""
         path, register = module(build, driver, level), REGISTERS[level]
         formula = ("subps", "mulps", "addps")
-        for conversions in (("cvtph2ps", "cvtps2ph"), ("pmovzxwd", "pslld")):
+        bfloat16 = ("pshufb",) if level == "v3" else ("pmovzxwd", "pslld")
+        for conversions in (("cvtph2ps", "cvtps2ph"), bfloat16):
             assert bool(loops(path, register, *formula, *conversions)) == (level != "base")
 
     def test_loops_over_data_are_packed_throughout(self, level, driver, build):

@@ -80,8 +80,10 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
         converts = together > 0
         together = max(together, <Py_ssize_t> 1)
     if converts:
-        near.u = staged(&job.u, t.length, kind_u)
-        near.v = staged(&job.v, t.length, kind)
+        if not job.gated and t.length < SMALL_STAGED_RUN:
+            most, together = IMAGES, max(<Py_ssize_t> 1, together // IMAGES)
+        near.u = staged(&job.u, t.length, together, kind_u)
+        near.v = staged(&job.v, t.length, together, kind)
     walked = near.u
     if job.gated:
         gate = gate_of(&near)
@@ -91,7 +93,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
         elif job.kept.data != NULL and job.kept.data != job.exact.data:
             small = &job.kept
         if not exact:
-            gate.y = in_tile(t.length, kind)
+            gate.y = in_tile(t.length, 1, kind)
         gate_direct = all_ready(&gate, t.length, kind)
         near.u = gate.y
     direct = ready(&near.u, t.length, kind) and (not job.reads_pair or ready(&near.v, t.length, kind))
@@ -109,21 +111,22 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
             u = at(&job.u, n, c0 + c, t.s0)
             v = at(&job.v, n, c0 + c, t.s0)
             if converts:
-                if k.fused and not is_roomy():  # there the second level fetches by itself what comes next
-                    fetch_later(&job.u, k, u, c, m, c1 - c0, on, t.length)
+                for i in range(images if k.fused and not is_roomy() else 0):  # there the second level fetches by itself
+                    fetch_later(&job.u, k, u + i * job.u.outer, c, m, c1 - c0, on, t.length)
                     if job.reads_pair:
-                        fetch_later(&job.v, k, v, c, m, c1 - c0, on, t.length)
-                u = convert(&job.u, u, m * t.length, kind_u, buffer)
+                        fetch_later(&job.v, k, v + i * job.v.outer, c, m, c1 - c0, on, t.length)
+                u = convert(&job.u, u, images, m * t.length, kind_u, together * t.length, buffer)
                 if job.reads_pair:
-                    v = convert(&job.v, v, m * t.length, kind, buffer + TILE)
+                    v = convert(&job.v, v, images, m * t.length, kind, together * t.length, buffer + TILE)
             i = c
             while i < c + m:
                 several = min(c + m - i, at_once)
                 left = c1 - c0 - k.ahead - i
                 if left > 0:  # then come those that are followed by other images
                     several = min(several, left)
-                next_u = to_later(&walked, k, i, c1 - c0, on)
-                next_v = to_later(&near.v, k, i, c1 - c0, on)
+                # Of what was converted, that is fetched already.
+                next_u = to_later(&walked, k, i, c1 - c0, 0 if converts else on)
+                next_v = to_later(&near.v, k, i, c1 - c0, 0 if converts else on)
                 g = <char*> u
                 if job.gated:
                     w = at(&job.w, n, c0 + i, t.s0)

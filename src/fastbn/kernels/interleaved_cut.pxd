@@ -145,9 +145,9 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.far = bytes >= LARGE and (job.streams or not is_roomy())
-    # Eight gradients of 3 to 10 MB an operand, cold: 0.78; in a loop 0.95, but 1.2 to 1.3 where a row is several positions of
-    # more columns than a chunk. Of one operand it would be 1.1 in a loop.
-    k.large = k.far or (is_lean() and job.reads_pair and bytes >= LEAN_PAIR)
+    # Eight gradients of 3 to 10 MB an operand, cold: 0.78; in a loop 0.95, but 1.2 to 1.3 where a row is more columns than a
+    # chunk, which are taken as what is near unless they are stored past the caches. Of one operand it would be 1.1 in a loop.
+    k.large = k.far or (is_lean() and job.reads_pair and bytes >= LEAN_PAIR and (k.columns <= HALF or job.streams))
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD * (2 if is_roomy() and summed(job) * k.columns >= CHUNK else 1) // (summed(job) * k.columns),

@@ -15,8 +15,8 @@ typedef __m256i fastbn_vs; /* a pack of 16 bits */
 #define FASTBN_STREAM_BITS(y, z) _mm256_stream_si256((__m256i *) (y), z)
 #define FASTBN_WIDEN_HALVES(x) ((fastbn_vf) _mm512_cvtph_ps(x))
 #define FASTBN_NARROW_HALVES(z) _mm512_cvtps_ph((__m512) (z), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-#define FASTBN_WIDEN_BITS(x) ((fastbn_vu) _mm512_cvtepu16_epi32(x))
-#define FASTBN_NARROW_BITS(z) _mm512_cvtepi32_epi16((__m512i) (z))
+#define FASTBN_RAISE_BITS(x) ((fastbn_vu) _mm512_cvtepu16_epi32(FASTBN_LOAD_BITS(x)) << 16)
+#define FASTBN_LOWER_BITS(z) _mm512_cvtepi32_epi16((__m512i) ((z) >> 16))
 /* The bits of z made quiet where it is NaN, else those that are rounded; one instruction less than a selection. */
 #define FASTBN_QUIET_OR(z, rounded) \
     ((fastbn_vu) _mm512_mask_or_epi32((__m512i) (rounded), _mm512_cmp_ps_mask((__m512) (z), (__m512) (z), _CMP_UNORD_Q), \
@@ -28,9 +28,8 @@ typedef __m128i fastbn_vs;
 #define FASTBN_STREAM_BITS(y, z) _mm_stream_si128((__m128i *) (y), z)
 #define FASTBN_WIDEN_HALVES(x) ((fastbn_vf) _mm256_cvtph_ps(x))
 #define FASTBN_NARROW_HALVES(z) _mm256_cvtps_ph((__m256) (z), _MM_FROUND_TO_NEAREST_INT)
-#define FASTBN_WIDEN_BITS(x) ((fastbn_vu) _mm256_cvtepu16_epi32(x))
-#define FASTBN_NARROW_BITS(z) \
-    _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i) (z), (__m256i) (z)), 0x08))
+#define FASTBN_RAISE_BITS(x) fastbn_raise_words(x)
+#define FASTBN_LOWER_BITS(z) fastbn_lower_words((__m256i) (z))
 #define FASTBN_QUIET_OR(z, rounded) \
     ((fastbn_vu) fastbn_select_f(z, z, (fastbn_vf) (rounded), (fastbn_vf) ((fastbn_vu) (z) | 0x400000)))
 #endif
@@ -45,12 +44,12 @@ static inline void fastbn_store_half_pack(void *y, fastbn_vf z, int stream) {
     fastbn_store_small(y, FASTBN_NARROW_HALVES(z), stream);
 }
 static inline fastbn_vf fastbn_load_bfloat_pack(const void *x) {
-    return (fastbn_vf) (FASTBN_WIDEN_BITS(FASTBN_LOAD_BITS(x)) << 16);
+    return (fastbn_vf) FASTBN_RAISE_BITS(x);
 }
 /* `fastbn_to_bfloat` of a pack. */
 static inline void fastbn_store_bfloat_pack(void *y, fastbn_vf z, int stream) {
     fastbn_vu bits = (fastbn_vu) z, rounded = bits + 0x7fff + (bits >> 16 & 1);
-    fastbn_store_small(y, FASTBN_NARROW_BITS(FASTBN_QUIET_OR(z, rounded) >> 16), stream);
+    fastbn_store_small(y, FASTBN_LOWER_BITS(FASTBN_QUIET_OR(z, rounded)), stream);
 }
 #else
 #define FASTBN_HAS_SMALL_PACKS 0
