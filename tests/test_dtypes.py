@@ -130,7 +130,7 @@ def test_bits_are_those_of_float32_rounded(case, name):
 @pytest.mark.parametrize("name", HALVES + BYTES)
 @pytest.mark.parametrize("values", [16, 31, 49, 100, 127, 128, 129])
 def test_short_planes_of_every_number_of_images(values, name):
-    """Runs of four images are converted together, as many channels of each as leave room for all; not dy, beside bytes."""
+    """Runs of four images are converted together, as many channels of each as leave room for all."""
     dtype = dtype_of(name)
     for images, channels in ((1, 64), (2, 37), (3, 65), (4, 5), (5, 64), (6, 21), (7, 3), (8, 40), (9, 129)):
         x = batch((images, channels, values), dtype, seed=images)
