@@ -110,7 +110,7 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     cdef bint pair = summed(job) > 1
     # Of 16 bits on lean cores gradients (64 x 64 x 32 x 32 0.87 and 0.80, in a loop and cold), and channels that are many runs of
     # middling length (64 x 64 x 64 x 64, training 0.84 and 0.86, of uint8 0.98 and 0.94): conversions leave memory time.
-    if is_lean() and job.u.size < 4 and (pair and bytes > SMALL_PAIR
+    if is_lean() and job.u.size < 4 and (job.reads_pair and bytes > SMALL_PAIR
                                          or FETCHED_RUN <= job.inner <= TILE and job.outer > 8):
         return True
     if is_roomy() or is_lean():
