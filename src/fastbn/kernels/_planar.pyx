@@ -168,21 +168,19 @@ cdef inline char* at(const Operand* operand, Py_ssize_t n, Py_ssize_t c, Py_ssiz
     return operand.data + n * operand.outer + c * operand.channel + s * operand.inner
 
 
-cdef inline Operand in_tile(Py_ssize_t length, Py_ssize_t channels, int kind) noexcept nogil:
-    """The operand that runs of that length are when they lie side by side in a tile, so many of an image."""
+cdef inline Operand in_tile(Py_ssize_t length, int kind) noexcept nogil:
+    """The operand that runs of that length are when they lie side by side in a tile."""
     cdef Operand o
     o.data = NULL
     o.kind = kind
     o.size = o.inner = size_of(kind)
-    o.channel = length * o.size
-    o.outer = channels * o.channel
+    o.outer, o.channel = 0, length * o.size
     return o
 
 
-cdef inline Operand staged(const Operand* operand, Py_ssize_t length, Py_ssize_t channels, int kind) noexcept nogil:
-    """The operand of a kind that runs of so many neighbouring channels become when they are converted together; those of that
-    kind stay."""
-    return operand[0] if operand.kind == kind else in_tile(length, channels, kind)
+cdef inline Operand staged(const Operand* operand, Py_ssize_t length, int kind) noexcept nogil:
+    """The operand of a kind that neighbouring runs become when they are converted together; those of that kind stay."""
+    return operand[0] if operand.kind == kind else in_tile(length, kind)
 
 
 cdef inline Py_ssize_t side_by_side(const Operand* operand, Py_ssize_t length, int kind) noexcept nogil:
@@ -194,15 +192,11 @@ cdef inline Py_ssize_t side_by_side(const Operand* operand, Py_ssize_t length, i
     return max(<Py_ssize_t> 1, TILE // length) if operand.channel == length * operand.size else 1
 
 
-cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_t images, Py_ssize_t n, int kind,
-                                Py_ssize_t apart, floating* tile) noexcept nogil:
-    """Where n values of each of some images, which lie side by side, are of that kind: in the tile, in the type of arithmetic
-    and so far apart, or where they were."""
-    cdef Py_ssize_t i
+cdef inline const char* convert(const Operand* operand, const char* x, Py_ssize_t n, int kind, floating* tile) noexcept nogil:
+    """Where n values that lie side by side are of that kind: in the tile, in the type of arithmetic, or where they were."""
     if operand.kind == kind:
         return x
-    for i in range(images):
-        take(operand, x + i * operand.outer, operand.size, n, tile + i * apart, 1)
+    take(operand, x, operand.size, n, tile, 1)
     return <const char*> tile
 
 

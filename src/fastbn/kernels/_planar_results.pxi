@@ -42,11 +42,11 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
         if r.gathers:
             r.together = min(r.together, max(<Py_ssize_t> 1, GATHERED // length) if job.y.channel == length * job.y.size else 1)
     if r.converts:
-        r.near.u = staged(&job.u, length, r.together, kind_u)
-        r.near.v = staged(&job.v, length, r.together, kind)
+        r.near.u = staged(&job.u, length, kind_u)
+        r.near.v = staged(&job.v, length, kind)
         if job.form.third:  # what a gate reads there it stages itself
-            r.near.w = staged(&job.w, length, r.together, kind)
-        r.near.y = in_tile(length, r.together, kind) if r.gathers else staged(&job.y, length, r.together, kind)
+            r.near.w = staged(&job.w, length, kind)
+        r.near.y = in_tile(length, kind) if r.gathers else staged(&job.y, length, kind)
         r.near.streams = job.streams and job.y.kind == kind and not r.gathers
     elif job.streams and shares_lines(&job.y, k.cut, length):
         r.near.streams = False
@@ -54,7 +54,7 @@ cdef void prepare(const Job* job, const Cut* k, Py_ssize_t length, Runs* r, cons
     r.gate_direct = False
     if job.gated:
         r.gate = gate_of(&r.near)
-        r.gate.y = r.near.u = in_tile(length, 1, kind)
+        r.gate.y = r.near.u = in_tile(length, kind)
         r.gate_direct = all_ready(&r.gate, length, kind)
     r.direct = all_ready(&r.near, length, kind)
     r.at_once = 1
@@ -143,11 +143,11 @@ cdef void apply_image(const Job* job, const Runs* r, Py_ssize_t n, Py_ssize_t c0
         w = at(&job.w, n, c, s0)
         y = z = at(&job.y, n, c, s0)
         if r.converts:
-            u = convert(&job.u, u, 1, m * length, r.kind_u, 0, buffer)
+            u = convert(&job.u, u, m * length, r.kind_u, buffer)
             if r.reads_v:
-                v = convert(&job.v, v, 1, m * length, kind, 0, buffer + TILE)
+                v = convert(&job.v, v, m * length, kind, buffer + TILE)
             if job.form.third:
-                w = convert(&job.w, w, 1, m * length, kind, 0, buffer + 2 * TILE)
+                w = convert(&job.w, w, m * length, kind, buffer + 2 * TILE)
             if r.gathers or job.y.kind != kind:
                 y = <char*> buffer  # over u, which is of the same type
                 if job.u.kind == r.kind_u and job.y.kind == kind:

@@ -42,6 +42,23 @@ cdef inline void fetch_later(const Operand* operand, const Cut* k, const char* x
     fetch_lines(x, runs * length * operand.size)
 
 
+cdef inline Operand staged_images(const Operand* operand, Py_ssize_t length, Py_ssize_t channels, int kind) noexcept nogil:
+    """`staged`, with so many channels of each image side by side in the tile."""
+    cdef Operand o = staged(operand, length, kind)
+    if operand.kind != kind:
+        o.outer = channels * o.channel
+    return o
+
+
+cdef inline const char* convert_images(const Operand* operand, const char* x, Py_ssize_t images, Py_ssize_t n, int kind,
+                                       Py_ssize_t apart, floating* tile) noexcept nogil:
+    """`convert` of n values of each of some images, which are so far apart in the tile."""
+    cdef Py_ssize_t i
+    for i in range(1, images):
+        convert(operand, x + i * operand.outer, n, kind, tile + i * apart)
+    return convert(operand, x, n, kind, tile)
+
+
 cdef void keep_small(const Operand* kept, const floating* g, Py_ssize_t apart, char* place, Py_ssize_t runs,
                      Py_ssize_t length) noexcept nogil:
     """What came through the gate, of neighbouring channels that lie so far apart, in fewer bits."""
@@ -82,8 +99,8 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
     if converts:
         if not job.gated and t.length < SMALL_STAGED_RUN:
             most, together = IMAGES, max(<Py_ssize_t> 1, together // IMAGES)
-        near.u = staged(&job.u, t.length, together, kind_u)
-        near.v = staged(&job.v, t.length, together, kind)
+        near.u = staged_images(&job.u, t.length, together, kind_u)
+        near.v = staged_images(&job.v, t.length, together, kind)
     walked = near.u
     if job.gated:
         gate = gate_of(&near)
@@ -93,7 +110,7 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
         elif job.kept.data != NULL and job.kept.data != job.exact.data:
             small = &job.kept
         if not exact:
-            gate.y = in_tile(t.length, 1, kind)
+            gate.y = in_tile(t.length, kind)
         gate_direct = all_ready(&gate, t.length, kind)
         near.u = gate.y
     direct = ready(&near.u, t.length, kind) and (not job.reads_pair or ready(&near.v, t.length, kind))
@@ -115,9 +132,9 @@ cdef void sum_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0,
                     fetch_later(&job.u, k, u + i * job.u.outer, c, m, c1 - c0, on, t.length)
                     if job.reads_pair:
                         fetch_later(&job.v, k, v + i * job.v.outer, c, m, c1 - c0, on, t.length)
-                u = convert(&job.u, u, images, m * t.length, kind_u, together * t.length, buffer)
+                u = convert_images(&job.u, u, images, m * t.length, kind_u, together * t.length, buffer)
                 if job.reads_pair:
-                    v = convert(&job.v, v, images, m * t.length, kind, together * t.length, buffer + TILE)
+                    v = convert_images(&job.v, v, images, m * t.length, kind, together * t.length, buffer + TILE)
             i = c
             while i < c + m:
                 several = min(c + m - i, at_once)
