@@ -1,24 +1,30 @@
 # Sums of the interleaved driver: of tiles to parts, of parts to columns, and of columns to channels.
 
 cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
-                   const double* q, bint pair, bint shifted, bint omits, bint second_level, bint begins, double* first,
-                   double* second, const floating* typed) noexcept nogil:
+                   const double* q, bint pair, bint shifted, bint omits, bint near, bint second_level, bint begins,
+                   double* first, double* second, const floating* typed) noexcept nogil:
     """*reduce* of views. Float64 data are always relative to a shift, and so is a gradient of which some is missing."""
     cdef const floating* x = <const floating*> u.data
     cdef const floating* x2 = <const floating*> v.data
+    cdef Py_ssize_t su = u.stride, sv = v.stride
     if omits:
-        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, True, False, begins, first, second)
+        reduce_rows(x, su, x2, sv, rows, ahead, width, p, q, True, True, True, False, begins, first, second)
     elif shifted or floating is double:
         if pair:
-            reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, False, False, begins, first, second)
+            reduce_rows(x, su, x2, sv, rows, ahead, width, p, q, True, True, False, False, begins, first, second)
+        elif near:
+            reduce_near_rows(x, su, x, su, rows, width, p, p, False, True, begins, first, second)
         else:
-            reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, True, False, second_level, begins, first,
-                        second)
+            reduce_rows(x, su, x, su, rows, ahead, width, p, p, False, True, False, second_level, begins, first, second)
     elif pair:
-        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, False, False, False, begins, first, second)
+        if near:
+            reduce_near_rows(x, su, x2, sv, rows, width, p, q, True, False, begins, first, second)
+        else:
+            reduce_rows(x, su, x2, sv, rows, ahead, width, p, q, True, False, False, False, begins, first, second)
+    elif near:
+        reduce_near_rows(x, su, x, su, rows, width, p, p, False, False, begins, first, second)
     else:
-        reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, False, False, second_level, begins, first,
-                    second)
+        reduce_rows(x, su, x, su, rows, ahead, width, p, p, False, False, False, second_level, begins, first, second)
 
 
 cdef inline void fetch_rows(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t row, Py_ssize_t rows,
@@ -49,7 +55,8 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
                           and (not (job.by_output or job.gate.third) or in_stretches(job, k, &job.w))):
         most = PIECE
     cdef double edge[4 * LANES]
-    cdef Py_ssize_t j, r, rows, n, m, step, stop = t.columns
+    cdef bint near = k.near and direct_u and (direct_v or not job.reads_pair) and not job.gated
+    cdef Py_ssize_t j, r, rows, n, m, step, high = k.sums.step, stop = t.columns
     cdef bint inside
     cdef View u, v
     if direct_u and (direct_v or not job.reads_pair) and not job.gated and t.columns % LANES and t.columns >= LANES:
@@ -62,13 +69,15 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
         if job.reads_pair:
             v = view(job, k, &job.v, True, t.row, t.rows, t.column + j, LANES, vb)
         add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, job.reads_pair and job.omits,
-                 False, True, edge + 2 * LANES, edge + 3 * LANES, gates)
+                 False, False, True, edge + 2 * LANES, edge + 3 * LANES, gates)
         for j in range(width, t.columns):
             first[j] = edge[3 * LANES + j - t.columns]
             second[j] = edge[4 * LANES + j - t.columns]
-    for step in range((t.rows + k.sums.step - 1) // k.sums.step):
-        r = step * k.sums.step
-        rows = min(k.sums.step, t.rows - r)
+    if near and stop == width:  # nothing is staged
+        high = t.rows
+    for step in range((t.rows + high - 1) // high):
+        r = step * high
+        rows = min(high, t.rows - r)
         j = 0
         while j < stop:
             inside = j < width
@@ -84,7 +93,7 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
             if job.gated:
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
             add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
-                     job.reads_pair and job.omits, k.second_level, step == 0, first + j, second + j, gates)
+                     job.reads_pair and job.omits, near, k.second_level, step == 0, first + j, second + j, gates)
             j += n
 
 

@@ -7,6 +7,11 @@ from .packs cimport (
 )
 
 
+cdef enum:
+    PAIRED = 4  # rows in the caches that are taken together, of two operands,
+    ALONE = 8   # and of one
+
+
 cdef inline void add_pack(vd* s, vd* t, vd du, vd dv, bint shifted, bint fused) noexcept nogil:
     """The formula of *reduce*, the only place where it stands; du and dv are relative to their shifts already."""
     s[0] = add_by_product(s[0], du) if fused else s[0] + du
@@ -131,8 +136,8 @@ cdef inline Py_ssize_t pitch(Py_ssize_t stride, Py_ssize_t width, Py_ssize_t cou
 
 cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t rows,
                                 Py_ssize_t ahead, Py_ssize_t width, Py_ssize_t k, Py_ssize_t count, const double* p,
-                                const double* q, bint pair, bint shifted, bint omits, bint second_level, bint begins,
-                                double* first, double* second) noexcept nogil:
+                                const double* q, bint pair, bint shifted, bint omits, bint fetches, bint second_level,
+                                bint begins, double* first, double* second) noexcept nogil:
     """`reduce_rows` of so many times LANES columns, ABREAST at most, from the k-th on: their sums are side by side."""
     cdef vd s[ABREAST * ND]
     cdef vd t[ABREAST * ND]
@@ -150,7 +155,7 @@ cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating
             s[j] = (<vd*> (first + i))[j]
             t[j] = (<vd*> (second + i))[j]
     for r in range(rows):
-        for c in range(count):
+        for c in range(count if fetches else 0):
             prefetch_to(next_u + r * pu + c * LANES, second_level)
             if pair:
                 prefetch_to(next_v + r * pv + c * LANES, second_level)
@@ -171,10 +176,26 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
     """
     cdef Py_ssize_t k = 0, end = width // LANES
     while ABREAST > 1 and k + ABREAST <= end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, second_level, begins, first,
-                       second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, True, second_level, begins,
+                       first, second)
         k += ABREAST
     while k < end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, second_level, begins, first,
-                       second)
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, True, second_level, begins,
+                       first, second)
         k += 1
+
+
+cdef inline void reduce_near_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv, Py_ssize_t rows,
+                                  Py_ssize_t width, const double* p, const double* q, bint pair, bint shifted, bint begins,
+                                  double* first, double* second) noexcept nogil:
+    """`reduce_rows` of rows that are in the caches: a few together, in a loop without an end to foresee, and none is fetched."""
+    cdef Py_ssize_t end = width // LANES, k, tall = PAIRED if pair else ALONE
+    while rows >= tall:
+        for k in range(end):
+            reduce_columns(u, su, v, sv, tall, 0, width, k, 1, p, q, pair, shifted, False, False, False, begins, first, second)
+        u += tall * su
+        v += tall * sv
+        rows -= tall
+        begins = False
+    for k in range(end if rows else 0):
+        reduce_columns(u, su, v, sv, rows, 0, width, k, 1, p, q, pair, shifted, False, False, False, begins, first, second)
