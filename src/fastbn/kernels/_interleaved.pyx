@@ -20,7 +20,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.string cimport memcpy, memset
 
 from . cimport caches
-from .caches cimport is_roomy
+from .caches cimport is_lean, is_roomy
 from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take

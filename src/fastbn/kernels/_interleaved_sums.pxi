@@ -1,30 +1,41 @@
 # Sums of the interleaved driver: of tiles to parts, of parts to columns, and of columns to channels.
 
 cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p,
-                   const double* q, bint pair, bint shifted, bint omits, bint near, bint second_level, bint begins,
-                   double* first, double* second, const floating* typed) noexcept nogil:
+                   const double* q, bint pair, bint shifted, bint omits, bint second_level, bint begins, double* first,
+                   double* second, const floating* typed) noexcept nogil:
     """*reduce* of views. Float64 data are always relative to a shift, and so is a gradient of which some is missing."""
     cdef const floating* x = <const floating*> u.data
     cdef const floating* x2 = <const floating*> v.data
-    cdef Py_ssize_t su = u.stride, sv = v.stride
     if omits:
-        reduce_rows(x, su, x2, sv, rows, ahead, width, p, q, True, True, True, False, begins, first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, True, False, begins, first, second)
     elif shifted or floating is double:
         if pair:
-            reduce_rows(x, su, x2, sv, rows, ahead, width, p, q, True, True, False, False, begins, first, second)
-        elif near:
-            reduce_near_rows(x, su, x, su, rows, width, p, p, False, True, begins, first, second)
+            reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, False, False, begins, first, second)
         else:
-            reduce_rows(x, su, x, su, rows, ahead, width, p, p, False, True, False, second_level, begins, first, second)
+            reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, True, False, second_level, begins, first,
+                        second)
     elif pair:
-        if near:
-            reduce_near_rows(x, su, x2, sv, rows, width, p, q, True, False, begins, first, second)
-        else:
-            reduce_rows(x, su, x2, sv, rows, ahead, width, p, q, True, False, False, False, begins, first, second)
-    elif near:
-        reduce_near_rows(x, su, x, su, rows, width, p, p, False, False, begins, first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, False, False, False, begins, first, second)
     else:
-        reduce_rows(x, su, x, su, rows, ahead, width, p, p, False, False, False, second_level, begins, first, second)
+        reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, False, False, second_level, begins, first,
+                    second)
+
+
+cdef void add_near_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t width, const double* p, const double* q,
+                        bint pair, bint shifted, bint begins, double* first, double* second,
+                        const floating* typed) noexcept nogil:
+    """`add_rows` of rows that are in the caches; two float32 operands are not shifted."""
+    cdef const floating* x = <const floating*> u.data
+    cdef const floating* x2 = <const floating*> v.data
+    cdef Py_ssize_t su = u.stride, sv = v.stride
+    if floating is double and pair:
+        reduce_near_rows(x, su, x2, sv, rows, width, p, q, True, True, begins, first, second)
+    elif floating is double or shifted:
+        reduce_near_rows(x, su, x, su, rows, width, p, p, False, True, begins, first, second)
+    elif pair:
+        reduce_near_rows(x, su, x2, sv, rows, width, p, q, True, False, begins, first, second)
+    else:
+        reduce_near_rows(x, su, x, su, rows, width, p, p, False, False, begins, first, second)
 
 
 cdef inline void fetch_rows(const Job* job, const Cut* k, const Operand* operand, Py_ssize_t row, Py_ssize_t rows,
@@ -55,11 +66,16 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
                           and (not (job.by_output or job.gate.third) or in_stretches(job, k, &job.w))):
         most = PIECE
     cdef double edge[4 * LANES]
-    cdef bint near = k.near and direct_u and (direct_v or not job.reads_pair) and not job.gated
+    cdef bint unstaged = direct_u and (direct_v or not job.reads_pair) and not job.gated
+    cdef bint omits = job.reads_pair and job.omits
+    # Behind a tile there is nothing to fetch. A gate reads what lies ahead of the gradient itself. Shifts of two float32
+    # operands are too many for the registers: 1.1 times.
+    cdef bint near = (is_lean() and (not k.far if unstaged else not direct_u and not direct_v)
+                      and not (shifted and job.reads_pair and (floating is float or omits)))
     cdef Py_ssize_t j, r, rows, n, m, step, high = k.sums.step, stop = t.columns
     cdef bint inside
     cdef View u, v
-    if direct_u and (direct_v or not job.reads_pair) and not job.gated and t.columns % LANES and t.columns >= LANES:
+    if unstaged and t.columns % LANES and t.columns >= LANES:
         # The last lanes overlap those before: what is left over needs no staging, and is all that is taken from their sums.
         stop = width
         j = t.columns - LANES
@@ -68,12 +84,12 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
         u = v = view(job, k, &job.u, True, t.row, t.rows, t.column + j, LANES, ub)
         if job.reads_pair:
             v = view(job, k, &job.v, True, t.row, t.rows, t.column + j, LANES, vb)
-        add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, job.reads_pair and job.omits,
-                 False, False, True, edge + 2 * LANES, edge + 3 * LANES, gates)
+        add_rows(&u, &v, t.rows, k.ahead, LANES, edge, edge + LANES, job.reads_pair, shifted, omits, False, True,
+                 edge + 2 * LANES, edge + 3 * LANES, gates)
         for j in range(width, t.columns):
             first[j] = edge[3 * LANES + j - t.columns]
             second[j] = edge[4 * LANES + j - t.columns]
-    if near and stop == width:  # nothing is staged
+    if near and unstaged and stop == width:
         high = t.rows
     for step in range((t.rows + high - 1) // high):
         r = step * high
@@ -92,8 +108,11 @@ cdef void sum_rows(const Job* job, const Cut* k, const Tile* t, const double* p,
                 v = view(job, k, &job.v, direct_v and inside, t.row + r, rows, t.column + j, n, vb)
             if job.gated:
                 u = gated(job, k, inside, &u, &v, t.row + r, rows, t.column + j, n, gates, gb)
-            add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted,
-                     job.reads_pair and job.omits, near, k.second_level, step == 0, first + j, second + j, gates)
+            if near:
+                add_near_rows(&u, &v, rows, m, p + j, q + j, job.reads_pair, shifted, step == 0, first + j, second + j, gates)
+            else:
+                add_rows(&u, &v, rows, k.ahead, m, p + j, q + j, job.reads_pair, shifted, omits, k.second_level, step == 0,
+                         first + j, second + j, gates)
             j += n
 
 

@@ -260,8 +260,7 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
                          wb32 + i * m if weighted else NULL, m, job.omits, hidden_u + i * m, hidden_v + i * m)
             x.data, x.stride = <char*> hidden_u, m
             y.data, y.stride = <char*> hidden_v, m
-            add_rows(&x, &y, rows, 0, m, p + j, q + j, True, True, False, False, False, step == 0, first + j, second + j,
-                     typed)
+            add_rows(&x, &y, rows, 0, m, p + j, q + j, True, True, False, False, step == 0, first + j, second + j, typed)
             j += n
 
 

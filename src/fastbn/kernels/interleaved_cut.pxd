@@ -55,8 +55,7 @@ cdef struct Cut:
     Py_ssize_t rest       # columns of the last, partial row
     Py_ssize_t ahead      # rows that are fetched in advance,
     bint second_level     # to a second level cache
-    bint far              # operands come from memory,
-    bint near             # or sums find them in the caches: see `reduce_near_rows`
+    bint far              # operands come from memory
     bint large            # and so do those of results
     Grid sums
     Grid results
@@ -146,7 +145,6 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.far = bytes >= LARGE and (job.streams or not is_roomy())
-    k.near = is_lean() and not k.far
     # Eight gradients of 3 to 10 MB an operand, cold: 0.78; in a loop 0.95, but 1.2 to 1.3 where a row is more columns than a
     # chunk, which are taken as what is near unless they are stored past the caches. Of one operand it would be 1.1 in a loop.
     k.large = k.far or (is_lean() and job.reads_pair and bytes >= LEAN_PAIR and (k.columns <= HALF or job.streams))
