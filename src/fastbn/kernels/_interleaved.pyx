@@ -53,51 +53,51 @@ include "_interleaved_views.pxi"
 
 # One function for each kind of bend, not inline: what loops there are is compiled once, whoever calls it, and so few in one
 # function that their numbers stay in registers. Of all in one, nine in ten fetched addresses from the stack for every pack.
-cdef void scale_straight(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_straight(const Form* form, const Strips* x, int walk, Py_ssize_t ahead, const floating* table,
                          Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, STRAIGHT)
+    apply_rows(x, walk, ahead, table, stride, form, stream, STRAIGHT)
 
 
-cdef void scale_clipped(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_clipped(const Form* form, const Strips* x, int walk, Py_ssize_t ahead, const floating* table,
                         Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, CLIPPED)
+    apply_rows(x, walk, ahead, table, stride, form, stream, CLIPPED)
 
 
-cdef void scale_bent(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_bent(const Form* form, const Strips* x, int walk, Py_ssize_t ahead, const floating* table,
                      Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, BENT)
+    apply_rows(x, walk, ahead, table, stride, form, stream, BENT)
 
 
-cdef void scale_smooth(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_smooth(const Form* form, const Strips* x, int walk, Py_ssize_t ahead, const floating* table,
                        Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, SMOOTH)
+    apply_rows(x, walk, ahead, table, stride, form, stream, SMOOTH)
 
 
-cdef void scale_weighted(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_weighted(const Form* form, const Strips* x, int walk, Py_ssize_t ahead, const floating* table,
                          Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, WEIGHTED)
+    apply_rows(x, walk, ahead, table, stride, form, stream, WEIGHTED)
 
 
-cdef void scale_present(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale_present(const Form* form, const Strips* x, int walk, Py_ssize_t ahead, const floating* table,
                         Py_ssize_t stride, bint stream) noexcept nogil:
-    apply_rows(x, large, ahead, table, stride, form, stream, PRESENT)
+    apply_rows(x, walk, ahead, table, stride, form, stream, PRESENT)
 
 
-cdef void scale(const Form* form, const Strips* x, bint large, Py_ssize_t ahead, const floating* table,
+cdef void scale(const Form* form, const Strips* x, int walk, Py_ssize_t ahead, const floating* table,
                 Py_ssize_t stride, bint stream) noexcept nogil:
     """*apply* to rows."""
     if form.bend == STRAIGHT:
-        scale_straight(form, x, large, ahead, table, stride, stream)
+        scale_straight(form, x, walk, ahead, table, stride, stream)
     elif form.bend == CLIPPED:
-        scale_clipped(form, x, large, ahead, table, stride, stream)
+        scale_clipped(form, x, walk, ahead, table, stride, stream)
     elif form.bend == BENT:
-        scale_bent(form, x, large, ahead, table, stride, stream)
+        scale_bent(form, x, walk, ahead, table, stride, stream)
     elif form.bend == SMOOTH:
-        scale_smooth(form, x, large, ahead, table, stride, stream)
+        scale_smooth(form, x, walk, ahead, table, stride, stream)
     elif form.bend == WEIGHTED:
-        scale_weighted(form, x, large, ahead, table, stride, stream)
+        scale_weighted(form, x, walk, ahead, table, stride, stream)
     else:
-        scale_present(form, x, large, ahead, table, stride, stream)
+        scale_present(form, x, walk, ahead, table, stride, stream)
 
 
 cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const View* v, Py_ssize_t row, Py_ssize_t rows,
@@ -122,7 +122,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
         if job.by_output:
             source = &w
     cdef Strips x = strips(u, source, &w, &g, rows, whole(columns))
-    scale(&job.gate, &x, False, 0, gates + column, k.padded, False)
+    scale(&job.gate, &x, k.gate_walk, 0, gates + column, k.padded, False)
     if job.exact.data != NULL and not direct:
         carry_rows(job, k, &job.exact, row, rows, column, columns, <floating*> g.data, True)
     if rounds:

@@ -33,15 +33,15 @@ cdef bint is_shifted(const Job* job, const Cut* k) noexcept nogil:
 
 
 cdef void apply_part(const Form* form, const Strips* x, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t from_row,
-                     Py_ssize_t from_column, bint large, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
+                     Py_ssize_t from_column, int walk, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
                      bint stream) noexcept nogil:
     """*apply* to some rows and columns, whose coefficients begin with the table's."""
     cdef Strips part = moved(x, from_row, from_column * size_of(x.kind), x.kind_u, x.kind)
     part.count, part.length = rows, columns
-    scale(form, &part, large, ahead, table, stride, stream)
+    scale(form, &part, walk, ahead, table, stride, stream)
 
 
-cdef void apply_stretch(const Form* form, const Strips* x, Py_ssize_t c0, Py_ssize_t c1, bint large, Py_ssize_t ahead,
+cdef void apply_stretch(const Form* form, const Strips* x, Py_ssize_t c0, Py_ssize_t c1, int walk, Py_ssize_t ahead,
                         const floating* table, Py_ssize_t stride, bint stream) noexcept nogil:
     """*apply* to columns c0..c1 of rows that are one stretch of memory, not in place, where no row of y starts at whole lanes.
 
@@ -51,14 +51,14 @@ cdef void apply_stretch(const Form* form, const Strips* x, Py_ssize_t c0, Py_ssi
     cdef Py_ssize_t size = size_of(x.kind), columns = x.length, width = c1 - c0, last = x.count - 1
     cdef Py_ssize_t begin = c0 + LANES - <Py_ssize_t> (<size_t> x.y % (LANES * size)) // size
     if c0 == 0:
-        apply_part(form, x, 1, LANES, 0, 0, False, 0, table, stride, False)
+        apply_part(form, x, 1, LANES, 0, 0, walk, 0, table, stride, False)
     if c1 < columns:
-        apply_part(form, x, x.count, width, 0, begin, large, ahead, table + begin, stride, stream)
+        apply_part(form, x, x.count, width, 0, begin, walk, ahead, table + begin, stride, stream)
         return
-    apply_part(form, x, last, width, 0, begin, large, ahead, table + begin, stride, stream)
+    apply_part(form, x, last, width, 0, begin, walk, ahead, table + begin, stride, stream)
     # The end of the last row is not followed by another.
-    apply_part(form, x, 1, width - LANES, last, begin, False, 0, table + begin, stride, stream)
-    apply_part(form, x, 1, LANES, last, columns - LANES, False, 0, table + columns - LANES, stride, False)
+    apply_part(form, x, 1, width - LANES, last, begin, walk, 0, table + begin, stride, stream)
+    apply_part(form, x, 1, LANES, last, columns - LANES, walk, 0, table + columns - LANES, stride, False)
 
 
 cdef bint is_late(const Job* job, const Cut* k) noexcept nogil:
@@ -66,7 +66,7 @@ cdef bint is_late(const Job* job, const Cut* k) noexcept nogil:
 
     Two packs more in a row, before and behind them, cost less than that.
     """
-    return (not job.streams and not k.large and waits(job, k) and not is_in_place(job) and k.positions * job.y.outer % LINE == 0
+    return (not job.streams and not k.far and waits(job, k) and not is_in_place(job) and k.positions * job.y.outer % LINE == 0
             and <size_t> job.y.data % job.y.size == 0)
 
 
@@ -114,7 +114,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                          and not is_in_place(job) and is_stretch(job, k, &job.y, kind))
     cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
                           and (direct_w or not job.form.third))
-    cdef bint inside, direct, large = k.large and job.y.kind == kind
+    cdef bint inside, direct
+    cdef int walk = k.walk if job.y.kind == kind else k.gate_walk
     cdef bint overlaps = False  # the last lanes those before, or the first those that follow
     cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
@@ -129,7 +130,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
         if job.form.third:
             w = view(job, k, &job.w, True, t.row, t.rows, 0, k.columns, ub)
         x = strips(&u, &v, &w, &y, t.rows, k.columns)
-        apply_stretch(&job.form, &x, t.column, t.column + t.columns, large, FETCHED if t.columns < k.columns else 0, table,
+        apply_stretch(&job.form, &x, t.column, t.column + t.columns, walk, FETCHED if t.columns < k.columns else 0, table,
                       k.padded, job.streams)
         if job.streams:
             fence()
@@ -139,7 +140,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
         high = min(high, GATHERED // k.columns)
     if unstaged and not gathers:
         high = t.rows  # nothing is staged but columns that are left over, after all others
-        stop = width
+        stop, most = width, max(most, width)
     if shift:  # the first lanes, then all from there
         overlaps = True
         stop = LANES
@@ -169,7 +170,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 elif job.form.third:
                     w = view(job, k, &job.w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 x = strips(&u, &v, &w, &y, rows, whole(n))
-                scale(&job.form, &x, large, FETCHED if n < stride else 0,
+                scale(&job.form, &x, walk, FETCHED if n < stride else 0,
                       table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:
                     stream_lines(&left, job.y.data + (t.row + r) * n * job.y.size, y.data, rows * n * job.y.size)

@@ -1,6 +1,7 @@
 """How the interleaved driver cuts: rows of whole lanes, and blocks of rows by the shape alone."""
 from .caches cimport is_lean, is_middling, is_roomy
 from .job cimport Job, summed
+from .lanes cimport IN_BANDS, IN_ORDER, ROW_BY_ROW
 from .lines cimport LINE, in_line
 from .packs cimport LANES
 
@@ -12,8 +13,7 @@ cdef enum:
     STEP = 32          # rows taken together at most
     FEW = 8            # rows; below, positions are not put together,
     MANY = 512         # or, of a staged piece at least, below that
-    LARGE = 13 << 21   # bytes of operands and result: more are in no cache,
-    LEAN_PAIR = 1 << 22  # or of gradients, where cores are lean, not in a near one when results come
+    LARGE = 13 << 21   # bytes of operands and result: more are in no cache
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
     HALF = 512         # of other sums that are in the caches, and of other results
     PIECE = 64         # columns staged at a time, each down its rows; along rows it is up to CHUNK
@@ -56,7 +56,8 @@ cdef struct Cut:
     Py_ssize_t ahead      # rows that are fetched in advance,
     bint second_level     # to a second level cache
     bint far              # operands come from memory
-    bint large            # and so do those of results
+    int walk             # how results go through rows,
+    int gate_walk        # and a gate, or results of what is staged
     Grid sums
     Grid results
     Py_ssize_t group      # channels of a task that takes all steps, if that is not all of them
@@ -89,10 +90,19 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
     g.chunk = chunk
     g.chunks = (k.columns + chunk - 1) // chunk
     # Sums of some columns are in registers for so many rows; so many are staged together, in whole lanes.
-    g.step = max(min(least, least // LEAST * TOGETHER // whole(chunk)),
-                 min(<Py_ssize_t> STEP, TOGETHER // (operands * whole(chunk))))
+    g.step = max(<Py_ssize_t> 1, max(min(least, least // LEAST * TOGETHER // whole(chunk)),
+                                     min(<Py_ssize_t> STEP, TOGETHER // (operands * whole(chunk)))))
     g.wave = max(<Py_ssize_t> 1, WAVE // (height * chunk))
     return g
+
+
+cdef inline Py_ssize_t results_chunk(const Job* job, const Cut* k) noexcept nogil:
+    """Columns of a task of results at most."""
+    if not job.writes_pair or job.u.size < 4:
+        return CHUNK
+    if not is_lean():
+        return HALF
+    return k.columns if k.far else CHUNK  # in the order of memory: 2000 x 3000 0.85, but 512 x 2048 in the caches 1.05
 
 
 cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t most, Py_ssize_t results_height) noexcept nogil:
@@ -102,7 +112,7 @@ cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t
     cdef bint long_pieces = job.reads_pair or (is_middling() and (k.far or k.columns <= CHUNK))
     cdef Py_ssize_t chunk = min(most, evenly(k.columns, CHUNK if long_pieces else HALF))
     k.sums = grid(k, height, chunk, operands, LEAST if summed(job) > 1 and k.far else 2 * LEAST)
-    k.results = grid(k, results_height, evenly(k.columns, HALF if job.writes_pair and job.u.size >= 4 else CHUNK), operands, LEAST)
+    k.results = grid(k, results_height, evenly(k.columns, results_chunk(job, k)), operands, LEAST)
 
 
 cdef inline void set_columns(Cut* k, Py_ssize_t columns) noexcept nogil:
@@ -145,9 +155,8 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.far = bytes >= LARGE and (job.streams or not is_roomy())
-    # Eight gradients of 3 to 10 MB an operand, cold: 0.78; in a loop 0.95, but 1.2 to 1.3 where a row is more columns than a
-    # chunk, which are taken as what is near unless they are stored past the caches. Of one operand it would be 1.1 in a loop.
-    k.large = k.far or (is_lean() and job.reads_pair and bytes >= LEAN_PAIR and (k.columns <= HALF or job.streams))
+    k.gate_walk = ROW_BY_ROW if is_lean() else IN_BANDS
+    k.walk = IN_ORDER if k.far and not is_lean() else k.gate_walk
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD * (2 if is_roomy() and summed(job) * k.columns >= CHUNK else 1) // (summed(job) * k.columns),
@@ -165,7 +174,7 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     if blocks >= EVEN:
         # Of the gradient's two operands half at most is in a second level cache still: results, which begin at the end, are
         # cut so that they find it.
-        set_grids(job, &k, height, most, max(<Py_ssize_t> LEAST, RETURN // k.columns) if job.reads_pair and not k.large else height)
+        set_grids(job, &k, height, most, max(<Py_ssize_t> LEAST, RETURN // k.columns) if job.reads_pair and not k.far and not is_lean() else height)
         return k
     # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
     most = max(<Py_ssize_t> PIECE, whole((k.columns * blocks + EVEN - 1) // EVEN))

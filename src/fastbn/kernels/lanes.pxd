@@ -35,6 +35,12 @@ cdef enum Bend:
     PRESENT   # the same where the statistics were constants
 
 
+cdef enum Walk:
+    IN_BANDS    # some rows, where coefficients are then loaded less often,
+    IN_ORDER    # all in one loop, in the order of memory,
+    ROW_BY_ROW  # or in one for each
+
+
 cdef enum:
     ASIDE = 4  # packs with a smooth activation that are worked on side by side
     WIDE = 512  # columns; the coefficients of so many are loaded once
@@ -355,14 +361,14 @@ cdef inline void in_order_as(const Strips* given, Py_ssize_t ahead, const floati
         i &= ~end
 
 
-cdef inline void rows_as(const Strips* given, bint large, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
+cdef inline void rows_as(const Strips* given, int walk, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
                          const Form* form, Loop f) noexcept nogil:
-    """Rows in the order of memory, in one loop or in one for each row; where coefficients are then loaded less often, some rows
-    together. ahead is 0 where nothing is to be fetched."""
+    """Rows. ahead is 0 where nothing is to be fetched."""
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
     cdef Py_ssize_t side = (1 if f.bend != SMOOTH else ASIDE if NF == 1 and floating is float and not f.pair
                             else 2 if 2 * LANES <= SIDE * <Py_ssize_t> (sizeof(vd) // sizeof(floating)) else 1)
     cdef Py_ssize_t _r, i, k, r = 0, band = 0, size = size_of(f.kind), columns = side * LANES
+    cdef bint apart = walk == IN_ORDER and ahead > 0
     cdef Strips x = given[0], at
     cdef vf[NUMBERS] kf
     cdef vd[NUMBERS] kd
@@ -370,13 +376,14 @@ cdef inline void rows_as(const Strips* given, bint large, Py_ssize_t ahead, cons
         set_numbers(form, kf)
     else:
         set_numbers(form, kd)
-    if f.bend != SMOOTH and not (large and ahead) and held_whole(&x, table, stride, kf, kd, f):
+    if f.bend != SMOOTH and not apart and held_whole(&x, table, stride, kf, kd, f):
         return
     # Half as many registers hold the coefficients of LANES columns. From memory that is out of order; and of one operand, and
     # with packs of 32 bytes, it is no faster.
-    if ABREAST == 1 and floating is float and (f.pair or NF == 4) and f.bend != SMOOTH and not large and x.length < WIDE:
+    if ABREAST == 1 and floating is float and (f.pair or NF == 4) and f.bend != SMOOTH and (
+            walk == IN_BANDS and x.length < WIDE or walk == ROW_BY_ROW and x.length == LANES):
         band = BAND
-    elif f.pair and f.bend != SMOOTH and not f.stream and x.length >= WIDE and not (large and ahead):
+    elif f.pair and f.bend != SMOOTH and not f.stream and x.length >= WIDE and walk != ROW_BY_ROW and not apart:
         band = TALL
     if band:
         while r < x.count:
@@ -384,8 +391,8 @@ cdef inline void rows_as(const Strips* given, bint large, Py_ssize_t ahead, cons
                 at = moved(&x, r, k * LANES * size, f.kind_u, f.kind)
                 held_as(&at, min(band, x.count - r), LANES, table + k * LANES, stride, kf, kd, f)
             r += band
-    elif large and side == 1:
-        if ahead:
+    elif walk == IN_ORDER and side == 1:
+        if apart:
             in_order_as(&x, ahead, table, stride, kf, kd, f, True)
         else:
             in_order_as(&x, 0, table, stride, kf, kd, f, False)
@@ -401,38 +408,38 @@ cdef inline void rows_as(const Strips* given, bint large, Py_ssize_t ahead, cons
             x = moved(&x, 1, 0, f.kind_u, f.kind)
 
 
-cdef inline void strips_as(const Strips* x, bint are_rows, bint large, Py_ssize_t ahead, const floating* table,
+cdef inline void strips_as(const Strips* x, bint are_rows, int walk, Py_ssize_t ahead, const floating* table,
                            Py_ssize_t stride, const Form* form, Loop f) noexcept nogil:
     if are_rows:
-        rows_as(x, large, ahead, table, stride, form, f)
+        rows_as(x, walk, ahead, table, stride, form, f)
     else:
         runs_as(x, table, stride, form, f)
 
 
-cdef inline void strips_by(const Strips* x, bint are_rows, bint large, Py_ssize_t ahead, const floating* table,
+cdef inline void strips_by(const Strips* x, bint are_rows, int walk, Py_ssize_t ahead, const floating* table,
                            Py_ssize_t stride, const Form* f, bint stream, int kind_u, int kind, int bend) noexcept nogil:
     """*apply* of kinds and a kind of bend, constants where this is compiled. A gate never streams: its result is read next."""
     cdef bint weighted = is_weighted(bend)
     if (f.pair or weighted or kind_u != kind) and (kind <= DOUBLE or bend == STRAIGHT):
         if f.third and weighted and stream:
-            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, True, bend, True))
+            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, True, bend, True))
         elif f.third and bend != STRAIGHT:
-            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, True, bend, False))
+            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, True, bend, False))
         elif stream and (weighted or bend == STRAIGHT):
-            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, False, bend, True))
+            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, False, bend, True))
         else:
-            strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, True, False, bend, False))
+            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, False, bend, False))
     elif f.third and stream:
-        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, True, bend, True))
+        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, True, bend, True))
     elif f.third:
-        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, True, bend, False))
+        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, True, bend, False))
     elif stream:
-        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, False, bend, True))
+        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, False, bend, True))
     else:
-        strips_as(x, are_rows, large, ahead, table, stride, f, Loop(kind_u, kind, False, False, bend, False))
+        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, False, bend, False))
 
 
-cdef inline void strips_of_kind(const Strips* x, bint are_rows, bint large, Py_ssize_t ahead, const floating* table,
+cdef inline void strips_of_kind(const Strips* x, bint are_rows, int walk, Py_ssize_t ahead, const floating* table,
                                 Py_ssize_t stride, const Form* f, bint stream, int bend) noexcept nogil:
     """*apply* of a kind of bend, a constant where this is compiled.
 
@@ -440,44 +447,44 @@ cdef inline void strips_of_kind(const Strips* x, bint are_rows, bint large, Py_s
     activation: dy that comes through the gate, or has done so.
     """
     if floating is double or not HAS_SMALL_PACKS or bend > SMOOTH or (x.kind == FLOAT and x.kind_u == FLOAT):
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, FLOAT if floating is float else DOUBLE,
+        strips_by(x, are_rows, walk, ahead, table, stride, f, stream, FLOAT if floating is float else DOUBLE,
                   FLOAT if floating is float else DOUBLE, bend)
     elif x.kind == HALF and x.kind_u == HALF:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, HALF, HALF, bend)
+        strips_by(x, are_rows, walk, ahead, table, stride, f, stream, HALF, HALF, bend)
     elif x.kind == BFLOAT and x.kind_u == BFLOAT:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, BFLOAT, BFLOAT, bend)
+        strips_by(x, are_rows, walk, ahead, table, stride, f, stream, BFLOAT, BFLOAT, bend)
     elif bend == STRAIGHT and x.kind == HALF:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, FLOAT, HALF, bend)
+        strips_by(x, are_rows, walk, ahead, table, stride, f, stream, FLOAT, HALF, bend)
     elif bend == STRAIGHT:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, FLOAT, BFLOAT, bend)
+        strips_by(x, are_rows, walk, ahead, table, stride, f, stream, FLOAT, BFLOAT, bend)
     elif bend == SMOOTH and x.kind_u == HALF:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, HALF, FLOAT, bend)
+        strips_by(x, are_rows, walk, ahead, table, stride, f, stream, HALF, FLOAT, bend)
     elif bend == SMOOTH:
-        strips_by(x, are_rows, large, ahead, table, stride, f, stream, BFLOAT, FLOAT, bend)
+        strips_by(x, are_rows, walk, ahead, table, stride, f, stream, BFLOAT, FLOAT, bend)
 
 
 cdef inline void apply_runs(const Strips* x, const floating* table, Py_ssize_t stride, const Form* f,
                             bint stream) noexcept nogil:
     """Scale and shift runs of at least LANES values, each of another channel."""
     if f.bend == STRAIGHT:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, STRAIGHT)
+        strips_of_kind(x, False, IN_BANDS, 0, table, stride, f, stream, STRAIGHT)
     elif f.bend == CLIPPED:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, CLIPPED)
+        strips_of_kind(x, False, IN_BANDS, 0, table, stride, f, stream, CLIPPED)
     elif f.bend == BENT:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, BENT)
+        strips_of_kind(x, False, IN_BANDS, 0, table, stride, f, stream, BENT)
     elif f.bend == SMOOTH:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, SMOOTH)
+        strips_of_kind(x, False, IN_BANDS, 0, table, stride, f, stream, SMOOTH)
     elif f.bend == WEIGHTED:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, WEIGHTED)
+        strips_of_kind(x, False, IN_BANDS, 0, table, stride, f, stream, WEIGHTED)
     else:
-        strips_of_kind(x, False, False, 0, table, stride, f, stream, PRESENT)
+        strips_of_kind(x, False, IN_BANDS, 0, table, stride, f, stream, PRESENT)
 
 
-cdef inline void apply_rows(const Strips* x, bint large, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
+cdef inline void apply_rows(const Strips* x, int walk, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
                             const Form* f, bint stream, int bend) noexcept nogil:
     """Scale and shift rows, with one set of coefficients per column; of a kind of bend, a constant where this is compiled.
     The length is a multiple of LANES.
 
     With ``stream``, every row of y is aligned to LANES values, and shares no memory with u, v and w.
     """
-    strips_of_kind(x, True, large, ahead, table, stride, f, stream, bend)
+    strips_of_kind(x, True, walk, ahead, table, stride, f, stream, bend)
