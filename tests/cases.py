@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 import fastbn
+from fastbn.kernels import _cpu, dispatch
 
 DTYPES = (np.float32, np.float64)
 THREADS = (1, 2, 3)
@@ -90,6 +93,19 @@ def batch_statistics(x, *, axis=-1, ddof=0) -> tuple[np.ndarray, np.ndarray]:
 def channel_shape(x, axis) -> tuple[int, ...]:
     axes = axis if isinstance(axis, tuple) else (axis,)
     return tuple(np.shape(x)[a] for a in axes)
+
+
+@contextlib.contextmanager
+def own_cache(size: int) -> Iterator[None]:
+    """Let the drivers walk memory as is best with so many bytes of cache for each core."""
+    drivers = dispatch.drivers(dispatch.level)
+    before = [driver.set_own_cache(size) for driver in drivers]
+    assert before == [_cpu.own_cache()] * 2
+    try:
+        yield
+    finally:
+        for driver, old in zip(drivers, before, strict=True):
+            driver.set_own_cache(old)
 
 
 def training_results(x, dy, *, gamma, beta, axis, activation=None, out=None, dx_out=None) -> dict[str, np.ndarray]:

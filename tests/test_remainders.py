@@ -194,3 +194,24 @@ def test_wide_rows_that_leave_lanes(columns, dtype):
         a, b = moments(x), moments(gaps)
         ref.assert_same_bits(a.mean, b.mean)
         ref.assert_same_bits(a.m2, b.m2)
+
+
+@DTYPE
+@pytest.mark.parametrize("size", [1 << 18, 1 << 20], ids=["lean", "middling"])
+def test_columns_that_lie_apart_in_wide_rows_from_memory(size, dtype):
+    """Whole rows are a task there where cores have little cache; these are staged, some columns at a time."""
+    x, dy = cases.normal((1200, 2101), dtype, mean=3), cases.normal((1200, 2101), dtype, seed=1)
+    gamma, beta = cases.parameters(2101, dtype)
+    with cases.own_cache(size):
+        expected = cases.training_results(x, dy, gamma=gamma, beta=beta, axis=-1)
+        apart = []
+        for a in (x, dy):
+            wide = np.full((1200, 4202), np.nan, dtype)
+            wide[:, ::2] = a
+            apart.append(wide[:, ::2])
+        given = {"gamma": gamma, "beta": beta, "axis": -1}
+        got = cases.training_results(*apart, dx_out=np.empty((1200, 4202), dtype)[:, ::2], **given)
+        dense = cases.training_results(*apart, **given)
+    for name, value in expected.items():
+        ref.assert_same_bits(got[name], value, name)
+        ref.assert_same_bits(dense[name], value, name)

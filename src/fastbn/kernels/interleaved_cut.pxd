@@ -15,7 +15,7 @@ cdef enum:
     MANY = 512         # or, of a staged piece at least, below that
     LARGE = 13 << 21   # bytes of operands and result: more are in no cache
     CHUNK = 1024       # columns of a task at most: sums of a gradient, or coefficients for one operand, fit a first level cache;
-    HALF = 512         # of other sums that are in the caches, and of other results
+    HALF = 512         # of other sums that are in the caches, and of other results: see `results_chunk`
     PIECE = 64         # columns staged at a time, each down its rows; along rows it is up to CHUNK
     APIECE = 4         # columns side by side at least that are staged along a row,
     STRETCHES = CHUNK // APIECE + 2  # and stretches of as many in CHUNK columns, the first and the last cut short
