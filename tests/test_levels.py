@@ -105,6 +105,22 @@ def loops(path: Path, register: str, *patterns: str, without: str = "nothing") -
 FMA = r"fn?madd\d+pd"
 
 
+def sums_as_they_are(build: str, driver: str, level: str) -> list[Counter]:
+    """Loops that sum float32 data not relative to a shift, without looking for the largest weight."""
+    path, register = module(build, driver, level), REGISTERS[level]
+    return loops(path, register, "cvtps2pd", FMA if level != "base" else "mulpd", without="subpd|pmaxud|pcmpgtd")
+
+
+def fetches(loop: Counter) -> bool:
+    return any(name.startswith("prefetch") for name, _ in loop)
+
+
+def sets_of_lanes(found: list[Counter], level: str) -> int:
+    """How many are widened in one turn of a loop, at most."""
+    widened = (sum(n for (name, _), n in loop.items() if name == "cvtps2pd") for loop in found)
+    return max(widened, default=0) // PACKS[REGISTERS[level]]
+
+
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("level", REGISTERS)
@@ -120,11 +136,14 @@ class TestInstructions:
 
     def test_sums_of_two_sets_of_lanes_are_side_by_side(self, level, driver, build):
         """Where there are 32 registers: a lane waits for its last addition, which the other set's then fill."""
-        path, register = module(build, driver, level), REGISTERS[level]
-        weighted = "pmaxud|pcmpgtd"  # sums that also look for the largest weight
-        found = loops(path, register, "cvtps2pd", FMA if level != "base" else "mulpd", without=f"subpd|{weighted}")
-        sets = max(sum(n for (name, of), n in loop.items() if name == "cvtps2pd") for loop in found) // PACKS[register]
-        assert sets == (4 if level == "v4" else 2)  # of both operands of a gradient
+        found = [loop for loop in sums_as_they_are(build, driver, level) if fetches(loop)]
+        assert sets_of_lanes(found, level) == (4 if level == "v4" else 2)  # of both operands of a gradient
+
+    def test_rows_in_the_caches_are_taken_together(self, level, driver, build):
+        """Some rows without a loop of their own, and nothing is fetched."""
+        found = [loop for loop in sums_as_they_are(build, driver, level) if not fetches(loop)]
+        if driver == "interleaved" and not build:  # another compiler may choose not to unroll
+            assert sets_of_lanes(found, level) >= 6
 
     def test_float64_sums_are_packed(self, level, driver, build):
         path, register = module(build, driver, level), REGISTERS[level]

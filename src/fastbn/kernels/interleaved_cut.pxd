@@ -56,8 +56,8 @@ cdef struct Cut:
     Py_ssize_t ahead      # rows that are fetched in advance,
     bint second_level     # to a second level cache
     bint far              # operands come from memory
-    int walk             # how results go through rows,
-    int gate_walk        # and a gate, or results of what is staged
+    int walk              # how results go through rows,
+    int gate_walk         # and a gate, or results of what is staged
     Grid sums
     Grid results
     Py_ssize_t group      # channels of a task that takes all steps, if that is not all of them
@@ -149,6 +149,7 @@ cdef inline Py_ssize_t group_of(const Job* job, const Cut* k) noexcept nogil:
 cdef inline Cut cut(const Job* job) noexcept nogil:
     cdef Cut k
     cdef Py_ssize_t columns = job.channels * job.inner
+    cdef bint returns
     cdef Py_ssize_t height, blocks, most = CHUNK, bytes = job.outer * columns * job.u.size * (3 if job.reads_pair else 2)
     k.positions = positions_per_row(job.outer, columns)
     set_columns(&k, k.positions * columns)
@@ -173,8 +174,9 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     blocks = (k.rows + height - 1) // height
     if blocks >= EVEN:
         # Of the gradient's two operands half at most is in a second level cache still: results, which begin at the end, are
-        # cut so that they find it.
-        set_grids(job, &k, height, most, max(<Py_ssize_t> LEAST, RETURN // k.columns) if job.reads_pair and not k.far and not is_lean() else height)
+        # cut so that they find it. In a lean one there is next to nothing to find: 1.03.
+        returns = job.reads_pair and not k.far and not is_lean()
+        set_grids(job, &k, height, most, max(<Py_ssize_t> LEAST, RETURN // k.columns) if returns else height)
         return k
     # Sums are shared by columns, results by rows: of these every thread has a stretch of memory for itself.
     most = max(<Py_ssize_t> PIECE, whole((k.columns * blocks + EVEN - 1) // EVEN))

@@ -363,7 +363,7 @@ cdef inline void in_order_as(const Strips* given, Py_ssize_t ahead, const floati
 
 cdef inline void rows_as(const Strips* given, int walk, Py_ssize_t ahead, const floating* table, Py_ssize_t stride,
                          const Form* form, Loop f) noexcept nogil:
-    """Rows. ahead is 0 where nothing is to be fetched."""
+    """Rows, walked as is said; ahead is 0 where nothing is to be fetched."""
     # Of a smooth activation more packs than there are in LANES are worked on side by side, and memory is never waited for.
     cdef Py_ssize_t side = (1 if f.bend != SMOOTH else ASIDE if NF == 1 and floating is float and not f.pair
                             else 2 if 2 * LANES <= SIDE * <Py_ssize_t> (sizeof(vd) // sizeof(floating)) else 1)
