@@ -26,7 +26,7 @@ from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
 from .interleaved_cut cimport (
     APIECE, CHUNK, FETCHED, PIECE, SHARE, SHIFTED, STAGED, STEP, STRETCHES, Cut, Grid, Tile, begin_of, cut, cut_group,
-    largest_group, table_length, tile_of, whole,
+    largest_group, table_length, tile_of, walk_of, whole,
 )
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of, is_interrupted,
@@ -34,7 +34,7 @@ from .job cimport (
 )
 from .kinds cimport DOUBLE, size_of
 from .lanes cimport (
-    BENT, CLIPPED, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, WIDE, Form, Strips, apply_rows, is_weighted, moved,
+    BENT, CLIPPED, IN_BANDS, PRESENT, ROW_BY_ROW, SMOOTH, STRAIGHT, WEIGHTED, WIDE, Form, Strips, apply_rows, is_weighted, moved,
 )
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, in_line, line, stream_lines
 from .marks cimport keep_rows
@@ -122,7 +122,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
         if job.by_output:
             source = &w
     cdef Strips x = strips(u, source, &w, &g, rows, whole(columns))
-    scale(&job.gate, &x, k.gate_walk, 0, gates + column, k.padded, False)
+    scale(&job.gate, &x, walk_of(False), 0, gates + column, k.padded, False)
     if job.exact.data != NULL and not direct:
         carry_rows(job, k, &job.exact, row, rows, column, columns, <floating*> g.data, True)
     if rounds:

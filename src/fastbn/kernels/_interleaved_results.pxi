@@ -115,7 +115,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
     cdef bint unstaged = (direct_u and direct_y and not job.gated and (direct_v or not reads_v)
                           and (direct_w or not job.form.third))
     cdef bint inside, direct
-    cdef int walk = k.walk if job.y.kind == kind else k.gate_walk
+    cdef int walk = walk_of(k.far and job.y.kind == kind)
     cdef bint overlaps = False  # the last lanes those before, or the first those that follow
     cdef Py_ssize_t stride = k.positions * job.u.outer // job.u.size  # columns to the next row
     cdef View u, v, w, y
@@ -185,6 +185,8 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
         start, stop = stop, t.columns
         if start < stop:  # columns are left over
             high = STEP
+            if walk == ROW_BY_ROW:  # too few of each: 1.02 to 1.05
+                walk = IN_BANDS
             if width > 0 and not is_in_place(job):
                 overlaps = True
                 start, high = stop - LANES, t.rows if unstaged else STEP

@@ -7,18 +7,18 @@ cdef void add_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t ahe
     cdef const floating* x = <const floating*> u.data
     cdef const floating* x2 = <const floating*> v.data
     if omits:
-        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, True, False, begins, first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, True, True, False, begins, first, second)
     elif shifted or floating is double:
         if pair:
-            reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, False, False, begins, first, second)
+            reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, True, False, True, False, begins, first, second)
         else:
-            reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, True, False, second_level, begins, first,
-                        second)
+            reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, True, False, True, second_level, begins,
+                        first, second)
     elif pair:
-        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, False, False, False, begins, first, second)
+        reduce_rows(x, u.stride, x2, v.stride, rows, ahead, width, p, q, True, False, False, True, False, begins, first, second)
     else:
-        reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, False, False, second_level, begins, first,
-                    second)
+        reduce_rows(x, u.stride, x, u.stride, rows, ahead, width, p, p, False, False, False, True, second_level, begins,
+                    first, second)
 
 
 cdef void add_near_rows(const View* u, const View* v, Py_ssize_t rows, Py_ssize_t width, const double* p, const double* q,

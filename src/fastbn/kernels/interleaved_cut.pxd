@@ -56,8 +56,6 @@ cdef struct Cut:
     Py_ssize_t ahead      # rows that are fetched in advance,
     bint second_level     # to a second level cache
     bint far              # operands come from memory
-    int walk              # how results go through rows,
-    int gate_walk         # and a gate, or results of what is staged
     Grid sums
     Grid results
     Py_ssize_t group      # channels of a task that takes all steps, if that is not all of them
@@ -94,6 +92,11 @@ cdef inline Grid grid(const Cut* k, Py_ssize_t height, Py_ssize_t chunk, Py_ssiz
                                      min(<Py_ssize_t> STEP, TOGETHER // (operands * whole(chunk)))))
     g.wave = max(<Py_ssize_t> 1, WAVE // (height * chunk))
     return g
+
+
+cdef inline int walk_of(bint far) noexcept nogil:
+    """How to walk rows, from memory or not: on lean cores a few rows of a band may drive one another out."""
+    return ROW_BY_ROW if is_lean() else IN_ORDER if far else IN_BANDS
 
 
 cdef inline Py_ssize_t results_chunk(const Job* job, const Cut* k) noexcept nogil:
@@ -156,8 +159,6 @@ cdef inline Cut cut(const Job* job) noexcept nogil:
     k.rows = job.outer // k.positions
     k.rest = job.outer % k.positions * columns
     k.far = bytes >= LARGE and (job.streams or not is_roomy())
-    k.gate_walk = ROW_BY_ROW if is_lean() else IN_BANDS
-    k.walk = IN_ORDER if k.far and not is_lean() else k.gate_walk
     # Rows of many columns are far apart, often by a power of two: a few lines at the same place of each would drive one
     # another out of a first level cache. They are fetched where they would come from memory.
     k.ahead = max(AHEAD * (2 if is_roomy() and summed(job) * k.columns >= CHUNK else 1) // (summed(job) * k.columns),

@@ -35,8 +35,9 @@ cdef enum Bend:
     PRESENT   # the same where the statistics were constants
 
 
-cdef enum Walk:
-    IN_BANDS    # some rows, where coefficients are then loaded less often,
+cdef enum:
+    # How *apply* walks rows:
+    IN_BANDS    # some together, where coefficients are then loaded less often,
     IN_ORDER    # all in one loop, in the order of memory,
     ROW_BY_ROW  # or in one for each
 
@@ -380,8 +381,7 @@ cdef inline void rows_as(const Strips* given, int walk, Py_ssize_t ahead, const 
         return
     # Half as many registers hold the coefficients of LANES columns. From memory that is out of order; and of one operand, and
     # with packs of 32 bytes, it is no faster.
-    if ABREAST == 1 and floating is float and (f.pair or NF == 4) and f.bend != SMOOTH and (
-            walk == IN_BANDS and x.length < WIDE or walk == ROW_BY_ROW and x.length == LANES):
+    if ABREAST == 1 and floating is float and (f.pair or NF == 4) and f.bend != SMOOTH and walk == IN_BANDS and x.length < WIDE:
         band = BAND
     elif f.pair and f.bend != SMOOTH and not f.stream and x.length >= WIDE and walk != ROW_BY_ROW and not apart:
         band = TALL

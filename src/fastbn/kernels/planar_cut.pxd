@@ -113,9 +113,8 @@ cdef inline bint goes_in_order(const Job* job, Py_ssize_t bytes) noexcept nogil:
     if is_lean() and job.u.size < 4 and (job.reads_pair and bytes > SMALL_PAIR
                                          or FETCHED_RUN <= job.inner <= TILE and job.outer > 8):
         return True
-    # On lean cores, where channels are too few to have long runs side by side. Training, gradients and those behind relu, in a
-    # loop: 32 x 4 x 56 x 56 0.79, 0.73, 0.86; 32 x 10 x 50 x 50 0.73, 0.93, 0.72; 32 x 16 x 56 x 56 0.90, 0.86, 0.91, cold
-    # 1.02 and 1.02.
+    # On lean cores, where channels are too few to have long runs side by side: training, gradients and those behind relu of
+    # 32 x 4 x 56 x 56 0.79, 0.83 and 0.82, of 32 x 16 x 56 x 56 0.98, 0.84 and 0.90, cold 0.99 and 1.02.
     if (is_lean() and bytes > SMALL and job.u.size >= 4 and FETCHED_RUN <= job.inner <= TILE
             and job.channels // (2 * job.threads) * job.inner < NEAR_FUSED_RUN):
         return True

@@ -168,7 +168,7 @@ cdef inline void reduce_columns(const floating* u, Py_ssize_t su, const floating
 
 cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v, Py_ssize_t sv,
                              Py_ssize_t rows, Py_ssize_t ahead, Py_ssize_t width, const double* p, const double* q,
-                             bint pair, bint shifted, bint omits, bint second_level, bint begins, double* first,
+                             bint pair, bint shifted, bint omits, bint fetches, bint second_level, bint begins, double* first,
                              double* second) noexcept nogil:
     """Add rows to one pair of sums per column, which may begin here; su and sv are the distances between rows in values.
 
@@ -176,11 +176,11 @@ cdef inline void reduce_rows(const floating* u, Py_ssize_t su, const floating* v
     """
     cdef Py_ssize_t k = 0, end = width // LANES
     while ABREAST > 1 and k + ABREAST <= end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, True, second_level, begins,
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, ABREAST, p, q, pair, shifted, omits, fetches, second_level, begins,
                        first, second)
         k += ABREAST
     while k < end:
-        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, True, second_level, begins,
+        reduce_columns(u, su, v, sv, rows, ahead, width, k, 1, p, q, pair, shifted, omits, fetches, second_level, begins,
                        first, second)
         k += 1
 
@@ -189,13 +189,12 @@ cdef inline void reduce_near_rows(const floating* u, Py_ssize_t su, const floati
                                   Py_ssize_t width, const double* p, const double* q, bint pair, bint shifted, bint begins,
                                   double* first, double* second) noexcept nogil:
     """`reduce_rows` of rows that are in the caches: a few together, in a loop without an end to foresee, and none is fetched."""
-    cdef Py_ssize_t end = width // LANES, k, tall = PAIRED if pair else ALONE
+    cdef Py_ssize_t tall = PAIRED if pair else ALONE
     while rows >= tall:
-        for k in range(end):
-            reduce_columns(u, su, v, sv, tall, 0, width, k, 1, p, q, pair, shifted, False, False, False, begins, first, second)
+        reduce_rows(u, su, v, sv, tall, 0, width, p, q, pair, shifted, False, False, False, begins, first, second)
         u += tall * su
         v += tall * sv
         rows -= tall
         begins = False
-    for k in range(end if rows else 0):
-        reduce_columns(u, su, v, sv, rows, 0, width, k, 1, p, q, pair, shifted, False, False, False, begins, first, second)
+    if rows:
+        reduce_rows(u, su, v, sv, rows, 0, width, p, q, pair, shifted, False, False, False, begins, first, second)
