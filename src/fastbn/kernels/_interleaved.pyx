@@ -34,7 +34,7 @@ from .job cimport (
 )
 from .kinds cimport DOUBLE, size_of
 from .lanes cimport (
-    BENT, CLIPPED, IN_BANDS, PRESENT, ROW_BY_ROW, SMOOTH, STRAIGHT, WEIGHTED, WIDE, Form, Strips, apply_rows, is_weighted, moved,
+    BENT, BYTES, CLIPPED, EACH, IN_BANDS, ONE, PRESENT, ROW_BY_ROW, SMOOTH, STRAIGHT, WEIGHTED, WIDE, Form, Strips, apply_rows, is_weighted, moved,
 )
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, in_line, line, stream_lines
 from .marks cimport keep_rows

@@ -99,4 +99,4 @@ cdef inline Strips strips(const View* u, const View* v, const View* w, const Vie
     """Rows of views, of which v and w are of y's kind."""
     cdef Py_ssize_t size = size_of(y.kind)
     return Strips(u.data, v.data, w.data, y.data, u.stride * size_of(u.kind), v.stride * size, w.stride * size, y.stride * size,
-                  rows, columns, u.kind, y.kind)
+                  rows, columns, u.kind, y.kind, EACH)

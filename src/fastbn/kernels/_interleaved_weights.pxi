@@ -62,6 +62,32 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
     return w
 
 
+cdef inline int how_weighted(const Job* job, const Cut* k) noexcept nogil:
+    """How results read weights: one for each row, bytes where they are, or as many as there are values, which may be staged."""
+    if one_weight_per_row(job, k):
+        return ONE
+    return BYTES if job.weights.size == 1 and dense_weights(job, k) and job.weights.repeat >= job.outer else EACH
+
+
+cdef View one_of_rows(const Job* job, Py_ssize_t row, Py_ssize_t rows, weight* buffer) noexcept nogil:
+    """The weights of rows, where there is one for each."""
+    cdef View w
+    cdef Py_ssize_t r
+    cdef Walk walk = walk_from(&job.weights, row)
+    w.data, w.stride = <char*> buffer, 1
+    for r in range(rows):
+        buffer[r] = <weight> weight_at(&job.weights, walk.at)
+        walk_on(&job.weights, &walk)
+    return w
+
+
+cdef inline View bytes_of_rows(const Job* job, const Cut* k, Py_ssize_t row, Py_ssize_t column) noexcept nogil:
+    """The weights of some columns of some rows in place, where each is a byte."""
+    cdef View w
+    w.data, w.stride = <char*> weights_at(&job.weights, row * k.positions, 0, 0) + column, k.positions * job.weights.minor
+    return w
+
+
 cdef void check_rows(const View* w, Py_ssize_t rows, Py_ssize_t width, bint wide, double* most) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(rows):

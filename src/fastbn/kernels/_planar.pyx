@@ -26,7 +26,7 @@ from .job cimport (
     is_interrupted, kind_beside, kind_of_results, native,
 )
 from .kinds cimport DOUBLE, FLOAT, size_of
-from .lanes cimport SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved
+from .lanes cimport EACH, SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
@@ -112,9 +112,9 @@ cdef void bend_together(const Job* job, const char* u, const char* v, const char
     while r < runs:
         m = min(runs - r, TILE // n)
         before = Strips(x + r * operand.channel, x, w + r * job.w.channel, <char*> tile, operand.channel, 0, job.w.channel, step,
-                        m, n, kind, kind)
+                        m, n, kind, kind, EACH)
         apply_runs(&before, table + r, channels, &straight, False)
-        behind = Strips(<char*> tile, <char*> tile, w, y + r * step, 0, 0, 0, 0, 1, m * n, kind, kind)
+        behind = Strips(<char*> tile, <char*> tile, w, y + r * step, 0, 0, 0, 0, 1, m * n, kind, kind, EACH)
         if job.form.pair:
             behind.u, behind.kind_u = u + r * job.u.channel, job.u.kind
         apply_runs(&behind, same, 1, &bend, job.streams)
@@ -151,7 +151,7 @@ cdef inline void apply_any(const Job* job, bint direct, int kind, const char* u,
         bend_together(job, u, v, w, y, runs, n, table, channels)
         return
     x = Strips(u, v, w, z, job.u.channel, job.v.channel, job.w.channel, job.y.channel, runs, m,
-               job.u.kind if direct else kind, kind)
+               job.u.kind if direct else kind, kind, EACH)
     apply_runs(&x, table, channels, &job.form, job.streams and unstaged)
     if not unstaged:
         give(&job.y, <const floating*> z, 1, n, y, job.y.inner)

@@ -105,7 +105,7 @@ cdef void join_runs(const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1, 
         if weighted:
             w = weights_of(job, &weights, length, n, c, c1, s0, tile + TILE)
         x = Strips(at(&job.u, n, c, s0), at(&job.v, n, c, s0), w, at(&job.y, n, c, s0), 0, 0, 0, 0, 1, LANES,
-                   kind, kind)
+                   kind, kind, EACH)
         head = <Py_ssize_t> (-<size_t> x.y % LINE) // size
         end = head + (length - head) // whole_line * whole_line
         if head:

@@ -1,5 +1,6 @@
 """What a driver is told: operands, parameters, and where its numbers per channel go."""
 from cython cimport floating
+from libc.math cimport INFINITY
 
 from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF
 from .lanes cimport PRESENT, SMOOTH, WEIGHTED, Form
@@ -179,7 +180,8 @@ cdef inline void weigh_gradient(Job* job) noexcept nogil:
     job.form.third = job.weights.data != NULL
     job.form.bend = PRESENT if job.operation == FROZEN else WEIGHTED
     job.form.numbers[0] = 0 if job.omits else 1
-    job.form.numbers[1] = job.form.numbers[2] = 0
+    job.form.numbers[1] = 1 if job.weights.marks else INFINITY
+    job.form.numbers[2] = 0
 
 
 cdef inline Job gate_of(const Job* job) noexcept nogil:

@@ -40,6 +40,8 @@ cdef extern from "lanes.h" nogil:
     vd minus_size_d "fastbn_minus_size_d"(vd x)
     vf minus_size_f "fastbn_minus_size_f"(vf x)
     const double[17] series "fastbn_series"
+    vd load_bytes_d "fastbn_load_bytes_d"(const void* x)
+    vf load_bytes_f "fastbn_load_bytes_f"(const void* x)
     vd masked "fastbn_masked"(vd x, const int64_t* mask)
     vd present "fastbn_present"(vd x, vd v)  # x, but 0 where v is NaN
     const int64_t[32] last_masks "fastbn_last"
@@ -88,6 +90,14 @@ cdef inline pack splat(double x, pack like) noexcept nogil:
         return splat_f(<float> x)
     else:
         return splat_d(x)
+
+
+cdef inline pack load_bytes(const void* x, pack like) noexcept nogil:
+    """A pack of what is given as bytes."""
+    if pack is vf:
+        return load_bytes_f(x)
+    else:
+        return load_bytes_d(x)
 
 
 cdef inline pack select(pack x, pack y, pack yes, pack no) noexcept nogil:
