@@ -44,8 +44,8 @@ from .scratch cimport scratch_give, scratch_take
 from .stores cimport in_room, is_in_place, place_results, wants_room
 from .sums cimport reduce_near_rows, reduce_rows
 from .weights cimport (
-    Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights,
-    walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
+    Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted,
+    spread_weights, take_weights, walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
 )
 
 include "_interleaved_views.pxi"

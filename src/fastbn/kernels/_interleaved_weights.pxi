@@ -8,20 +8,25 @@ cdef inline bint dense_weights(const Job* job, const Cut* k) noexcept nogil:
             and (k.positions == 1 or (job.weights.repeat >= job.outer and job.weights.minor == job.channels * job.inner * size)))
 
 
+cdef inline bint one_weight_per_position(const Job* job) noexcept nogil:
+    return job.weights.data != NULL and job.weights.channel == 0 and (job.inner == 1 or job.weights.inner == 0)
+
+
 cdef inline bint one_weight_per_row(const Job* job, const Cut* k) noexcept nogil:
-    return (job.weights.data != NULL and k.positions == 1 and job.weights.channel == 0
-            and (job.inner == 1 or job.weights.inner == 0))
+    return k.positions == 1 and one_weight_per_position(job)
 
 
 cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct, Py_ssize_t row, Py_ssize_t rows,
                        Py_ssize_t column, Py_ssize_t columns, weight* buffer) noexcept nogil:
-    """The weights of some columns of some rows: in place, or in the type of the buffer and padded with zeros."""
+    """The weights of some columns of some rows: in place, or in the type of the buffer, padded with zeros, and with LANES more
+    behind them."""
     cdef View w
     cdef Py_ssize_t m = whole(columns), width = job.channels * job.inner
     cdef Py_ssize_t r, j, c, n
     cdef const char* x
     cdef weight* y
-    cdef weight one
+    cdef bint alike = one_weight_per_position(job)
+    cdef bint spread = alike and not is_dense and (k.positions == 1 or columns == m == k.columns)
     cdef Walk walk
     if direct:
         w.data = <char*> weights_at(&job.weights, row * k.positions, 0, 0) + column * job.weights.size
@@ -29,24 +34,19 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
         return w
     w.data = <char*> buffer
     w.stride = m
-    walk = walk_from(&job.weights, row * k.positions)
+    if spread:
+        spread_weights(&job.weights, row * k.positions, rows * k.positions, m // k.positions, buffer)
     for r in range(rows):
         y = buffer + r * m
-        if one_weight_per_row(job, k):
-            one = <weight> weight_at(&job.weights, walk.at)
-            for j in range(m // LANES):
-                for c in range(LANES):
-                    y[j * LANES + c] = one
-            walk_on(&job.weights, &walk)
-        elif is_dense:
+        if is_dense:
             x = weights_at(&job.weights, (row + r) * k.positions, 0, 0) + column * job.weights.size
             take_weights(&job.weights, x, job.weights.size, columns, y)
-        else:  # one position after the other, and of a position one channel after the other
+        elif not spread:  # one position after the other, and of a position one channel after the other
             walk = walk_from(&job.weights, (row + r) * k.positions + column // width)
             j = column % width
             while y < buffer + r * m + columns:
                 n = min(width - j, <Py_ssize_t> (buffer + r * m + columns - y))
-                if job.weights.channel == 0 and (job.inner == 1 or job.weights.inner == 0):
+                if alike:
                     take_weights(&job.weights, walk.at, 0, n, y)
                 elif job.inner == 1:
                     take_weights(&job.weights, walk.at + j * job.weights.channel, job.weights.channel, n, y)
@@ -124,7 +124,7 @@ cdef void keep_tile(const Job* job, const Cut* k, const Tile* t, const double* p
     cdef mark seen[CHUNK]
     cdef double ws[STEP]
     cdef Py_ssize_t chosen[STEP]
-    cdef mark marks_room[STAGED]
+    cdef mark marks_room[STAGED + LANES]
     cdef floating* ub = aligned(room)
     cdef bint per_row = one_weight_per_row(job, k), marked = job.weights.data != NULL and not per_row
     cdef bint dense_u = dense(job, k, &job.u), direct_u = dense_u and is_native(&job.u)
@@ -179,7 +179,7 @@ cdef void weigh_tile(const Job* job, const Cut* k, const Tile* t, const double* 
     """`sum_rows` of values that have weights, in moments."""
     cdef floating room[2 * STAGED + LANES]
     cdef floating pad[CHUNK]
-    cdef double weights_room[STAGED + LANES]
+    cdef double weights_room[STAGED + 2 * LANES]
     cdef double ws[STEP]
     cdef Py_ssize_t chosen[STEP]
     cdef floating* ub = aligned(room)
@@ -246,7 +246,7 @@ cdef void hide_rows(const Job* job, const Cut* k, const Tile* t, const double* p
                     double* second, const floating* typed) noexcept nogil:
     """`sum_rows` of a gradient without what is missing."""
     cdef floating room[4 * STAGED + LANES]
-    cdef double weights_room[STAGED + LANES]
+    cdef double weights_room[STAGED + 2 * LANES]
     cdef floating* ub = aligned(room)
     cdef floating* vb = ub + STAGED
     cdef floating* hidden_u = vb + STAGED

@@ -357,7 +357,7 @@ cdef inline bint held_whole(const Strips* x, const floating* table, Py_ssize_t s
         held_as(x, x.count, 6 * LANES, table, stride, kf, kd, f)
     elif x.length == 7 * LANES:
         held_as(x, x.count, 7 * LANES, table, stride, kf, kd, f)
-    elif ABREAST == 1 and x.length == HELD * LANES:
+    elif NF == 2 and x.length == HELD * LANES:
         held_as(x, x.count, HELD * LANES, table, stride, kf, kd, f)
     else:
         return False

@@ -49,6 +49,12 @@ ctypedef fused weight:
     double
 
 
+ctypedef fused given:
+    mark
+    float
+    double
+
+
 cdef inline const char* weights_at(const Weights* w, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
     """Where the weight of (n, c, s) is."""
     return w.data + n // w.repeat * w.major + n % w.repeat * w.minor + c * w.channel + s * w.inner
@@ -116,6 +122,52 @@ cdef inline void take_weights(const Weights* w, const char* x, Py_ssize_t sx, Py
     else:
         for i in range(n):
             y[i] = one_of(w, (<const mark*> x)[i * sx])
+
+
+cdef inline void spread_by(const given* x, Py_ssize_t step, Py_ssize_t n, Py_ssize_t columns, Py_ssize_t pieces,
+                           Py_ssize_t piece, mark most, weight* y) noexcept nogil:
+    """n weights, so many bytes apart, each to so many columns, and to what is left of their pieces. Bytes are at most `most`."""
+    cdef Py_ssize_t i, j, c
+    cdef given one
+    cdef weight same
+    for i in range(n):
+        one = (<const given*> (<const char*> x + i * step))[0]
+        if given is mark:
+            one = most if most < one else one
+        same = <weight> one
+        for j in range(pieces):
+            for c in range(piece):
+                y[i * columns + j * piece + c] = same
+
+
+cdef inline void spread_as(const given* x, Py_ssize_t step, Py_ssize_t n, Py_ssize_t columns, mark most,
+                           weight* y) noexcept nogil:
+    """The same, with pieces that are constants."""
+    if columns <= 4:
+        spread_by(x, step, n, columns, 1, 4, most, y)
+    elif columns <= 8:
+        spread_by(x, step, n, columns, 1, 8, most, y)
+    elif columns <= LANES:
+        spread_by(x, step, n, columns, 1, LANES, most, y)
+    else:
+        spread_by(x, step, n, columns, (columns + LANES - 1) // LANES, LANES, most, y)
+
+
+cdef inline void spread_weights(const Weights* w, Py_ssize_t n, Py_ssize_t count, Py_ssize_t columns, weight* y) noexcept nogil:
+    """The weights of so many outer indices from the n-th on, each to so many columns; y has room for LANES more."""
+    cdef Py_ssize_t i = 0, steps
+    cdef mark most = one_of(w, 255)
+    cdef Walk walk
+    while i < count:
+        walk = walk_from(w, n + i)
+        steps = min(walk.left, count - i)
+        if w.kind == DOUBLE:
+            spread_as(<const double*> walk.at, w.minor, steps, columns, most, y + i * columns)
+        elif w.kind == FLOAT:
+            spread_as(<const float*> walk.at, w.minor, steps, columns, most, y + i * columns)
+        else:
+            spread_as(<const mark*> walk.at, w.minor, steps, columns, most, y + i * columns)
+        i += steps
 
 
 # -- what is staged: plain loops, which compilers vectorize; nothing in them is rounded -------------------------------
