@@ -21,6 +21,7 @@ import fastbn
 
 from .cases import Case
 from .compare import BOTH, ROWS, Cases, cases_of
+from .regress import behind_lines
 from .table import turn
 
 CASES = {
@@ -93,12 +94,15 @@ def measure(forms: dict[str, Callable[[], Any]], rounds: int, seconds: float) ->
     return found
 
 
-def rows(cases: Cases, rounds: int, seconds: float, fresh: bool) -> list[dict[str, Any]]:
+def rows(cases: Cases, rounds: int, seconds: float, fresh: bool, past: int | None) -> list[dict[str, Any]]:
     """What was measured, a row for each array and operation."""
     found = []
     for shape, layouts in cases.values():
         for layout in layouts:
-            for operation, forms in calls(Case(shape, layout, "float32"), fresh).items():
+            case = Case(shape, layout, "float32")
+            if past is not None:
+                behind_lines(case, past)
+            for operation, forms in calls(case, fresh).items():
                 about = {"operation": operation, "shape": list(shape), "layout": layout}
                 found.append(about | measure(forms, rounds, seconds))
     return found
@@ -111,9 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=0.02, help="of one call in one round")
     parser.add_argument("--fresh", action="store_true", help="results are new arrays, instead of out=")
+    parser.add_argument("--past", type=int, metavar="BYTES", help="from the beginning of a cache line to arrays")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    found = rows(cases_of(options.cases, CASES), options.rounds, options.seconds, options.fresh)
+    found = rows(cases_of(options.cases, CASES), options.rounds, options.seconds, options.fresh, options.past)
     if options.json:
         print(json.dumps(found, indent=1))
         return

@@ -24,6 +24,7 @@ from .caches cimport is_lean, is_roomy
 from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
+from .given_weights cimport Walk, mark, spread_weights, take_weights, walk_from, walk_on, weight, weight_at, weights_at
 from .interleaved_cut cimport (
     APIECE, CHUNK, FETCHED, PIECE, SHARE, SHIFTED, STAGED, STEP, STRETCHES, Cut, Grid, Tile, begin_of, cut, cut_group,
     largest_group, table_length, tile_of, walk_of, whole,
@@ -33,19 +34,19 @@ from .job cimport (
     kind_beside, kind_of_results, native,
 )
 from .kinds cimport DOUBLE, size_of
-from .lanes cimport (
-    BENT, BYTES, CLIPPED, EACH, IN_BANDS, ONE, PRESENT, ROW_BY_ROW, SMOOTH, STRAIGHT, WEIGHTED, WIDE, Form, Strips, apply_rows, is_weighted, moved,
-)
+from .lanes cimport IN_BANDS, ROW_BY_ROW, WIDE, apply_rows
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, in_line, line, stream_lines
 from .marks cimport keep_rows
 from .moments cimport CANCELLED, add, exact_reciprocal, from_sums, is_far, merge
 from .packs cimport LANES
 from .scratch cimport scratch_give, scratch_take
 from .stores cimport in_room, is_in_place, place_results, wants_room
+from .strips cimport (
+    BENT, BYTES, CLIPPED, EACH, ONE, PRESENT, SMOOTH, STRAIGHT, WEIGHTED, Form, Strips, is_weighted, moved,
+)
 from .sums cimport reduce_near_rows, reduce_rows
 from .weights cimport (
-    Walk, are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted,
-    spread_weights, take_weights, walk_from, walk_on, weigh_rows, weight, weight_at, weights_at,
+    are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, merge_weighted, weigh_rows,
 )
 
 include "_interleaved_views.pxi"

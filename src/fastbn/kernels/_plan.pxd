@@ -1,5 +1,5 @@
 from .job cimport Job, Operation, Parameter
-from .lanes cimport STRAIGHT, Form
+from .strips cimport STRAIGHT, Form
 
 
 cdef enum Pattern:

@@ -3,7 +3,7 @@ cimport numpy as cnp
 
 from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF, INT8, UINT8
 from .job cimport FROZEN, GRADIENT, MOMENTS, NORMALIZE, POOLED, TRAIN, Job, Operand, Operation, Parameter, weigh_gradient
-from .lanes cimport BENT, CLIPPED, SMOOTH, STRAIGHT
+from .strips cimport BENT, CLIPPED, SMOOTH, STRAIGHT
 
 cnp.import_array()
 

@@ -21,12 +21,13 @@ from .caches cimport is_roomy
 from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, settle
 from .convert cimport give, is_native, take
+from .given_weights cimport mark, take_weights, weight, weight_at, weights_at
 from .job cimport (
     DONE, DRIVER, INTERRUPTED, NO_MEMORY, UNFIT, Job, Operand, Operation, behind_gate, channels_of, finish, gate_of,
     is_interrupted, kind_beside, kind_of_results, native,
 )
 from .kinds cimport DOUBLE, FLOAT, size_of
-from .lanes cimport EACH, SMOOTH, STRAIGHT, Form, Strips, apply_runs, is_weighted, moved
+from .lanes cimport apply_runs
 from .lines cimport GATHERED, LINE, aligned, away, end_line, fence, fetch_lines, line, stream_lines
 from .marks cimport keep_run
 from .moments cimport CANCELLED, add, exact_reciprocal, fold, from_sums, is_far, merge
@@ -37,10 +38,10 @@ from .planar_cut cimport (
 )
 from .scratch cimport scratch_give, scratch_take
 from .stores cimport in_room, place_results, wants_room
+from .strips cimport EACH, SMOOTH, STRAIGHT, Form, Strips, is_weighted, moved
 from .sums cimport reduce_runs
 from .weights cimport (
-    are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, mark, merge_weighted, take_weights, weigh_runs,
-    weight, weight_at, weights_at,
+    are_finite, choose, fits, from_weighted_sums, hide, larger, largest_in, largest_of, merge_weighted, weigh_runs,
 )
 
 cdef inline const floating* stage(const Operand* operand, const char* x, Py_ssize_t n, floating pad,

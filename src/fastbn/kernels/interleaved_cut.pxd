@@ -105,7 +105,7 @@ cdef inline Py_ssize_t results_chunk(const Job* job, const Cut* k) noexcept nogi
         return CHUNK
     if not is_lean():
         return HALF
-    return k.columns if k.far else CHUNK  # in the order of memory: 2000 x 3000 0.85, but 512 x 2048 in the caches 1.05
+    return k.columns if k.far else 2 * CHUNK  # in the order of memory: 2000 x 3000 0.85
 
 
 cdef inline void set_grids(const Job* job, Cut* k, Py_ssize_t height, Py_ssize_t most, Py_ssize_t results_height) noexcept nogil:

@@ -3,8 +3,8 @@ from cython cimport floating
 from libc.math cimport INFINITY
 
 from .kinds cimport BFLOAT, DOUBLE, FLOAT, HALF
-from .lanes cimport PRESENT, SMOOTH, WEIGHTED, Form
 from .packs cimport HAS_SMALL_PACKS
+from .strips cimport PRESENT, SMOOTH, WEIGHTED, Form
 
 cdef enum Operation:
     MOMENTS    # x -> (mean, m2)

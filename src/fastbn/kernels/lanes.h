@@ -51,25 +51,6 @@ static inline fastbn_vd fastbn_widen_f(const float *x) {
     return __builtin_convertvector(*(const fastbn_vh *) x, fastbn_vd);
 #endif
 }
-/* Bytes, which are numbers from 0 to 255. */
-typedef uint8_t fastbn_vbd __attribute__((vector_size(FASTBN_VD)));
-typedef uint8_t fastbn_vbf __attribute__((vector_size(FASTBN_VF)));
-static inline fastbn_vd fastbn_load_bytes_d(const void *x) {
-    fastbn_vbd bytes;
-    memcpy(&bytes, x, sizeof(bytes));
-    return __builtin_convertvector(bytes, fastbn_vd);
-}
-static inline fastbn_vf fastbn_load_bytes_f(const void *x) {
-#if FASTBN_BYTES == 64
-    return (fastbn_vf) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) x)));
-#elif defined(__AVX2__)
-    return (fastbn_vf) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) x)));
-#else
-    fastbn_vbf bytes;
-    memcpy(&bytes, x, sizeof(bytes));
-    return __builtin_convertvector(bytes, fastbn_vf);
-#endif
-}
 /* x where the mask has all bits, else 0, whatever x is. */
 static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) {
     return (fastbn_vd) ((fastbn_vm) x & *(const fastbn_vm *) mask);
@@ -209,8 +190,6 @@ typedef float fastbn_vf;
 #define fastbn_splat_d(x) (x)
 #define fastbn_splat_f(x) (x)
 static inline fastbn_vd fastbn_widen_f(const float *x) { return *x; }
-static inline fastbn_vd fastbn_load_bytes_d(const void *x) { return *(const uint8_t *) x; }
-static inline fastbn_vf fastbn_load_bytes_f(const void *x) { return *(const uint8_t *) x; }
 static inline fastbn_vd fastbn_masked(fastbn_vd x, const int64_t *mask) { return *mask ? x : 0; }
 static inline fastbn_vd fastbn_present(fastbn_vd x, fastbn_vd v) { return v == v ? x : 0; }
 #define fastbn_select_d(x, y, yes, no) ((x) <= (y) ? (yes) : (no))

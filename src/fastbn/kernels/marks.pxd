@@ -4,12 +4,12 @@ A value counts by all of its bits or by none, so infinite and missing values tha
 """
 from cython cimport floating
 
+from .given_weights cimport mark
 from .packs cimport (
     LANES, ND, VD, both, count, how_many, kept, last_marks, load_counts, marked, numbers_d, numbers_f, prefetch, splat_d,
     store_counts, vc, vd, vk,
 )
 from .sums cimport add_pack, later, pitch, relative, there
-from .weights cimport mark
 
 
 cdef inline vk counting(const floating* x, const mark* m, bint has_marks, bint omits) noexcept nogil:

@@ -40,8 +40,6 @@ cdef extern from "lanes.h" nogil:
     vd minus_size_d "fastbn_minus_size_d"(vd x)
     vf minus_size_f "fastbn_minus_size_f"(vf x)
     const double[17] series "fastbn_series"
-    vd load_bytes_d "fastbn_load_bytes_d"(const void* x)
-    vf load_bytes_f "fastbn_load_bytes_f"(const void* x)
     vd masked "fastbn_masked"(vd x, const int64_t* mask)
     vd present "fastbn_present"(vd x, vd v)  # x, but 0 where v is NaN
     const int64_t[32] last_masks "fastbn_last"
@@ -68,6 +66,8 @@ cdef extern from "small_packs.h" nogil:
     const bint HAS_SMALL_PACKS "FASTBN_HAS_SMALL_PACKS"  # values of 16 bits go to and from packs
     vf load_half_pack "fastbn_load_half_pack"(const void* x)
     vf load_bfloat_pack "fastbn_load_bfloat_pack"(const void* x)
+    vd load_bytes_d "fastbn_load_bytes_d"(const void* x)
+    vf load_bytes_f "fastbn_load_bytes_f"(const void* x)
     void store_half_pack "fastbn_store_half_pack"(void* y, vf z, bint stream)
     void store_bfloat_pack "fastbn_store_bfloat_pack"(void* y, vf z, bint stream)
 

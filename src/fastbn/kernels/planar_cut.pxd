@@ -2,9 +2,9 @@
 from .caches cimport is_lean, is_middling, is_roomy, own_cache
 from .job cimport Job, Operand, behind_gate, kind_beside, summed
 from .kinds cimport DOUBLE
-from .lanes cimport is_weighted
 from .lines cimport GATHERED, LINE, in_line
 from .packs cimport ABREAST, LANES
+from .strips cimport is_weighted
 
 cdef enum:
     TILE = 4096             # values of a part at most: two such runs of float32 fill a 32 KB first level cache

@@ -1,10 +1,35 @@
 /* Packs of float from and to values of 16 bits, the same bits as by convert.h, for levels that have instructions for halves.
- * On others a run is converted in a tile first. */
+ * On others a run is converted in a tile first. And packs of bytes. */
 #ifndef FASTBN_SMALL_PACKS_H
 #define FASTBN_SMALL_PACKS_H
 
 #include "convert.h"
 #include "lanes.h"
+
+/* Bytes, which are numbers from 0 to 255, at every level. */
+#if defined(__GNUC__)
+typedef uint8_t fastbn_vbd __attribute__((vector_size(FASTBN_VD)));
+typedef uint8_t fastbn_vbf __attribute__((vector_size(FASTBN_VF)));
+static inline fastbn_vd fastbn_load_bytes_d(const void *x) {
+    fastbn_vbd bytes;
+    memcpy(&bytes, x, sizeof(bytes));
+    return __builtin_convertvector(bytes, fastbn_vd);
+}
+static inline fastbn_vf fastbn_load_bytes_f(const void *x) {
+#if FASTBN_BYTES == 64
+    return (fastbn_vf) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) x)));
+#elif defined(__AVX2__)
+    return (fastbn_vf) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) x)));
+#else
+    fastbn_vbf bytes;
+    memcpy(&bytes, x, sizeof(bytes));
+    return __builtin_convertvector(bytes, fastbn_vf);
+#endif
+}
+#else
+static inline fastbn_vd fastbn_load_bytes_d(const void *x) { return *(const uint8_t *) x; }
+static inline fastbn_vf fastbn_load_bytes_f(const void *x) { return *(const uint8_t *) x; }
+#endif
 
 #if defined(__GNUC__) && defined(__AVX2__) && defined(__F16C__)
 #define FASTBN_HAS_SMALL_PACKS 1

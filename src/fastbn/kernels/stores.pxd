@@ -3,7 +3,7 @@ from cython cimport floating
 
 from .caches cimport is_lean, is_roomy
 from .job cimport NORMALIZE, TRAIN, Job, Operand, kind_of_results, native
-from .lanes cimport CLIPPED, SMOOTH
+from .strips cimport CLIPPED, SMOOTH
 
 cdef enum:
     # Bytes of a result from which it is stored past the caches: a plain store would read every line before it writes it.
