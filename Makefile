@@ -55,7 +55,7 @@ test-all: $(WHEEL)-test ## all tests, the slow ones too
 # Clang needs its OpenMP runtime beside it (libomp-dev on Debian).
 test-clang: $(WHEEL)-test $(VENV)/.clang ## a build by Clang: its instructions, and the same bits as the other build's
 	FASTBN_OTHER_BUILD=$(abspath $(VENV))/clang/installed \
-	    $(VENV)/bin/pytest tests/test_levels.py -m "not slow" $(PYTEST_ARGS)
+	    $(VENV)/bin/pytest tests/test_levels.py -m "not slow" -k "other and not kernel_tests" $(PYTEST_ARGS)
 
 # Two environments of their own: PyTorch, Keras, flax, JAX, ONNX and scikit-learn in one, TensorFlow, whose requirements
 # conflict with these, in the other. A framework that cannot be installed or imported is an error here, not a skip.
@@ -80,6 +80,7 @@ torch: .venv-parity/.parity ## PyTorch's layers: operators, gradients, torch.com
 	.venv-parity/bin/python -c 'import torch, skorch'
 	.venv-parity/bin/pytest $(TORCH_TESTS) -k "torch or skorch" $(PYTEST_ARGS)
 
+# At one level, which takes a third of the time: what kernels compute is no matter of the Python, and `make test` tests all.
 test-versions: ## build and test with every Python of $(VERSIONS) that is at hand
 	@tested=(); missing=(); \
 	for version in $(VERSIONS); do \
@@ -91,7 +92,8 @@ test-versions: ## build and test with every Python of $(VERSIONS) that is at han
 	    done; \
 	    if [ -z "$$python" ]; then missing+=("$$version"); echo "== Python $$version: not found, skipped"; continue; fi; \
 	    echo "== Python $$version: $$python"; \
-	    $(MAKE) --no-print-directory test PYTHON="$$python" VENV=".venv-$$version"; \
+	    FASTBN_BUILT_LEVELS=base $(MAKE) --no-print-directory test PYTHON="$$python" VENV=".venv-$$version" \
+	        BUILD_ARGS="$(BUILD_ARGS) --config-settings=setup-args=-Dlevels=base"; \
 	    tested+=("$$version"); \
 	done; \
 	echo "== tested: $${tested[*]:-none}; not found: $${missing[*]:-none}"

@@ -13,6 +13,8 @@ import numpy as np
 import fastbn
 from fastbn.kernels import _cpu, dispatch
 
+# Instruction set levels of this build that the processor has.
+LEVELS = tuple(level for level in dispatch.built() if level in _cpu.supported())
 DTYPES = (np.float32, np.float64)
 THREADS = (1, 2, 3)
 
