@@ -24,7 +24,7 @@ from .caches cimport is_lean, is_roomy
 from ._plan cimport Plan, bind_weights, too_little
 from .channels cimport coefficients, load, loaded, settle
 from .convert cimport give, is_native, take
-from .given_weights cimport Walk, mark, spread_weights, take_weights, walk_from, walk_on, weight, weight_at, weights_at
+from .given_weights cimport Walk, mark, take_repeated, take_weights, walk_from, walk_on, weight, weight_at, weights_at
 from .interleaved_cut cimport (
     APIECE, CHUNK, FETCHED, PIECE, SHARE, SHIFTED, STAGED, STEP, STRETCHES, Cut, Grid, Tile, begin_of, cut, cut_group,
     largest_group, table_length, tile_of, walk_of, whole,
@@ -122,7 +122,7 @@ cdef View gated(const Job* job, const Cut* k, bint inside, const View* u, const 
                  buffer + STAGED)
         if job.by_output:
             source = &w
-    cdef Strips x = strips(u, source, &w, &g, rows, whole(columns))
+    cdef Strips x = strips(u, source, &w, &g, rows, whole(columns), EACH)
     scale(&job.gate, &x, walk_of(False), 0, gates + column, k.padded, False)
     if job.exact.data != NULL and not direct:
         carry_rows(job, k, &job.exact, row, rows, column, columns, <floating*> g.data, True)

@@ -131,7 +131,7 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
             v = view(job, k, &job.v, True, t.row, t.rows, 0, k.columns, ub)
         if job.form.third:
             w = view(job, k, &job.w, True, t.row, t.rows, 0, k.columns, ub)
-        x = strips(&u, &v, &w, &y, t.rows, k.columns)
+        x = strips(&u, &v, &w, &y, t.rows, k.columns, EACH)
         apply_stretch(&job.form, &x, t.column, t.column + t.columns, walk, FETCHED if t.columns < k.columns else 0, table,
                       k.padded, job.streams)
         if job.streams:
@@ -173,16 +173,12 @@ cdef void apply_block(const Job* job, const Cut* k, Py_ssize_t task, const float
                 if third == ONE:
                     w = one_of_rows(job, t.row + r, rows, wb)
                 elif third == BYTES and inside:
-                    w = bytes_of_rows(job, k, t.row + r, t.column + j)
+                    w = view_weights(job, k, True, True, t.row + r, rows, t.column + j, n, <mark*> NULL)
                 elif job.form.third and weighted:
                     w = view_weights(job, k, dense_w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
                 elif job.form.third:
                     w = view(job, k, &job.w, direct_w and inside, t.row + r, rows, t.column + j, n, wb)
-                x = strips(&u, &v, &w, &y, rows, whole(n))
-                if third == ONE or inside:
-                    x.third = third
-                if x.third == BYTES:
-                    x.sw = w.stride
+                x = strips(&u, &v, &w, &y, rows, whole(n), third if third == ONE or inside else EACH)
                 scale(&job.form, &x, walk, FETCHED if n < stride else 0,
                       table + t.column + j, k.padded, streams and direct and not overlaps)
                 if gathers:

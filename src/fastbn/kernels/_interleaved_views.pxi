@@ -95,8 +95,8 @@ cdef inline View view(const Job* job, const Cut* k, const Operand* operand, bint
 
 
 cdef inline Strips strips(const View* u, const View* v, const View* w, const View* y, Py_ssize_t rows,
-                          Py_ssize_t columns) noexcept nogil:
-    """Rows of views, of which v and w are of y's kind."""
+                          Py_ssize_t columns, int third) noexcept nogil:
+    """Rows of views, of which v is of y's kind, and w too unless it is something else (`Third`)."""
     cdef Py_ssize_t size = size_of(y.kind)
-    return Strips(u.data, v.data, w.data, y.data, u.stride * size_of(u.kind), v.stride * size, w.stride * size, y.stride * size,
-                  rows, columns, u.kind, y.kind, EACH)
+    return Strips(u.data, v.data, w.data, y.data, u.stride * size_of(u.kind), v.stride * size,
+                  w.stride * (1 if third == BYTES else size), y.stride * size, rows, columns, u.kind, y.kind, third)

@@ -35,21 +35,21 @@ cdef View view_weights(const Job* job, const Cut* k, bint is_dense, bint direct,
     w.data = <char*> buffer
     w.stride = m
     if spread:
-        spread_weights(&job.weights, row * k.positions, rows * k.positions, m // k.positions, buffer)
+        take_repeated(&job.weights, row * k.positions, rows * k.positions, m // k.positions, buffer)
     for r in range(rows):
         y = buffer + r * m
         if is_dense:
             x = weights_at(&job.weights, (row + r) * k.positions, 0, 0) + column * job.weights.size
-            take_weights(&job.weights, x, job.weights.size, columns, y)
+            take_weights(&job.weights, x, job.weights.size, columns, 1, y)
         elif not spread:  # one position after the other, and of a position one channel after the other
             walk = walk_from(&job.weights, (row + r) * k.positions + column // width)
             j = column % width
             while y < buffer + r * m + columns:
                 n = min(width - j, <Py_ssize_t> (buffer + r * m + columns - y))
                 if alike:
-                    take_weights(&job.weights, walk.at, 0, n, y)
+                    take_weights(&job.weights, walk.at, 0, n, 1, y)
                 elif job.inner == 1:
-                    take_weights(&job.weights, walk.at + j * job.weights.channel, job.weights.channel, n, y)
+                    take_weights(&job.weights, walk.at + j * job.weights.channel, job.weights.channel, n, 1, y)
                 else:
                     for c in range(j, j + n):
                         x = walk.at + c // job.inner * job.weights.channel + c % job.inner * job.weights.inner
@@ -71,21 +71,8 @@ cdef inline int how_weighted(const Job* job, const Cut* k) noexcept nogil:
 
 cdef View one_of_rows(const Job* job, Py_ssize_t row, Py_ssize_t rows, weight* buffer) noexcept nogil:
     """The weights of rows, where there is one for each."""
-    cdef View w
-    cdef Py_ssize_t r
-    cdef Walk walk = walk_from(&job.weights, row)
-    w.data, w.stride = <char*> buffer, 1
-    for r in range(rows):
-        buffer[r] = <weight> weight_at(&job.weights, walk.at)
-        walk_on(&job.weights, &walk)
-    return w
-
-
-cdef inline View bytes_of_rows(const Job* job, const Cut* k, Py_ssize_t row, Py_ssize_t column) noexcept nogil:
-    """The weights of some columns of some rows in place, where each is a byte."""
-    cdef View w
-    w.data, w.stride = <char*> weights_at(&job.weights, row * k.positions, 0, 0) + column, k.positions * job.weights.minor
-    return w
+    take_repeated(&job.weights, row, rows, 1, buffer)
+    return View(<char*> buffer, 1, 0)
 
 
 cdef void check_rows(const View* w, Py_ssize_t rows, Py_ssize_t width, bint wide, double* most) noexcept nogil:

@@ -52,7 +52,7 @@ cdef void keep_tile(const Job* job, const Cut* k, Py_ssize_t tile, Py_ssize_t c0
                 elif job.weights.inner == 1 and t.length >= LANES:
                     marks = <const mark*> at_w
                 else:
-                    take_weights(&job.weights, at_w, job.weights.inner, t.length, room)
+                    take_weights(&job.weights, at_w, job.weights.inner, t.length, 1, room)
                     for i in range(t.length, LANES):
                         room[i] = 0
                     marks = room
@@ -83,7 +83,7 @@ cdef const char* run_of_weights(const Job* job, const char* at_w, Py_ssize_t n, 
     cdef Py_ssize_t i
     if weights_ready(job, n, sizeof(weight)) and not copied:
         return at_w
-    take_weights(&job.weights, at_w, job.weights.inner, n, room)
+    take_weights(&job.weights, at_w, job.weights.inner, n, 1, room)
     for i in range(n, LANES):
         room[i] = 0
     return <const char*> room

@@ -58,36 +58,6 @@ cdef inline double weight_at(const Weights* w, const char* x) noexcept nogil:
     return one_of(w, (<const mark*> x)[0])
 
 
-cdef inline void take_weights(const Weights* w, const char* x, Py_ssize_t sx, Py_ssize_t n, weight* y) noexcept nogil:
-    """n weights, sx bytes apart, side by side to y."""
-    cdef Py_ssize_t i
-    cdef weight one
-    if sx == 0:
-        one = <weight> weight_at(w, x)
-        for i in range(n):
-            y[i] = one
-    elif w.kind == DOUBLE:
-        if sx == sizeof(double):
-            for i in range(n):
-                y[i] = <weight> (<const double*> x)[i]
-        else:
-            for i in range(n):
-                y[i] = <weight> (<const double*> (x + i * sx))[0]
-    elif w.kind == FLOAT:
-        if sx == sizeof(float):
-            for i in range(n):
-                y[i] = <weight> (<const float*> x)[i]
-        else:
-            for i in range(n):
-                y[i] = <weight> (<const float*> (x + i * sx))[0]
-    elif sx == 1:
-        for i in range(n):
-            y[i] = one_of(w, (<const mark*> x)[i])
-    else:
-        for i in range(n):
-            y[i] = one_of(w, (<const mark*> x)[i * sx])
-
-
 cdef inline void spread_by(const given* x, Py_ssize_t step, Py_ssize_t n, Py_ssize_t columns, Py_ssize_t pieces,
                            Py_ssize_t piece, mark most, weight* y) noexcept nogil:
     """n weights, so many bytes apart, each to so many columns, and to what is left of their pieces. Bytes are at most `most`."""
@@ -106,8 +76,14 @@ cdef inline void spread_by(const given* x, Py_ssize_t step, Py_ssize_t n, Py_ssi
 
 cdef inline void spread_as(const given* x, Py_ssize_t step, Py_ssize_t n, Py_ssize_t columns, mark most,
                            weight* y) noexcept nogil:
-    """The same, with pieces that are constants."""
-    if columns <= 4:
+    """The same, with pieces, and mostly steps, that are constants."""
+    if columns == 1 and step == 0:  # one weight
+        spread_by(x, 0, 1, n, n, 1, most, y)
+    elif columns == 1 and step == sizeof(given):
+        spread_by(x, sizeof(given), n, 1, 1, 1, most, y)
+    elif columns == 1:
+        spread_by(x, step, n, 1, 1, 1, most, y)
+    elif columns <= 4:
         spread_by(x, step, n, columns, 1, 4, most, y)
     elif columns <= 8:
         spread_by(x, step, n, columns, 1, 8, most, y)
@@ -117,18 +93,24 @@ cdef inline void spread_as(const given* x, Py_ssize_t step, Py_ssize_t n, Py_ssi
         spread_by(x, step, n, columns, (columns + LANES - 1) // LANES, LANES, most, y)
 
 
-cdef inline void spread_weights(const Weights* w, Py_ssize_t n, Py_ssize_t count, Py_ssize_t columns, weight* y) noexcept nogil:
-    """The weights of so many outer indices from the n-th on, each to so many columns; y has room for LANES more."""
-    cdef Py_ssize_t i = 0, steps
+cdef inline void take_weights(const Weights* w, const char* x, Py_ssize_t step, Py_ssize_t n, Py_ssize_t columns,
+                              weight* y) noexcept nogil:
+    """n weights, so many bytes apart, to y, each to so many columns; if to more than one, y has room for LANES more."""
     cdef mark most = one_of(w, 255)
+    if w.kind == DOUBLE:
+        spread_as(<const double*> x, step, n, columns, most, y)
+    elif w.kind == FLOAT:
+        spread_as(<const float*> x, step, n, columns, most, y)
+    else:
+        spread_as(<const mark*> x, step, n, columns, most, y)
+
+
+cdef inline void take_repeated(const Weights* w, Py_ssize_t n, Py_ssize_t count, Py_ssize_t columns, weight* y) noexcept nogil:
+    """Those of so many outer indices from the n-th on."""
+    cdef Py_ssize_t i = 0, steps
     cdef Walk walk
     while i < count:
         walk = walk_from(w, n + i)
         steps = min(walk.left, count - i)
-        if w.kind == DOUBLE:
-            spread_as(<const double*> walk.at, w.minor, steps, columns, most, y + i * columns)
-        elif w.kind == FLOAT:
-            spread_as(<const float*> walk.at, w.minor, steps, columns, most, y + i * columns)
-        else:
-            spread_as(<const mark*> walk.at, w.minor, steps, columns, most, y + i * columns)
+        take_weights(w, walk.at, w.minor, steps, columns, y + i * columns)
         i += steps

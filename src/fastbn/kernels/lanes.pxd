@@ -336,10 +336,11 @@ cdef inline void rows_as(const Strips* given, int walk, Py_ssize_t ahead, const 
     # with packs of 32 bytes, it is no faster.
     if ABREAST == 1 and floating is float and (f.pair or NF == 4) and f.bend != SMOOTH and walk == IN_BANDS and x.length < WIDE:
         band = BAND
-    elif f.pair and f.bend != SMOOTH and not f.stream and x.length >= WIDE and walk != ROW_BY_ROW and not apart:
-        band = TALL
-    elif f.pair and f.bend != SMOOTH and not f.stream and x.length > VAST and walk == ROW_BY_ROW and floating is float:
-        band = 2
+    elif f.pair and f.bend != SMOOTH and not f.stream and not apart:
+        if walk != ROW_BY_ROW and x.length >= WIDE:
+            band = TALL
+        elif walk == ROW_BY_ROW and x.length > VAST and floating is float:
+            band = 2
     if band:
         while r < x.count:
             for k in range(x.length // LANES):
@@ -371,35 +372,37 @@ cdef inline void strips_as(const Strips* x, bint are_rows, int walk, Py_ssize_t 
         runs_as(x, table, stride, form, f)
 
 
+cdef inline void strips_to(const Strips* x, bint are_rows, int walk, Py_ssize_t ahead, const floating* table,
+                           Py_ssize_t stride, const Form* f, bint stream, int kind_u, int kind, bint pair, int third,
+                           int bend) noexcept nogil:
+    """*apply* of constants, past the caches or not."""
+    if stream:
+        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, pair, third, bend, True))
+    else:
+        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, pair, third, bend, False))
+
+
 cdef inline void strips_by(const Strips* x, bint are_rows, int walk, Py_ssize_t ahead, const floating* table,
                            Py_ssize_t stride, const Form* f, bint stream, int kind_u, int kind, int bend) noexcept nogil:
     """*apply* of kinds and a kind of bend, constants where this is compiled. A gate never streams: its result is read next."""
     cdef bint weighted = is_weighted(bend)
     if (f.pair or weighted or kind_u != kind) and (kind <= DOUBLE or bend == STRAIGHT):
-        if are_rows and weighted and x.third == ONE and stream:
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, ONE, bend, True))
-        elif are_rows and weighted and x.third == ONE:
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, ONE, bend, False))
-        elif are_rows and weighted and x.third == BYTES and stream:
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, BYTES, bend, True))
-        elif are_rows and weighted and x.third == BYTES:
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, BYTES, bend, False))
-        elif f.third and weighted and stream:
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, EACH, bend, True))
-        elif f.third and bend != STRAIGHT:
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, EACH, bend, False))
-        elif stream and (weighted or bend == STRAIGHT):
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, NO_THIRD, bend, True))
+        if weighted and are_rows and x.third == ONE:
+            strips_to(x, are_rows, walk, ahead, table, stride, f, stream, kind_u, kind, True, ONE, bend)
+        elif weighted and are_rows and x.third == BYTES:
+            strips_to(x, are_rows, walk, ahead, table, stride, f, stream, kind_u, kind, True, BYTES, bend)
+        elif weighted and f.third:
+            strips_to(x, are_rows, walk, ahead, table, stride, f, stream, kind_u, kind, True, EACH, bend)
+        elif weighted or bend == STRAIGHT:
+            strips_to(x, are_rows, walk, ahead, table, stride, f, stream, kind_u, kind, True, NO_THIRD, bend)
+        elif f.third:
+            strips_to(x, are_rows, walk, ahead, table, stride, f, False, kind_u, kind, True, EACH, bend)
         else:
-            strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, True, NO_THIRD, bend, False))
-    elif f.third and stream:
-        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, EACH, bend, True))
+            strips_to(x, are_rows, walk, ahead, table, stride, f, False, kind_u, kind, True, NO_THIRD, bend)
     elif f.third:
-        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, EACH, bend, False))
-    elif stream:
-        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, NO_THIRD, bend, True))
+        strips_to(x, are_rows, walk, ahead, table, stride, f, stream, kind_u, kind, False, EACH, bend)
     else:
-        strips_as(x, are_rows, walk, ahead, table, stride, f, Loop(kind_u, kind, False, NO_THIRD, bend, False))
+        strips_to(x, are_rows, walk, ahead, table, stride, f, stream, kind_u, kind, False, NO_THIRD, bend)
 
 
 cdef inline void strips_of_kind(const Strips* x, bint are_rows, int walk, Py_ssize_t ahead, const floating* table,

@@ -3,7 +3,7 @@
     total += w,   first += w * (x - p),   second += w * (x - p) * (x - p)
     first += u,   second += u * (v - q)         the gradient, over all values that are not missing
 
-w is a weight, 0 or more, given for each value (EACH_WEIGHT) or for a whole run or row (ONE_WEIGHT). Of a mask, and where NaN
+w is a weight, 0 or more, given for each value or for a whole run or row. Of a mask, and where NaN
 is missing, w is 0 or 1: then x - p is 0 in the plain sums where a value does not count (marks.pxd), and what counts is
 counted. In the gradient what has no weight and is not finite is missing; what has none and is finite got a y, so its dy
 counts.
@@ -31,12 +31,6 @@ from .packs cimport (
     ABREAST, LANES, ND, NF, VD, VF, add_by_product, add_exact_product, larger_bits_d, larger_bits_f, largest_d, largest_f, last_masks, masked, prefetch, prefetch_once, splat_d, vd, widen,
 )
 from .sums cimport later, pitch
-
-
-cdef enum Spread:
-    NO_WEIGHTS
-    ONE_WEIGHT
-    EACH_WEIGHT
 
 
 # -- what is staged: plain loops, which compilers vectorize; nothing in them is rounded -------------------------------
